@@ -3,15 +3,15 @@
 Knows Python floats only, no tensors: at K ≤ 64 a tensor library costs more than the arithmetic, and scalar IEEE
 double arithmetic gives the same bits on every machine (LAPACK does not), so ranks that solve the same problem agree.
 
-Method. Adding c·11ᵀ to M adds the constant c to the objective on the simplex: the minimiser stays, and M' = M + c·11ᵀ is
-positive definite as soon as the gradients are affinely independent, even where their hull contains the origin. With
+Method. Adding c·11ᵀ to M adds the constant c to the objective on the simplex: the minimiser stays, and M' = M + c·11ᵀ
+is positive definite as soon as the gradients are affinely independent, even where their hull contains the origin. With
 x = a / (aᵀM'a) the optimality conditions become a linear complementarity problem
 
     w = M'x − 1 ≥ 0,   x ≥ 0,   xᵀw = 0,   a = x / Σx,
 
-which principal pivoting solves in finitely many steps (Cottle, Pang & Stone, *The Linear Complementarity Problem*, 1992,
-section 4.2): one variable is driven until its w vanishes; a basic x that would turn negative on the way leaves first. Rows are
-scaled to a unit diagonal, so that gradient norms twelve orders of magnitude apart share one tableau.
+which principal pivoting solves in finitely many steps (Cottle, Pang & Stone, *The Linear Complementarity Problem*,
+1992, section 4.2): one variable is driven until its w vanishes; a basic x that would turn negative on the way leaves
+first. Rows are scaled to a unit diagonal, so that gradient norms twelve orders of magnitude apart share one tableau.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Status(IntEnum):
 def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
     """Minimise aᵀ M a over the simplex.
 
-    Rows whose diagonal is zero (solved objectives) and rows that are not finite are left out of the hull, with weight 0:
-    inside the hull, a zero row would be the minimiser and freeze every other objective.
+    Rows whose diagonal is zero (solved objectives) and rows that are not finite are left out of the hull, with weight
+    0: inside the hull, a zero row would be the minimiser and freeze every other objective.
 
     Args:
         gram: symmetric positive semi-definite up to rounding, [K][K].
@@ -83,8 +83,8 @@ def _solve(matrix: list[list[float]]) -> tuple[list[float], float, Status]:
 def _complementarity(matrix: list[list[float]], bound: list[float]) -> list[float]:
     """Solve w = A y − b ≥ 0, y ≥ 0, yᵀw = 0 for A with unit diagonal, positive semi-definite up to rounding; b > 0.
 
-    The tableau holds z = q + T u: u are the non-basic variables (zero but for the driving one), z the basic ones. Variable i
-    is y_i where `support[i]`, else w_i.
+    The tableau holds z = q + T u: u are the non-basic variables (zero but for the driving one), z the basic ones.
+    Variable i is y_i where `support[i]`, else w_i.
     """
     size = len(bound)
     indices = range(size)
@@ -153,7 +153,7 @@ def _refine(
     constant: list[float],
     support: list[bool],
 ) -> list[float]:
-    """Two steps of iterative refinement of A_SS y_S = b_S: the tableau's block on the support S is A_SS⁻¹ up to rounding."""
+    """Refine A_SS y_S = b_S twice: the tableau's block on the support S is A_SS⁻¹ up to rounding."""
     chosen = [i for i, inside in enumerate(support) if inside]
     solution = [constant[i] if inside else 0.0 for i, inside in enumerate(support)]
     for _ in range(2):

@@ -1,0 +1,42 @@
+"""mogeo: multi-objective geometry for PyTorch. Balance several losses in any training loop, exactly, in two lines.
+
+optimizer = mogeo.MultiObjectiveOptimizer(torch.optim.AdamW(model.parameters(), lr=5e-7))
+optimizer.backward({"helpfulness": loss_h, "honesty": loss_o})  # in place of loss.backward()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mogeo import weightings as weightings
+    from mogeo.min_norm import Status as Status
+    from mogeo.ops import MinNorm as MinNorm
+    from mogeo.ops import combine as combine
+    from mogeo.ops import gram as gram
+    from mogeo.ops import min_norm_weights as min_norm_weights
+    from mogeo.optimizer import MultiObjectiveOptimizer as MultiObjectiveOptimizer
+    from mogeo.report import StepReport as StepReport
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that the command line answers --help without waiting for torch.
+_HOMES = {
+    "MinNorm": "mogeo.ops",
+    "MultiObjectiveOptimizer": "mogeo.optimizer",
+    "Status": "mogeo.min_norm",
+    "StepReport": "mogeo.report",
+    "combine": "mogeo.ops",
+    "gram": "mogeo.ops",
+    "min_norm_weights": "mogeo.ops",
+}
+__all__ = [*_HOMES, "weightings"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "weightings":
+        return importlib.import_module("mogeo.weightings")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mogeo' has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""Which of several losses must keep its autograd graph for a later one. Knows autograd nodes, nothing else.
+
+Losses may share a graph (one forward, K losses) or not (K forwards). A shared graph must survive until its last loss
+has run backward; a private one should be freed at once, for it holds the activations. So the graphs are walked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
+    """For each loss, in the order of their backwards, whether its graph has a node in common with a later loss.
+
+    Leaves (`AccumulateGrad`) do not count: they hold no activations. Every node is visited once.
+    """
+    shared = [False] * len(losses)
+    visited: set[Any] = set()  # holds the node wrappers themselves: their identity lasts only as long as they live
+    for index in reversed(range(len(losses))):
+        own: set[Any] = set()
+        pending = [losses[index].grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in own or node.name() == "torch::autograd::AccumulateGrad":
+                continue
+            if node in visited:
+                shared[index] = True
+                continue
+            own.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+        visited |= own
+    return shared

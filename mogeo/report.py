@@ -1,0 +1,101 @@
+"""StepReport: what one combine decided, and what follows from it.
+
+Everything is kept as tensors where they were computed; nothing synchronises with a device until somebody reads a
+number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One shared direction d = Σ_k w_k g_k over K objectives: how it came about and how it sits to each gradient."""
+
+    #: Names, in the order of every [K] below.
+    objectives: tuple[str, ...]
+    #: Sum of the losses handed over since the last step, fp64 [K]: the scalars whose gradients are the g_k. NaN where
+    #: absent.
+    losses: Tensor
+    #: w, weights on the raw gradients before clipping, fp64 [K]. 0 for an objective left out.
+    weights: Tensor
+    #: ⟨g_i, g_j⟩, fp64 [K, K]; None for weightings that need no Gram matrix.
+    gram: Tensor | None
+    #: ‖d‖², before clipping, fp64 [].
+    squared_norm: Tensor
+    #: min(1, max_grad_norm / ‖d‖), fp64 []: what d was multiplied by.
+    clip_factor: Tensor
+    #: Objectives left out because a loss or gradient was not finite, bool [K].
+    nonfinite: Tensor
+    #: Objectives that no `backward` brought since the last step, bool [K].
+    absent: Tensor
+    #: How often each objective was left out as not finite so far, int64 [K].
+    nonfinite_counts: Tensor
+    #: Duality gap of the min-norm problem, fp64 [], in units of the (normalised) Gram matrix; None where there is none.
+    optimality_gap: Tensor | None = field(default=None)
+    #: `mogeo.Status` of the min-norm problem, int64 []; None where there is none.
+    status: Tensor | None = field(default=None)
+
+    @property
+    def grad_norms(self) -> Tensor | None:
+        """‖g_k‖, fp64 [K]."""
+        return None if self.gram is None else self.gram.diagonal().sqrt()
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """cos(g_i, g_j), fp64 [K, K]; NaN beside a zero gradient."""
+        norms = self.grad_norms
+        return None if self.gram is None or norms is None else self.gram / torch.outer(norms, norms)
+
+    @property
+    def direction_norm(self) -> Tensor:
+        """‖d‖ before clipping, fp64 []."""
+        return self.squared_norm.clamp(min=0).sqrt()
+
+    @property
+    def alignment(self) -> Tensor | None:
+        """cos(d, g_k), fp64 [K]. Negative: to first order, this step's direction hurts objective k."""
+        if self.gram is None or self.grad_norms is None:
+            return None
+        used = self.weights != 0  # a gradient that was left out may be NaN; 0 · NaN would spread
+        products = self.gram[:, used] @ self.weights[used]
+        return products / (self.direction_norm * self.grad_norms)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the objectives left out because a loss or gradient was not finite. Reading this synchronises."""
+        return tuple(name for name, bad in zip(self.objectives, self.nonfinite.tolist(), strict=True) if bad)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python numbers, lists and strings, ready for a logger or JSON. Reading this synchronises.
+
+        Per-objective values are dicts keyed by objective; `gram` and `cosines` are nested lists in the order of
+        `objectives`.
+        """
+
+        def by_name(values: Tensor | None) -> dict[str, Any] | None:
+            return None if values is None else dict(zip(self.objectives, values.tolist(), strict=True))
+
+        def plain(values: Tensor | None) -> Any:
+            return None if values is None else values.tolist()
+
+        return {
+            "objectives": list(self.objectives),
+            "losses": by_name(self.losses),
+            "weights": by_name(self.weights),
+            "grad_norms": by_name(self.grad_norms),
+            "alignment": by_name(self.alignment),
+            "gram": plain(self.gram),
+            "cosines": plain(self.cosines),
+            "direction_norm": plain(self.direction_norm),
+            "clip_factor": plain(self.clip_factor),
+            "optimality_gap": plain(self.optimality_gap),
+            "status": plain(self.status),
+            "skipped": list(self.skipped),
+            "nonfinite_counts": by_name(self.nonfinite_counts),
+        }

@@ -1,0 +1,273 @@
+"""Weightings: (Gram matrix, losses) → weights on the raw gradients, the direction being d = Σ_k w_k g_k.
+
+Knows no optimizer and no torch.nn. A weighting is any callable `(gram, losses) -> weights`; the classes here add what
+lets an optimizer save work (`needs_gram`, `constant`), check its input (`needs_positive_losses`) and resume
+(`state_dict`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mogeo.ops import MinNorm, min_norm_weights
+
+
+class Weighting:
+    """Base class of the weightings of this package; subclass it to get the defaults, or pass any callable."""
+
+    #: Whether `__call__` reads the Gram matrix. If not, it may be passed None.
+    needs_gram: bool = True
+    #: Whether an objective that still has a gradient must have a loss > 0.
+    needs_positive_losses: bool = False
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """Weights on the raw gradients, fp64 [K], from the Gram matrix, fp64 [K, K], and the losses, fp64 [K]."""
+        raise NotImplementedError
+
+    def constant(self, n_objectives: int) -> Tensor | None:
+        """The weights, fp64 [K], where they depend on nothing: the optimizer then needs no gradient rows. Else None."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step: tensors, numbers, strings, lists and dicts only."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class LinearScalarization(Weighting):
+    """Fixed weights w = p / Σp; without `preference`, uniform: w = 1/K. Costs what plain training costs.
+
+    Args:
+        preference: p [K], ≥ 0 and not all zero.
+    """
+
+    needs_gram = False
+
+    def __init__(self, preference: Sequence[float] | None = None) -> None:
+        self.preference = None if preference is None else tuple(float(p) for p in preference)
+        if self.preference is not None and not (
+            all(math.isfinite(p) and p >= 0 for p in self.preference) and sum(self.preference) > 0
+        ):
+            raise ValueError(f"preference {self.preference}: weights must be finite, ≥ 0, and not all zero")
+
+    def constant(self, n_objectives: int) -> Tensor:
+        """w = p / Σp, fp64 [K]."""
+        preference = self.preference or (1.0,) * n_objectives
+        if len(preference) != n_objectives:
+            raise ValueError(f"{self!r} has {len(preference)} weights for {n_objectives} objectives: pass one for each")
+        return torch.tensor(preference, dtype=torch.float64) / sum(preference)
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """w = p / Σp."""
+        return self.constant(losses.numel()).to(losses.device)
+
+    def __repr__(self) -> str:
+        return "uniform" if self.preference is None else f"linear({', '.join(f'{p:g}' for p in self.preference)})"
+
+
+class GroupDRO(Weighting):
+    """Exponentiated-gradient weights on the losses: q ← q·exp(η L) / Σ, w = q, from q₀ = 1/K. Needs no Gram matrix.
+
+    Args:
+        step_size: η, in units of 1/loss.
+
+    Source: Sagawa et al., *Distributionally robust neural networks for group shifts*, 2020, algorithm 1.
+    """
+
+    needs_gram = False
+
+    def __init__(self, step_size: float = 0.01) -> None:
+        if not (math.isfinite(step_size) and step_size >= 0):
+            raise ValueError(f"step_size {step_size}: pass a finite number ≥ 0")
+        self.step_size = step_size
+        self._log_weights: Tensor | None = None
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """Advance q by one step and return it."""
+        losses = losses.to(torch.float64)
+        previous = torch.zeros_like(losses) if self._log_weights is None else self._log_weights.to(losses.device)
+        if previous.shape != losses.shape:
+            raise ValueError(f"{self!r} holds {previous.numel()} weights, but got {losses.numel()} losses")
+        self._log_weights = torch.log_softmax(previous + self.step_size * losses, 0)  # in logarithms nothing overflows
+        return self._log_weights.exp()
+
+    def state_dict(self) -> dict[str, Any]:
+        """log q, fp64 [K], once there is one."""
+        return {} if self._log_weights is None else {"log_weights": self._log_weights.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore log q."""
+        log_weights = state_dict.get("log_weights")
+        self._log_weights = None if log_weights is None else log_weights.clone()
+
+    def __repr__(self) -> str:
+        return f"group-dro({self.step_size:g})"
+
+
+class MGDA(Weighting):
+    """The multiple-gradient descent family: the min-norm point of the hull of normalised gradients g̃_k = g_k / n_k.
+
+    α = argmin over the simplex of ‖Σ α_k g̃_k‖², solved exactly from the Gram matrix, M_ij / (n_i n_j).
+
+    | `normalize` | n_k |
+    | --- | --- |
+    | `"none"` | 1 |
+    | `"l2"` | ‖g_k‖^power |
+    | `"loss"` | L_k^power |
+    | `"loss+"` | (L_k ‖g_k‖)^power |
+
+    Args:
+        normalize: the row of the table above.
+        power: exponent of the normaliser.
+        apply_to: `"raw"` applies α to the raw gradients, w = α; `"normalized"` to the normalised ones, w = α / n.
+
+    With `apply_to="normalized"` the length of d does not follow the scale of the gradients: under fp16 loss scaling,
+    `GradScaler.unscale_` then shrinks a direction that was never enlarged. Use bf16 there, or `apply_to="raw"`.
+
+    Sources: Désidéri 2012 (none); Sener & Koltun, *Multi-task learning as multi-objective optimization*, 2018 (none,
+    and in their code l2, loss, loss+ with α applied to the raw gradients, as in Navon et al.'s nash-mtl code);
+    MGDA-Decoupled, arXiv 2604.20685 (loss, raw); GAPO, arXiv 2507.01915 (l2 with a power, normalized).
+    """
+
+    def __init__(
+        self,
+        normalize: Literal["none", "l2", "loss", "loss+"] = "none",
+        *,
+        power: float = 1.0,
+        apply_to: Literal["raw", "normalized"] = "raw",
+    ) -> None:
+        if normalize not in ("none", "l2", "loss", "loss+"):
+            raise ValueError(f"normalize={normalize!r}: choose 'none', 'l2', 'loss' or 'loss+'")
+        if apply_to not in ("raw", "normalized"):
+            raise ValueError(f"apply_to={apply_to!r}: choose 'raw' or 'normalized'")
+        if not math.isfinite(power):
+            raise ValueError(f"power={power}: pass a finite number")
+        self.normalize = normalize
+        self.power = power
+        self.apply_to = apply_to
+        self.needs_positive_losses = normalize in ("loss", "loss+")
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """Weights on the raw gradients, fp64 [K]."""
+        return self.solve(gram, losses).weights
+
+    def solve(self, gram: Tensor | None, losses: Tensor) -> MinNorm:
+        """Weights on the raw gradients, with the gap (in units of the normalised Gram matrix) and status of the solve.
+
+        Raises:
+            ValueError: there is no Gram matrix, or a loss that divides is not positive.
+        """
+        if gram is None:
+            raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
+        if self.needs_positive_losses:
+            require_positive_losses(gram, losses, [str(k) for k in range(losses.numel())], self)
+        gram = gram.to(torch.float64)
+        normalizers = self._normalizers(gram.diagonal(), losses.to(torch.float64))
+        point = min_norm_weights(gram / torch.outer(normalizers, normalizers))
+        weights = point.weights / normalizers if self.apply_to == "normalized" else point.weights
+        return point._replace(weights=weights)
+
+    def _normalizers(self, squared_norms: Tensor, losses: Tensor) -> Tensor:
+        if self.normalize == "none":
+            return torch.ones_like(squared_norms)
+        if self.normalize == "l2":
+            base = squared_norms.sqrt()
+        elif self.normalize == "loss":
+            base = losses
+        else:
+            base = losses * squared_norms.sqrt()
+        # A solved objective (zero gradient) stays a zero row whatever divides it; 1 keeps 0/0 out of it.
+        return torch.where(squared_norms == 0, 1.0, base**self.power)
+
+    def __repr__(self) -> str:
+        settings = (self.normalize, self.power, self.apply_to)
+        for name, preset in _MGDA_PRESETS.items():
+            if settings == preset:
+                return name
+        if self.normalize == "l2" and self.apply_to == "normalized":
+            return f"gapo({self.power:g})"
+        return f"MGDA(normalize={self.normalize!r}, power={self.power:g}, apply_to={self.apply_to!r})"
+
+
+def gapo(power: float) -> MGDA:
+    """GAPO's gradient rescaling: ĝ = g / ‖g‖^power, w = α / ‖g‖^power. Power 0 is `mgda`, 1 is `mgda-normalized`.
+
+    Source: arXiv 2507.01915, brought to DPO losses.
+    """
+    return MGDA("l2", power=power, apply_to="normalized")
+
+
+def require_positive_losses(gram: Tensor, losses: Tensor, objectives: Sequence[str], weighting: object) -> None:
+    """Raise ValueError, naming the objective, where a loss ≤ 0 belongs to a gradient that is not zero."""
+    bad = ((losses <= 0) & (gram.diagonal() > 0)).nonzero().flatten().tolist()
+    if bad:
+        k = bad[0]
+        raise ValueError(
+            f"objective {objectives[k]!r} has loss {losses[k].item():g}; {weighting!r} divides by the loss and needs "
+            f"it "
+            "positive: shift the loss, or use weighting='mgda-normalized'"
+        )
+
+
+# name: (normalize, power, apply_to)
+_MGDA_PRESETS: dict[str, tuple[Any, float, Any]] = {
+    "mgda": ("none", 1.0, "raw"),
+    "mgda-normalized": ("l2", 1.0, "normalized"),
+    "mgda-decoupled": ("loss", 1.0, "raw"),
+}
+
+
+def _preset(name: str) -> MGDA:
+    normalize, power, apply_to = _MGDA_PRESETS[name]
+    return MGDA(normalize, power=power, apply_to=apply_to)
+
+
+# name: (factory, fewest arguments, most arguments, how to write it)
+_REGISTRY: dict[str, tuple[Callable[..., Weighting], int, float, str]] = {
+    "uniform": (LinearScalarization, 0, 0, "uniform"),
+    "linear": (lambda *preference: LinearScalarization(preference), 1, math.inf, "linear(0.3, 0.7), one per objective"),
+    "group-dro": (GroupDRO, 0, 1, "group-dro, or group-dro(0.01) with its step size"),
+    **{name: (functools.partial(_preset, name), 0, 0, name) for name in _MGDA_PRESETS},
+    "gapo": (gapo, 1, 1, "gapo(0.5), with the power of the norm"),
+}
+#: The registered names.
+NAMES: tuple[str, ...] = tuple(_REGISTRY)
+
+WeightingLike = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def resolve(weighting: WeightingLike) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """A weighting from its name, such as `"mgda-decoupled"` or `"linear(0.3, 0.7)"`; any other callable is returned as
+    it is.
+
+    Raises:
+        ValueError: the name is not registered, or its arguments do not fit.
+        TypeError: `weighting` is neither a string nor a callable.
+    """
+    if not isinstance(weighting, str):
+        if not callable(weighting):
+            raise TypeError(
+                f"weighting={weighting!r}: pass a name ({', '.join(NAMES)}) or a callable (gram, losses) -> weights"
+            )
+        return weighting  # type: ignore[return-value]  # a callable that reads the Gram is passed one
+    match = re.fullmatch(r"\s*([a-z0-9+-]+)\s*(?:\((.*)\))?\s*", weighting)
+    if match is None or match[1] not in _REGISTRY:
+        raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(NAMES)}, or pass a callable")
+    name, text = match.groups()
+    try:
+        arguments = [float(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"weighting {weighting!r}: the arguments in brackets must be numbers") from None
+    factory, fewest, most, usage = _REGISTRY[name]
+    if not fewest <= len(arguments) <= most:
+        raise ValueError(f"weighting {weighting!r}: write {usage}")
+    return factory(*arguments)
