@@ -1,14 +1,13 @@
-"""MultiObjectiveOptimizer: capture → gram → weigh → combine → base.step(), with the manners of torch.optim.
+"""MultiObjectiveOptimizer: capture → gram → weigh → combine → base.step().
 
 Knows the order of things and no mathematics: rows are filled by `mogeo.buffers`, multiplied by `mogeo.ops`, weighed by
-`mogeo.weightings`. Parameters, their groups, state and learning rates belong to the base optimizer alone.
+`mogeo.weightings`; the manners of torch.optim are `mogeo.wrapper`'s.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
@@ -21,11 +20,10 @@ from mogeo.graphs import shared_with_later
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, run_backward
 from mogeo.report import StepReport
 from mogeo.weightings import WeightingLike, require_positive_losses, resolve
+from mogeo.wrapper import OptimizerWrapper
 
-_STATE_KEY = "mogeo"  # inside param_groups[0]: the one place of a state_dict that distributed checkpoints carry along
 
-
-class MultiObjectiveOptimizer(Optimizer):
+class MultiObjectiveOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer so that each step follows one direction shared by several objectives.
 
     ```python
@@ -77,16 +75,11 @@ class MultiObjectiveOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
     ) -> None:
-        _check_base(base)
+        super().__init__(base)
         if nonfinite not in ("skip", "raise", "propagate"):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip', 'raise' or 'propagate'")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: pass a positive norm, or None for no clipping")
-        # Optimizer.__init__ installs the hook tables; what it writes about parameters goes to a stand-in and is
-        # forgotten.
-        self.base = cast(Optimizer, SimpleNamespace(add_param_group=lambda group: None))
-        super().__init__([torch.empty(0)], {})
-        self.base = base
         self.weighting = resolve(weighting)
         self.objectives = None if objectives is None else checked_names(objectives)
         self.max_grad_norm = max_grad_norm
@@ -102,7 +95,7 @@ class MultiObjectiveOptimizer(Optimizer):
         self._loss_sums: dict[int, Tensor] = {}  # objective index → sum of its losses in this window
         self._due = False
 
-    # ------------------------------------------------------------------------------------------------ gradients
+    # gradients: captured, then combined
 
     def backward(
         self,
@@ -138,38 +131,73 @@ class MultiObjectiveOptimizer(Optimizer):
         """
         _refuse_distributed()
         terms = self._terms(losses, objective)
-        tensors = [term for _, _, term in terms if isinstance(term, Tensor)]
-        keep = iter([True] * len(tensors) if retain_graph else shared_with_later(tensors))
         constant = self._constant_weights()
         buffers = self._current_buffers(1 if constant is not None else len(self._names))
         try:
             with buffers.capturing():
-                for index, name, term in terms:
-                    retain = next(keep) if isinstance(term, Tensor) else bool(retain_graph)
-                    loss = evaluate(name, term)
-                    value = loss.detach().to(torch.float64).reshape(())
-                    if constant is None:
-                        buffers.select(index)
-                        run_backward(name, loss, backward, retain)
-                    elif self.nonfinite == "propagate" or bool(value.isfinite()):
-                        run_backward(name, loss * constant[index].item(), backward, retain)
-                    previous = self._loss_sums.get(index)
-                    self._loss_sums[index] = value if previous is None else previous + value
+                if constant is not None:
+                    self._backward_weighted(terms, constant, backward, bool(retain_graph))
+                else:
+                    self._backward_rows(buffers, terms, backward, bool(retain_graph))
         except BaseException:
             self._drop_window()
             raise
         self._due = True
 
+    def _backward_rows(
+        self,
+        buffers: GradientBuffers,
+        terms: Sequence[tuple[int, str, Loss]],
+        backward: Callable[..., object] | None,
+        retain_graph: bool,
+    ) -> None:
+        """One backward per objective, each into its own row."""
+        tensors = [term for _, _, term in terms if isinstance(term, Tensor)]
+        shared = iter(shared_with_later(tensors))
+        for index, name, term in terms:
+            needed_later = isinstance(term, Tensor) and next(shared)
+            loss = evaluate(name, term)
+            buffers.select(index)
+            run_backward(name, loss, backward, retain_graph or needed_later)
+            self._add_loss(index, loss)
+
+    def _backward_weighted(
+        self,
+        terms: Sequence[tuple[int, str, Loss]],
+        weights: Tensor,
+        backward: Callable[..., object] | None,
+        retain_graph: bool,
+    ) -> None:
+        """Constant weights: tensors need one backward of their weighted sum; callables one each, as their graphs do."""
+        pending: list[tuple[str, Tensor]] = []
+        for index, name, term in terms:
+            loss = evaluate(name, term)
+            value = self._add_loss(index, loss)
+            weight = weights[index].item()
+            # A loss that is not finite cannot be left out once it is summed.
+            if weight == 0 or not (self.nonfinite == "propagate" or bool(value.isfinite())):
+                continue
+            pending.append((name, loss * weight))
+            if not isinstance(term, Tensor):
+                run_backward(*pending.pop(), backward, retain_graph)
+        if pending:
+            total = torch.stack([loss.reshape(()).to(pending[0][1]) for _, loss in pending]).sum()
+            run_backward(" + ".join(name for name, _ in pending), total, backward, retain_graph)
+
+    def _add_loss(self, index: int, loss: Tensor) -> Tensor:
+        value = loss.detach().to(torch.float64).reshape(())
+        self._loss_sums[index] = self._loss_sums[index] + value if index in self._loss_sums else value
+        return value
+
     @torch.no_grad()
     def combine(self) -> StepReport:
-        """Solve for the weights and write the shared direction into `p.grad`, adding to what is there; close the
-        window.
+        """Solve for the weights and write the shared direction into `p.grad`, adding to what is there.
 
-        With nothing new since the last `combine`, returns its report again.
+        This closes the window: the next `backward` starts a new sum. With nothing new, returns the last report again.
 
         Raises:
             RuntimeError: nothing was ever handed to `backward`; a gradient is not finite under `nonfinite="raise"`; or
-                the weighting returned weights that are not finite.
+                the weighting did not return one finite weight per objective.
             ValueError: a loss ≤ 0 under a weighting that divides by it. The window stays open.
         """
         if not self._due:
@@ -179,92 +207,78 @@ class MultiObjectiveOptimizer(Optimizer):
         buffers = self._buffers
         assert buffers is not None
         buffers.settle()
-        device = buffers.blocks[0].device if buffers.blocks else torch.device("cpu")
+        constant = self._constant_weights()
+        device = buffers.blocks[0].device
         nan = torch.tensor(torch.nan, dtype=torch.float64)
         losses = torch.stack([self._loss_sums.get(k, nan).to(device) for k in range(len(self._names))])
         absent = torch.tensor([k not in self._loss_sums for k in range(len(self._names))], device=device)
-        if self._constant_weights() is None and getattr(self.weighting, "needs_gram", True):
-            report = self._combine_by_gram(buffers, losses, absent)
-        else:
-            report = self._combine_by_losses(buffers, losses, absent)
-        self._due = False
-        self._loss_sums = {}
-        self.report = report
-        return report
+        nonfinite = ~absent & ~losses.isfinite()
 
-    def _combine_by_gram(self, buffers: GradientBuffers, losses: Tensor, absent: Tensor) -> StepReport:
-        gram = torch.stack([ops.gram(block).to(losses.device) for block in buffers.blocks]).sum(0)
-        nonfinite = ~absent & ~(losses.isfinite() & gram.diagonal().isfinite())
+        gram = gap = status = None
+        if constant is None and getattr(self.weighting, "needs_gram", True):
+            gram = _summed_gram(buffers.blocks, device)
+            nonfinite |= ~absent & ~gram.diagonal().isfinite()
+        if gram is not None or bool(nonfinite.any()):
+            self._note_nonfinite(nonfinite)
         left_out = absent | nonfinite
-        self._note_nonfinite(nonfinite)
-        gap = status = None
-        if bool(nonfinite.any()) and self.nonfinite == "propagate":
+        if self.nonfinite == "propagate" and bool(nonfinite.any()):
             weights = torch.full_like(losses, torch.nan)
         elif bool(left_out.all()):
             weights = torch.zeros_like(losses)
+        elif constant is not None:
+            weights = constant.to(device).masked_fill(left_out, 0.0)
         else:
-            seen_gram, seen_losses = gram, losses
-            if bool(left_out.any()):
-                seen_gram = gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
-                seen_losses = losses.masked_fill(left_out, losses[~left_out].mean().item())
-            weights, gap, status = self._weigh(seen_gram, seen_losses)
-            weights = weights.masked_fill(left_out, 0.0)
-        used = weights != 0
-        squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
-        clip = self._clip_factor(squared_norm)
-        if bool(left_out.all()) and not bool(weights.isnan().any()):
-            buffers.drop()
-        else:
-            for block in buffers.blocks:
-                ops.combine(block, weights * clip, out=block[0])
-            buffers.publish()
-        return self._make_report(losses, weights, gram, squared_norm, clip, nonfinite, absent, gap, status)
+            weights, gap, status = self._weigh(gram, losses, left_out)
 
-    def _combine_by_losses(self, buffers: GradientBuffers, losses: Tensor, absent: Tensor) -> StepReport:
-        """For weightings that need no Gram. Constant ones were applied during backward: row 0 is the direction."""
-        nonfinite = ~absent & ~losses.isfinite()
-        left_out = absent | nonfinite
-        weights = self._constant_weights()
-        if weights is not None:
-            weights = weights.to(losses.device).masked_fill(left_out, 0.0)
-        elif bool(left_out.all()):
-            weights = torch.zeros_like(losses)
-        else:
-            seen = losses.masked_fill(left_out, losses[~left_out].mean().item()) if bool(left_out.any()) else losses
-            weights, _, _ = self._weigh(None, seen)
-            weights = weights.masked_fill(left_out, 0.0)
-            for block in buffers.blocks:
-                ops.combine(block, weights, out=block[0])
-        squared_norm = torch.stack([ops.gram(block[:1]).to(losses.device) for block in buffers.blocks]).sum()
-        if not bool(squared_norm.isfinite()):  # some gradient is not finite, and they are summed already
-            nonfinite = ~absent
-        self._note_nonfinite(nonfinite)
-        clip = self._clip_factor(squared_norm)
-        if bool((absent | nonfinite).all()) and self.nonfinite != "propagate":
+        if gram is not None:
+            used = weights != 0  # rows left out may hold NaN
+            squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
+            clip = self._clip_factor(squared_norm)
+            _combine_blocks(buffers.blocks, weights * clip)
+        else:  # constant weights were applied during backward: row 0 is the direction already
+            if constant is None:
+                _combine_blocks(buffers.blocks, weights)
+            squared_norm = _summed_gram([block[:1] for block in buffers.blocks], device).squeeze()
+            if not bool(squared_norm.isfinite()) and not bool(nonfinite.any()):
+                nonfinite = left_out = ~absent  # some gradient is not finite; they are summed already, all or nothing
+                self._note_nonfinite(nonfinite)
+            clip = self._clip_factor(squared_norm)
+            factor = clip * 0 / 0 if bool(weights.isnan().any()) else clip
+            if factor != 1:
+                _combine_blocks([block[:1] for block in buffers.blocks], factor[None])
+        if bool(left_out.all()) and self.nonfinite != "propagate":
             weights = torch.zeros_like(weights)
             buffers.drop()
         else:
-            if clip < 1:
-                for block in buffers.blocks:
-                    block[0].mul_(clip.item())
             buffers.publish()
-        return self._make_report(losses, weights, None, squared_norm, clip, nonfinite, absent, None, None)
+        self._due = False
+        self._loss_sums = {}
+        counts = torch.tensor(self._nonfinite_counts, device=device)
+        self.report = StepReport(
+            self._names, losses, weights, gram, squared_norm, clip, nonfinite, absent, counts, gap, status
+        )
+        return self.report
 
-    def _weigh(self, gram: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _weigh(
+        self, gram: Tensor | None, losses: Tensor, left_out: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weights, gap and status. An objective left out looks solved to the weighting: no gradient, an average loss."""
+        if bool(left_out.any()):
+            losses = losses.masked_fill(left_out, losses[~left_out].mean().item())
+            gram = None if gram is None else gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
         if gram is not None and getattr(self.weighting, "needs_positive_losses", False):
             require_positive_losses(gram, losses, self._names, self.weighting)
-        solve = getattr(self.weighting, "solve", None)
-        if solve is not None:
-            point: ops.MinNorm = solve(gram, losses)
-            return point.weights, point.gap, point.status
-        weights = torch.as_tensor(self.weighting(gram, losses), dtype=torch.float64, device=losses.device)
+        gap = status = None
+        if hasattr(self.weighting, "solve"):
+            weights, gap, status = self.weighting.solve(gram, losses)
+        else:
+            weights = torch.as_tensor(self.weighting(gram, losses), dtype=torch.float64, device=losses.device)
         if weights.shape != losses.shape or not bool(weights.isfinite().all()):
             raise RuntimeError(
                 f"weighting {self.weighting!r} returned {weights.tolist()} for {len(self._names)} objectives: it must "
-                f"return "
-                "one finite weight per objective"
+                "return one finite weight per objective"
             )
-        return weights, None, None
+        return weights.masked_fill(left_out, 0.0), gap, status
 
     def _clip_factor(self, squared_norm: Tensor) -> Tensor:
         if self.max_grad_norm is None:
@@ -286,28 +300,10 @@ class MultiObjectiveOptimizer(Optimizer):
             self._warned = True
             warnings.warn(
                 f"left objective {names} out of this step: its loss or gradient is not finite. report.nonfinite_counts "
-                f"counts "
-                "further cases in silence; with a GradScaler use nonfinite='propagate', so that it lowers its scale",
-                RuntimeWarning,
+                "counts further cases in silence; with a GradScaler use nonfinite='propagate', so that it lowers its
+                scale", RuntimeWarning,
                 stacklevel=4,
             )
-
-    def _make_report(
-        self,
-        losses: Tensor,
-        weights: Tensor,
-        gram: Tensor | None,
-        squared_norm: Tensor,
-        clip: Tensor,
-        nonfinite: Tensor,
-        absent: Tensor,
-        gap: Tensor | None,
-        status: Tensor | None,
-    ) -> StepReport:
-        counts = torch.tensor(self._nonfinite_counts, device=losses.device)
-        return StepReport(
-            self._names, losses, weights, gram, squared_norm, clip, nonfinite, absent, counts, gap, status
-        )
 
     # ------------------------------------------------------------------------------------------ losses and buffers
 
@@ -332,6 +328,8 @@ class MultiObjectiveOptimizer(Optimizer):
         """Buffers that fit the parameters as they are now; an open window moves over to new ones."""
         parameters = [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
         old = self._buffers
+        if not parameters:
+            raise ValueError("no parameter of the base optimizer requires grad: nothing to optimize")
         if old is None or old.n_rows != n_rows or old.signature != signature(parameters):
             for parameter in parameters:
                 if not parameter.is_floating_point():
@@ -354,138 +352,43 @@ class MultiObjectiveOptimizer(Optimizer):
 
     # --------------------------------------------------------------------------------------- manners of torch.optim
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Combine if that is still due, then let the base optimizer step.
-
-        Args:
-            closure: re-evaluates the losses, calls `backward` of this optimizer, and returns a loss.
-
-        Returns:
-            What the base optimizer's `step` returns: the closure's value, or None.
-        """
-        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        options: dict[str, Any] = {}
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            changed = hook(self, arguments, options)
-            if changed is not None:
-                arguments, options = changed
-        closure = arguments[1] if len(arguments) > 1 else options.get("closure")
-        if closure is None:
-            if self._due:
-                self.combine()
-            result: Any = self.base.step()
-        else:
-            result = self.base.step(self._combining(closure))
-        for post_hook in list(self._optimizer_step_post_hooks.values()):
-            post_hook(self, arguments, options)
-        return result
-
-    # Optimizer wraps the step of every subclass to run hooks, the global ones among them. They run inside base.step()
-    # already and would fire twice; so this step counts as wrapped, and runs the hooks of this instance itself.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def _combining(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def evaluate() -> Any:
-            value = closure()
-            if self._due:
-                self.combine()
-            return value
-
-        return evaluate
+    def prepare_step(self) -> None:
+        """Combine, if that is still due."""
+        if self._due:
+            self.combine()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `p.grad`, and gradients that `backward` captured but no `combine` has used."""
         self._drop_window()
         self.base.zero_grad(set_to_none=set_to_none)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; its gradients count from the next `backward` on."""
-        self.base.add_param_group(param_group)
-
-    # `Optimizer.load_state_dict` and Accelerate's `prepare` replace these objects in the base: hold no second
-    # reference.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups, themselves."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state, itself."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, themselves."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict, with the objectives, counters and weighting state under
-        `param_groups[0]["mogeo"]`.
-
-        The bare base optimizer can load it, and `load_state_dict` accepts one of the bare base. Gradients are not part
-        of it: save after a step, not in the middle of gradient accumulation.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base.state_dict()
-        own: dict[str, Any] = {
+    def own_state(self) -> dict[str, Any]:
+        """Objectives, counters, and the weighting's state."""
+        return {
             "objectives": list(self.objectives or ()),
             "nonfinite_counts": list(self._nonfinite_counts),
             "weighting": getattr(self.weighting, "state_dict", dict)(),
         }
-        groups = state_dict["param_groups"]
-        state_dict = {**state_dict, "param_groups": [{**groups[0], _STATE_KEY: own}, *groups[1:]]}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, here or in the bare base optimizer.
-
-        Raises:
-            ValueError: it was saved for other objectives. Nothing is loaded then.
-        """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        own = groups[0].pop(_STATE_KEY, None) if groups else None
-        own = own or {"objectives": []}
-        saved = tuple(own["objectives"])
+    def check_own_state(self, own: dict[str, Any]) -> None:
+        """Raise ValueError if the state was saved for other objectives."""
+        saved = tuple(own.get("objectives", ()))
         if saved and self.objectives is not None and saved != self.objectives:
             raise ValueError(
                 f"the state was saved for the objectives {list(saved)}, but this optimizer has "
-                f"{list(self.objectives)}: construct "
-                f"it with objectives={list(saved)}, or load it into the base optimizer to drop the weighting's state"
+                f"{list(self.objectives)}: "
+                f"construct it with objectives={list(saved)}, or load into its base to drop the weighting's state"
             )
-        self.base.load_state_dict({**state_dict, "param_groups": groups})
-        self._reset()
-        if saved:
-            self.objectives = saved
-            self._nonfinite_counts = [int(count) for count in own["nonfinite_counts"]]
-            if hasattr(self.weighting, "load_state_dict"):
-                self.weighting.load_state_dict(own["weighting"])
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Like torch.optim: no hooks. And no gradients: rows are rebuilt by the next backward.
-        # Schedulers put a wrapper of theirs over `step`.
-        lost = ("_buffers", "_loss_sums", "_due", "step")
-        return {name: value for name, value in vars(self).items() if name not in lost and "_hook" not in name}
+    def load_own_state(self, own: dict[str, Any]) -> None:
+        """Restore objectives, counters and the weighting's state, and drop gradients captured so far."""
+        self._reset()
+        if not own.get("objectives"):
+            return
+        self.objectives = tuple(own["objectives"])
+        self._nonfinite_counts = [int(count) for count in own["nonfinite_counts"]]
+        if hasattr(self.weighting, "load_state_dict"):
+            self.weighting.load_state_dict(own["weighting"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -498,16 +401,15 @@ class MultiObjectiveOptimizer(Optimizer):
 # ------------------------------------------------------------------------------------------------ checks and one backwa
 
 
-def _check_base(base: object) -> None:
-    if isinstance(base, MultiObjectiveOptimizer):
-        raise TypeError("base is a MultiObjectiveOptimizer already: wrap the optimizer inside it, base.base")
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base is a {type(base).__name__}: pass a torch.optim.Optimizer, such as AdamW(...)")
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError(
-            "LBFGS cannot be wrapped: it builds curvature from differences of one function's gradients, and the shared "
-            "direction follows another weighted sum at every evaluation. Use a first-order base, such as AdamW"
-        )
+def _summed_gram(blocks: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Σ over blocks of G Gᵀ, fp64 [K, K]."""
+    return torch.stack([ops.gram(block).to(device) for block in blocks]).sum(0)
+
+
+def _combine_blocks(blocks: Sequence[Tensor], weights: Tensor) -> None:
+    """Write wᵀ rows into row 0 of every block."""
+    for block in blocks:
+        ops.combine(block, weights, out=block[0])
 
 
 def _refuse_distributed() -> None:

@@ -1,0 +1,170 @@
+"""OptimizerWrapper: a torch optimizer seen through another one, with every manner of torch.optim kept.
+
+Knows hooks, groups, state and checkpoints; nothing of objectives. Parameters, their groups, state and learning rates
+belong to the base alone: `Optimizer.load_state_dict` and Accelerate's `prepare` replace those objects in the base, so a
+second reference to them would go stale, and with it every learning-rate scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch.optim import Optimizer
+
+_STATE_KEY = "mogeo"  # inside param_groups[0]: the one place of a state_dict that distributed checkpoints carry along
+
+
+class OptimizerWrapper(Optimizer):
+    """Delegates to `base`. A subclass says what to do before the base steps, and what more there is to save.
+
+    Raises:
+        TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot be wrapped.
+    """
+
+    #: Attributes that copies and pickles leave behind.
+    _transient: tuple[str, ...] = ()
+
+    def __init__(self, base: Optimizer) -> None:
+        if isinstance(base, OptimizerWrapper):
+            raise TypeError(f"base is a {type(base).__name__} already: wrap the optimizer inside it, base.base")
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base is a {type(base).__name__}: pass a torch.optim.Optimizer, such as AdamW")
+        if isinstance(base, torch.optim.LBFGS):
+            raise TypeError(
+                "LBFGS cannot be wrapped: it builds curvature from differences of one function's gradients, and the "
+                "shared "
+                "direction follows another weighted sum at every evaluation. Use a first-order base, such as AdamW"
+            )
+        # Optimizer.__init__ installs the hook tables; what it writes about parameters goes to a stand-in and is
+        # forgotten.
+        self.base = cast(Optimizer, SimpleNamespace(add_param_group=lambda group: None))
+        super().__init__([torch.empty(0)], {})
+        self.base = base
+
+    def prepare_step(self) -> None:
+        """Called when gradients are complete and the base is about to use them: after a closure, if there is one."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What to save besides the base's state: tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def check_own_state(self, own: dict[str, Any]) -> None:
+        """Raise ValueError if `load_own_state` could not take this."""
+
+    def load_own_state(self, own: dict[str, Any]) -> None:
+        """Restore what `own_state` returned; {} where the checkpoint is the bare base's."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let the base optimizer step, once gradients are ready.
+
+        Args:
+            closure: re-evaluates the losses, calls this optimizer's `backward`, and returns a loss.
+
+        Returns:
+            What the base optimizer's `step` returns: the closure's value, or None.
+        """
+        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        options: dict[str, Any] = {}
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            changed = hook(self, arguments, options)
+            if changed is not None:
+                arguments, options = changed
+        closure = arguments[1] if len(arguments) > 1 else options.get("closure")
+        if closure is None:
+            self.prepare_step()
+            result: Any = self.base.step()
+        else:
+            result = self.base.step(self._preparing(closure))
+        for post_hook in list(self._optimizer_step_post_hooks.values()):
+            post_hook(self, arguments, options)
+        return result
+
+    # Optimizer wraps the step of every subclass to run hooks, the global ones among them. They run inside base.step()
+    # already and would fire twice; so this step counts as wrapped, and runs the hooks of this instance itself.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _preparing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            value = closure()
+            self.prepare_step()
+            return value
+
+        return evaluate
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear `p.grad` of the base optimizer's parameters."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self.base.add_param_group(param_group)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups, themselves."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state, itself."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults, themselves."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state_dict, with `own_state` under `param_groups[0]["mogeo"]`.
+
+        The bare base optimizer can load it, and `load_state_dict` accepts one of the bare base. Gradients are not part
+        of it: save after a step, not in the middle of gradient accumulation.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base.state_dict()
+        first, *others = state_dict["param_groups"]
+        state_dict = {**state_dict, "param_groups": [{**first, _STATE_KEY: self.own_state()}, *others]}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, here or in the bare base optimizer.
+
+        Raises:
+            ValueError: it does not fit this optimizer. Nothing is loaded then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        own = groups[0].pop(_STATE_KEY, {}) if groups else {}
+        self.check_own_state(own)
+        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        self.load_own_state(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks stay behind, as in torch.optim, and so does `step`, over which schedulers put a wrapper of theirs.
+        lost = (*self._transient, "step")
+        return {name: value for name, value in vars(self).items() if name not in lost and not name.endswith("_hooks")}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
