@@ -95,8 +95,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._loss_sums: dict[int, Tensor] = {}  # objective index → sum of its losses in this window
         self._due = False
 
-    # gradients: captured, then combined
-
     def backward(
         self,
         losses: Losses,
@@ -262,7 +260,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _weigh(
         self, gram: Tensor | None, losses: Tensor, left_out: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weights, gap and status. An objective left out looks solved to the weighting: no gradient, an average loss."""
+        """Weights, gap and status. To the weighting, an objective left out looks solved: no gradient, average loss."""
         if bool(left_out.any()):
             losses = losses.masked_fill(left_out, losses[~left_out].mean().item())
             gram = None if gram is None else gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
@@ -299,13 +297,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if self.nonfinite == "skip" and not self._warned:
             self._warned = True
             warnings.warn(
-                f"left objective {names} out of this step: its loss or gradient is not finite. report.nonfinite_counts "
-                "counts further cases in silence; with a GradScaler use nonfinite='propagate', so that it lowers its
-                scale", RuntimeWarning,
+                f"left objective {names} out of this step: its loss or gradient is not finite. Further cases are counted "
+                "in report.nonfinite_counts. With a GradScaler use nonfinite='propagate', so that it lowers its scale",
+                RuntimeWarning,
                 stacklevel=4,
             )
-
-    # ------------------------------------------------------------------------------------------ losses and buffers
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -350,7 +346,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._loss_sums = {}
         self._due = False
 
-    # --------------------------------------------------------------------------------------- manners of torch.optim
+    # what mogeo.wrapper asks for
 
     def prepare_step(self) -> None:
         """Combine, if that is still due."""
@@ -396,9 +392,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(weighting={self.weighting!r}, base={self.base!r})"
-
-
-# ------------------------------------------------------------------------------------------------ checks and one backwa
 
 
 def _summed_gram(blocks: Sequence[Tensor], device: torch.device) -> Tensor:

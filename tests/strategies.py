@@ -44,8 +44,8 @@ def convex_weights(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
 
 
 def balanced(rows: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shift the rows by one vector so that the convex combination `weights` of them is zero (up to rounding)."""
-    return rows - weights @ rows
+    """Shift the rows by one vector so that the convex combination `weights` of them is zero; a single row stays."""
+    return rows - weights @ rows if len(rows) > 1 else rows
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size: int) -> NDArray[np.float64]:
