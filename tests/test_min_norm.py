@@ -1,0 +1,469 @@
+"""`min_norm_weights` before judges that do not round: named properties over every family of hard Gram matrices.
+
+The units. A Gram entry M_ij is known to about 1e-16 of ‖g_i‖·‖g_j‖, so with the reach ρ(α) = Σ α_i‖g_i‖ the product
+(Mα)_i is known to 1e-16·‖g_i‖·ρ(α), and αᵀMα to 1e-16·ρ(α)². Every tolerance below is a multiple of these: they do not
+change when a row is rescaled, and so mean the same for norms 1e-12 and 1e12 in one Gram. The left-hand sides are
+evaluated in rational arithmetic, from the very bits of the Gram and of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from torch import Tensor
+
+import mogeo
+from tests import strategies
+from tests.reference import exact, high_precision, published
+from tests.strategies import FAMILIES, REPRODUCIBLE, WELL_POSED
+
+# A few hundred roundings of fp64: what is left of the optimality conditions, in the units above.
+KKT_TOLERANCE = Fraction(1, 10**13)
+# The promise: suboptimality relative to the optimum.
+RELATIVE = Fraction(1, 10**12)
+# The promise holds where the optimum stands this far above ρ², hence 1e12 above the Gram's own rounding.
+RESOLVED = Fraction(1, 10**4)
+
+# Diagonal entries of rows that take no part: solved objectives, rounding below zero, overflow.
+LEFT_OUT = (0.0, -1e-30, math.nan, math.inf, -math.inf)
+
+MANY = settings(REPRODUCIBLE, max_examples=150)
+SOME = settings(REPRODUCIBLE, max_examples=60)
+
+
+class Judgement(NamedTuple):
+    """Given weights on the hull (the rows with a positive finite diagonal), in exact arithmetic."""
+
+    gram: list[list[Fraction]]
+    weights: list[Fraction]
+    norms: list[Fraction]
+    products: list[Fraction]  # (Mα)_i = ⟨d, g_i⟩
+    value: Fraction  # αᵀMα = ‖d‖²
+
+    def reach(self, weights: list[Fraction] | None = None) -> Fraction:
+        """ρ(α) = Σ α_i‖g_i‖."""
+        weights = self.weights if weights is None else weights
+        return sum((w * n for w, n in zip(weights, self.norms, strict=True)), start=Fraction(0))
+
+
+def hull_of(gram: Tensor) -> Tensor:
+    """Indices of the rows that take part: positive, finite diagonal."""
+    diagonal = gram.diagonal()
+    return torch.nonzero((diagonal > 0) & diagonal.isfinite()).flatten()
+
+
+def judge(gram: Tensor, weights: Tensor) -> Judgement:
+    """Evaluate fp64 weights [K] on an fp64 Gram [K, K] exactly."""
+    hull = hull_of(gram)
+    m = exact.symmetric(gram[hull][:, hull].tolist())
+    alpha = exact.on_simplex(weights[hull].tolist())
+    norms = [Fraction(math.sqrt(m[i][i])) for i in range(len(m))]
+    return Judgement(m, alpha, norms, exact.products(m, alpha), exact.value(m, alpha))
+
+
+def optimum_of(gram: Tensor) -> tuple[Fraction, list[Fraction]]:
+    """The oracles' optimum over the hull: by enumeration while that is quick, else at 120 digits."""
+    hull = hull_of(gram)
+    inner = gram[hull][:, hull].tolist()
+    if len(inner) <= 4:
+        return exact.min_norm_point(exact.symmetric(inner))
+    best = high_precision.min_norm_point(inner)
+    return best.value, best.weights
+
+
+def indefiniteness(judged: Judgement) -> Fraction:
+    """δ such that M + δ·diag(M) is positive semidefinite; zero for a Gram that fp64 alone has rounded."""
+    scaled = [
+        [float(x / (a * b)) for x, b in zip(row, judged.norms, strict=True)]
+        for row, a in zip(judged.gram, judged.norms, strict=True)
+    ]
+    smallest = float(np.linalg.eigvalsh(np.array(scaled))[0])
+    return Fraction(-smallest) if smallest < -1e-13 else Fraction(0)
+
+
+def assert_on_simplex(gram: Tensor, weights: Tensor) -> None:
+    """Weights ≥ 0, of sum 1 within 1e-15·K; none on rows outside the hull. A NaN fails each of these."""
+    k = len(gram)
+    assert weights.shape == (k,)
+    assert weights.dtype == torch.float64
+    assert bool((weights >= 0).all()), weights
+    assert abs(math.fsum(weights.tolist()) - 1) <= 1e-15 * k
+    outside = torch.ones(k, dtype=torch.bool)
+    outside[hull_of(gram)] = False
+    assert bool((weights[outside] == 0).all()), weights
+
+
+def assert_kkt(judged: Judgement) -> None:
+    """(Mα)_i ≥ αᵀMα for every i of the hull, to the rounding of (Mα)_i: optimal, and no objective is hurt."""
+    for product, norm in zip(judged.products, judged.norms, strict=True):
+        residual = (judged.value - product) / (norm * judged.reach())
+        assert residual <= KKT_TOLERANCE, f"KKT residual {float(residual):.1e}"
+
+
+def assert_optimal(judged: Judgement, best: Fraction, best_weights: list[Fraction]) -> None:
+    """Suboptimality relative to f* ≤ 1e-12 wherever f* ≥ 1e-4 ρ(α*)², hence far above the Gram's own rounding.
+
+    Below that (the hull passes through zero, or nearly) f* consists of the Gram's rounding and may be negative;
+    there the bound is the larger of 1e-12·f* and what the optimality conditions imply: with (Mα)_i ≥ f(α) - τ‖g_i‖ρ(α)
+    and M + δ·diag(M) positive semidefinite, expanding f(α*) about α gives
+    f(α) - f* ≤ 2τ·ρ(α)ρ(α*) + δ(ρ(α)² + ρ(α*)²).
+    Only a Gram with the noise of fp32 on it has a δ; minimising it globally would fit that noise, at a price
+    exponential in K.
+    """
+    reach, best_reach, delta = judged.reach(), judged.reach(best_weights), indefiniteness(judged)
+    allowed = RELATIVE * max(best, Fraction(0))
+    if delta or best < RESOLVED * best_reach**2:
+        rounding = 2 * KKT_TOLERANCE * reach * best_reach + delta * (reach**2 + best_reach**2)
+        allowed = max(allowed, rounding)
+    excess = judged.value - best
+    assert excess <= allowed, f"f(α) - f* = {float(excess):.2e}, allowed {float(allowed):.2e}, f* = {float(best):.2e}"
+
+
+def assert_gap_is_true(judged: Judgement, gap: Tensor) -> None:
+    """The reported gap is αᵀMα - min (Mα)_i of these weights, to the rounding of its terms, and never negative."""
+    true = judged.value - min(judged.products)
+    rounding = KKT_TOLERANCE * max(judged.norms) * judged.reach()
+    assert gap.shape == ()
+    assert gap.dtype == torch.float64
+    assert gap.item() >= 0
+    assert abs(Fraction(gap.item()) - true) <= rounding
+
+
+def assert_same_direction(gram: Tensor, first: Tensor, second: Tensor) -> None:
+    """‖Gᵀα - Gᵀβ‖ ≤ 1e-7 ρ, and both are equally long to twice the promise: optima may differ, directions may not."""
+    a, b = judge(gram, first), judge(gram, second)
+    delta = indefiniteness(a)
+    reach = max(a.reach(), b.reach())
+    difference = [x - y for x, y in zip(a.weights, b.weights, strict=True)]
+    assert exact.value(a.gram, difference) <= (Fraction(1, 10**14) + 4 * delta) * reach**2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every family, every size
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_on_every_family(family: str, k: int) -> None:
+    for seed in range(4):
+        gram = torch.from_numpy(FAMILIES[family](np.random.default_rng([seed, k]), k))
+        result = mogeo.min_norm_weights(gram)
+        assert_on_simplex(gram, result.weights)
+        judged = judge(gram, result.weights)
+        assert_kkt(judged)
+        assert_optimal(judged, *optimum_of(gram))
+        assert_gap_is_true(judged, result.gap)
+        assert int(result.status) == mogeo.Status.OPTIMAL
+
+
+@pytest.mark.parametrize("k", [2, 4, 8, 16])
+@pytest.mark.parametrize("family", WELL_POSED)
+def test_well_posed_families_have_no_excuse(family: str, k: int) -> None:
+    for seed in range(10, 16):
+        gram = torch.from_numpy(FAMILIES[family](np.random.default_rng([seed, k]), k))
+        best, _ = optimum_of(gram)
+        assert best > 0
+        assert judge(gram, mogeo.min_norm_weights(gram).weights).value - best <= RELATIVE * best
+
+
+@pytest.mark.parametrize("k", [33, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_objectives(family: str, k: int) -> None:
+    gram = torch.from_numpy(FAMILIES[family](np.random.default_rng(k), k))
+    result = mogeo.min_norm_weights(gram)
+    assert_on_simplex(gram, result.weights)
+    judged = judge(gram, result.weights)
+    assert_kkt(judged)
+    assert_gap_is_true(judged, result.gap)
+    assert int(result.status) == mogeo.Status.OPTIMAL
+
+
+@pytest.mark.parametrize("family", ["gaussian, N = 1000", "gaussian, N = K + 1", "strong conflict"])
+def test_agrees_with_a_published_solver(family: str) -> None:
+    for seed in range(5):
+        gram = FAMILIES[family](np.random.default_rng([seed, 12]), 12)
+        weights = mogeo.min_norm_weights(torch.from_numpy(gram)).weights.numpy()
+        np.testing.assert_allclose(weights, published.min_norm_weights(gram), rtol=0, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Properties, on whatever hypothesis finds
+
+
+@MANY
+@given(strategies.any_grams())
+def test_kkt_and_gap(gram: Tensor) -> None:
+    result = mogeo.min_norm_weights(gram)
+    assert_on_simplex(gram, result.weights)
+    judged = judge(gram, result.weights)
+    assert_kkt(judged)
+    assert_gap_is_true(judged, result.gap)
+
+
+@MANY
+@given(strategies.any_grams(max_k=4))
+def test_suboptimality(gram: Tensor) -> None:
+    assert_optimal(judge(gram, mogeo.min_norm_weights(gram).weights), *optimum_of(gram))
+
+
+@SOME
+@given(strategies.grams(min_k=6, max_k=12))
+def test_suboptimality_beyond_enumeration(gram: Tensor) -> None:
+    assert_optimal(judge(gram, mogeo.min_norm_weights(gram).weights), *optimum_of(gram))
+
+
+@SOME
+@given(strategies.any_grams(max_k=24))
+def test_deterministic_to_the_bit(gram: Tensor) -> None:
+    before = gram.clone()
+    first, second = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(gram.clone())
+    assert torch.equal(first.weights, second.weights)
+    assert torch.equal(first.gap, second.gap)
+    assert torch.equal(first.status, second.status)
+    assert torch.equal(gram, before)
+
+
+@MANY
+@given(strategies.any_grams(), st.randoms(use_true_random=False))
+def test_permutation_leaves_the_direction(gram: Tensor, random: object) -> None:
+    order = list(range(len(gram)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    permuted = mogeo.min_norm_weights(gram[order][:, order]).weights
+    back = torch.empty_like(permuted)
+    back[order] = permuted
+    assert_same_direction(gram, mogeo.min_norm_weights(gram).weights, back)
+
+
+@MANY
+@given(strategies.any_grams(), st.integers(-800, 800))
+def test_common_power_of_two_changes_no_bit(gram: Tensor, exponent: int) -> None:
+    result, scaled = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(gram * 2.0**exponent)
+    assert torch.equal(result.weights, scaled.weights)
+    assert torch.equal(result.gap * 2.0**exponent, scaled.gap)
+
+
+@SOME
+@given(strategies.any_grams(), st.floats(1e-30, 1e30))
+def test_common_scale_leaves_the_direction(gram: Tensor, scale: float) -> None:
+    assert_same_direction(gram, mogeo.min_norm_weights(gram).weights, mogeo.min_norm_weights(gram * scale).weights)
+
+
+@MANY
+@given(strategies.any_grams(max_k=4), st.data())
+def test_a_duplicate_leaves_the_direction(gram: Tensor, data: st.DataObject) -> None:
+    k = len(gram)
+    twin = data.draw(st.integers(0, k - 1))
+    order = [*range(k), twin]
+    weights = mogeo.min_norm_weights(gram[order][:, order]).weights
+    merged = weights[:k].clone()
+    merged[twin] += weights[k]
+    assert_same_direction(gram, mogeo.min_norm_weights(gram).weights, merged)
+
+
+@SOME
+@given(strategies.any_grams(max_k=4), st.data(), st.sampled_from(LEFT_OUT), st.booleans())
+def test_zero_and_nonfinite_rows_are_left_out(gram: Tensor, data: st.DataObject, entry: float, spread: bool) -> None:
+    k = len(gram)
+    at = data.draw(st.integers(0, k))
+    kept = [i for i in range(k + 1) if i != at]
+    larger = torch.zeros(k + 1, k + 1, dtype=torch.float64)
+    larger[torch.tensor(kept)[:, None], torch.tensor(kept)] = gram
+    larger[at, at] = entry
+    if spread and not math.isfinite(entry):  # a NaN row spoils its whole row and column of the Gram
+        larger[at, :] = larger[:, at] = entry
+    alone, beside = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(larger)
+    assert beside.weights[at] == 0
+    assert torch.equal(beside.weights[kept], alone.weights)
+    assert torch.equal(beside.gap, alone.gap)
+    assert torch.equal(beside.status, alone.status)
+
+
+@MANY
+@given(st.integers(1, 6), st.integers(0, 2**20), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_survives_what_is_no_gram_at_all(k: int, seed: int, spread: float) -> None:
+    """Any symmetric matrix, also with negative diagonals and |M_ij| > ‖g_i‖‖g_j‖: honest weights, gap and status."""
+    values = np.random.default_rng(seed).standard_normal((k, k)) * spread
+    gram = torch.from_numpy(values + values.T + np.diag(np.random.default_rng(seed + 1).standard_normal(k)))
+    result = mogeo.min_norm_weights(gram)
+    if not len(hull_of(gram)):
+        assert int(result.status) == mogeo.Status.ZERO
+        return
+    assert_on_simplex(gram, result.weights)
+    judged = judge(gram, result.weights)
+    true_gap = judged.value - min(judged.products)
+    largest = Fraction(gram.abs().max().item())
+    assert abs(Fraction(result.gap.item()) - true_gap) <= Fraction(1, 10**12) * largest
+    if int(result.status) == mogeo.Status.OPTIMAL:
+        assert true_gap <= Fraction(1, 10**9) * largest
+    else:
+        assert int(result.status) == mogeo.Status.STALLED
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two objectives: the closed form, and what a loss does to its own coefficient
+
+
+@MANY
+@given(strategies.any_grams(max_k=2))
+def test_two_objectives_closed_form(gram: Tensor) -> None:
+    if len(hull_of(gram)) < 2:
+        return
+    (a, b), (_, c) = exact.symmetric(gram.tolist())
+    if a + c - 2 * b <= Fraction(1, 10**6) * min(a, c):
+        return  # nearly equal gradients: every weight is a minimiser to rounding; the suboptimality tests judge those
+    first = min(max((c - b) / (a + c - 2 * b), Fraction(0)), Fraction(1))
+    assert abs(Fraction(mogeo.min_norm_weights(gram).weights[0].item()) - first) <= Fraction(1, 10**9)
+
+
+@MANY
+@given(
+    strategies.grams(min_k=2, max_k=2),
+    st.floats(1e-2, 1e2),
+    st.floats(1e-2, 1e2),
+    st.floats(1.0, 1e2),
+)
+@example(torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64), 1.0, 1.0, 1.05)
+def test_a_larger_loss_never_lowers_its_own_coefficient(gram: Tensor, own: float, other: float, growth: float) -> None:
+    """mgda-decoupled, two objectives: α_1 of the Gram M_ij / (L_i L_j) does not fall as L_1 grows (docs/solver.md)."""
+    if len(hull_of(gram)) < 2:
+        return
+
+    def coefficient(loss: float) -> float:
+        losses = torch.tensor([loss, other], dtype=torch.float64)
+        return mogeo.min_norm_weights(gram / (losses[:, None] * losses)).weights[0].item()
+
+    assert coefficient(own * growth) >= coefficient(own) - 1e-9
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From rows to direction
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("conflict", [0.0, 0.9, 0.99])
+def test_mgda_direction_conflicts_with_no_gradient(k: int, conflict: float) -> None:
+    """⟨d, g_i⟩ ≥ ‖d‖² > 0 for the gradients themselves, not only for their Gram."""
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randn(k, 5000, dtype=torch.float64, generator=generator)
+    rows -= conflict * rows.mean(dim=0)
+    direction = mogeo.combine(rows, mogeo.min_norm_weights(mogeo.gram(rows)).weights)
+    inner = rows @ direction
+    assert bool((inner >= direction @ direction * (1 - 1e-9)).all())
+    assert bool((inner > 0).all())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Edges
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_all_zero(k: int) -> None:
+    result = mogeo.min_norm_weights(torch.zeros(k, k, dtype=torch.float64))
+    assert int(result.status) == mogeo.Status.ZERO
+    assert torch.equal(result.weights, torch.full((k,), 1 / k, dtype=torch.float64))
+    assert result.gap.item() == 0
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_all_nonfinite(k: int, entry: float) -> None:
+    result = mogeo.min_norm_weights(torch.full((k, k), entry, dtype=torch.float64))
+    assert int(result.status) == mogeo.Status.NONFINITE
+    assert bool(result.weights.isfinite().all())
+    assert result.gap.item() == 0
+
+
+def test_a_nonfinite_row_among_zero_rows_gets_no_weight() -> None:
+    gram = torch.tensor([[0, math.nan, 0], [math.nan] * 3, [0, math.nan, 0]], dtype=torch.float64)
+    result = mogeo.min_norm_weights(gram)
+    assert int(result.status) == mogeo.Status.ZERO
+    assert result.weights.tolist() == [0.5, 0.0, 0.5]
+
+
+def test_a_nonfinite_entry_between_finite_rows_gives_no_nan() -> None:
+    gram = torch.tensor([[1, math.nan, 0.1], [math.nan, 1, 0.1], [0.1, 0.1, 2]], dtype=torch.float64)
+    result = mogeo.min_norm_weights(gram)
+    assert bool((result.weights >= 0).all())
+    assert result.weights.sum().item() == pytest.approx(1)
+    assert result.gap.isfinite()
+
+
+def test_one_objective() -> None:
+    result = mogeo.min_norm_weights(torch.tensor([[3.0]], dtype=torch.float64))
+    assert (result.weights.tolist(), result.gap.item(), int(result.status)) == ([1.0], 0.0, mogeo.Status.OPTIMAL)
+
+
+@pytest.mark.parametrize(
+    ("gram", "weights"),
+    [
+        ([[1e-300, 0.0], [0.0, 1e300]], [1.0, 0.0]),
+        ([[1e-300, -0.5], [-0.5, 1e300]], [1.0, 0.0]),
+        ([[1e-310, 1e-312], [1e-312, 1.0]], [0.99, 0.01]),
+        ([[1e300, -9e299], [-9e299, 1e300]], [0.5, 0.5]),
+        ([[1.7e308, -1.7e308], [-1.7e308, 1.7e308]], [0.5, 0.5]),
+        ([[1e-300, -9e-301], [-9e-301, 1e-300]], [0.5, 0.5]),
+    ],
+    ids=["both ends", "both ends, opposed", "subnormal", "huge", "largest", "tiny"],
+)
+def test_the_ends_of_the_exponent_range(gram: list[list[float]], weights: list[float]) -> None:
+    result = mogeo.min_norm_weights(torch.tensor(gram, dtype=torch.float64))
+    assert result.weights.tolist() == pytest.approx(weights, abs=0.01)
+    assert int(result.status) == mogeo.Status.OPTIMAL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_grams_are_solved_in_fp64(dtype: torch.dtype) -> None:
+    for seed in range(5):
+        gram = torch.from_numpy(FAMILIES["gaussian, N = K + 1"](np.random.default_rng(seed), 6)).to(dtype)
+        narrow, wide = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(gram.to(torch.float64))
+        assert torch.equal(narrow.weights, wide.weights)
+        assert torch.equal(narrow.gap, wide.gap)
+        assert_kkt(judge(gram.to(torch.float64), narrow.weights))
+
+
+@SOME
+@given(strategies.any_grams(), st.integers(0, 2**20))
+def test_rounding_may_have_made_it_unsymmetric(gram: Tensor, seed: int) -> None:
+    noise = torch.randn(gram.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    skew = (noise - noise.T) * 2.0**-50 * gram.abs().max()  # exactly antisymmetric: the quadratic form does not see it
+    weights = mogeo.min_norm_weights(gram + skew).weights
+    seen = (gram + skew + (gram + skew).T) / 2
+    assert_on_simplex(seen, weights)
+    assert torch.equal(weights, mogeo.min_norm_weights(seen).weights)
+
+
+def test_strides_and_autograd_do_not_matter() -> None:
+    gram = torch.from_numpy(FAMILIES["gaussian, N = K + 1"](np.random.default_rng(0), 4))
+    expected = mogeo.min_norm_weights(gram).weights
+    strided = torch.full((8, 8), math.nan, dtype=torch.float64)
+    strided[::2, ::2] = gram
+    assert torch.equal(mogeo.min_norm_weights(strided[::2, ::2]).weights, expected)
+    tracked = mogeo.min_norm_weights(gram.clone().requires_grad_()).weights
+    assert torch.equal(tracked, expected)
+    assert not tracked.requires_grad
+
+
+def test_result_types() -> None:
+    result = mogeo.min_norm_weights(torch.eye(3))
+    assert result._fields == ("weights", "gap", "status")
+    assert (result.weights.dtype, result.gap.dtype, result.status.dtype) == (torch.float64, torch.float64, torch.int64)
+    assert (result.weights.shape, result.gap.shape, result.status.shape) == ((3,), (), ())
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (3,), (2, 3), (2, 2, 2), ()])
+def test_a_wrong_shape_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"gram.*" + str(shape).replace("(", r"\(").replace(")", r"\)")):
+        mogeo.min_norm_weights(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_wrong_dtype_is_named(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"gram.*{dtype}.*float"):
+        mogeo.min_norm_weights(torch.eye(2, dtype=dtype))
