@@ -1,0 +1,293 @@
+"""`mogeo align`: arguments, checks, the run, its table. Training itself is in `train`.
+
+Must not import torch at the top: `mogeo align --help` has to answer at once, and bad input before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mogeo.dpo.config import AUTOCASTS, LOSSES, PROMPT_FORMATS, SCHEDULES, AlignConfig
+from mogeo.dpo.data import COUNTS, PAIRINGS, Preferences, build_preferences, read_rows, split_rows
+from mogeo.dpo.errors import InputError
+
+if TYPE_CHECKING:
+    from mogeo.dpo.figures import Table
+    from mogeo.dpo.train import AlignResult
+
+logger = logging.getLogger("mogeo")
+
+_DESCRIPTION = """\
+Fine-tune a language model with DPO on completions that were rated by several objectives, so that no objective is left
+behind: each gets its own preference pairs, and every step follows one direction that --weighting finds for all of them.
+"""
+
+_EPILOG = """\
+data
+  One row is {"instruction": "...", "completions": [{"response": "...",
+              "annotations": {"helpfulness": {"Rating": "4"}, "honesty": {"Rating": "N/A"}, ...}}, ...]}
+  as in openbmb/UltraFeedback. Objectives are the names found in "annotations". For each, completions with strictly
+  different ratings become pairs; ties, ratings that are no number and empty responses are left out and counted.
+
+weightings
+  uniform              mean of the gradients, the cost of plain training     linear(0.3,0.7)   fixed weights
+  mgda-decoupled       min-norm point of the gradients over their losses: objectives that lag behind count more
+  mgda                 min-norm point: to first order, no objective gets worse    mgda-normalized   of unit gradients
+  gapo(0.5)            of gradients over a power of their norm                    group-dro(0.01)   by losses alone
+
+examples
+  mogeo align --model Qwen/Qwen2.5-0.5B-Instruct --data openbmb/UltraFeedback --output runs/qwen
+  mogeo align --model SmolLM2.gguf --data rated.jsonl --weighting uniform --lr 1e-5 --max-steps 200 --output runs/u
+  mogeo align --model SmolLM2.gguf --data rated.jsonl --weighting uniform --lr 1e-5 --max-steps 200 --output runs/u \\
+              --resume
+
+written to --output
+  metrics.jsonl (a record a step)   model/ (transformers' format)   report.html and pictures
+  run.json (the settings)   reference.pt (a cache)   checkpoint.pt (only until the run is finished)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; every default is AlignConfig's."""
+    default = AlignConfig()
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+
+    need = parser.add_argument_group("what to train")
+    need.add_argument("--model", required=True, metavar="M", help="hub name, folder, or .gguf file (dequantised)")
+    need.add_argument("--data", required=True, metavar="D", help="hub name, or .jsonl, .json, .parquet file")
+    need.add_argument("--output", required=True, metavar="O", type=Path, help="folder for everything that is written")
+    need.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, bit for bit")
+
+    method = parser.add_argument_group("objectives")
+    method.add_argument("--weighting", default=default.weighting, metavar="W", help="see below (default: %(default)s)")
+    method.add_argument(
+        "--objectives", metavar="A,B", help="names and their order, comma-separated (default: all that the data rates)"
+    )
+    method.add_argument(
+        "--pairing", choices=PAIRINGS, default="best-worst", help="pairs of a prompt: highest against lowest rating, "
+        "all, or one at random (default: %(default)s)",
+    )  # fmt: skip
+    method.add_argument(
+        "--held-out", type=_share_or_number, default=0.1, metavar="H",
+        help="prompts to measure on: a share (0.1) or a number (200); never trained on (default: %(default)s)",
+    )  # fmt: skip
+
+    dpo = parser.add_argument_group("DPO")
+    dpo.add_argument(
+        "--beta", type=float, default=default.beta, help="pull towards the reference (default: %(default)s)"
+    )
+    dpo.add_argument("--loss", choices=LOSSES, default=default.loss, help="(default: %(default)s)")
+    dpo.add_argument(
+        "--label-smoothing", type=float, default=0.0, metavar="E", help="share of labels taken to be wrong (default: 0)"
+    )
+
+    train = parser.add_argument_group("optimizer (AdamW)")
+    train.add_argument(
+        "--lr", type=float, default=default.learning_rate, help="peak learning rate (default: %(default)s)"
+    )
+    train.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help="(default: %(default)s)")
+    train.add_argument(
+        "--warmup-steps", type=int, default=default.warmup_steps, metavar="N", help="(default: %(default)s)"
+    )
+    train.add_argument(
+        "--betas", type=float, nargs=2, default=default.betas, metavar=("B1", "B2"), help="(default: 0.9 0.999)"
+    )
+    train.add_argument("--weight-decay", type=float, default=default.weight_decay, help="(default: %(default)s)")
+    train.add_argument(
+        "--max-grad-norm", type=float, metavar="G", help="clip the shared direction (default: no clipping)"
+    )
+    train.add_argument(
+        "--epochs", type=float, default=default.epochs,
+        help="passes over the objective with the most pairs (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
+    train.add_argument(
+        "--pairs", type=int, default=default.pairs_per_objective, metavar="N",
+        help="pairs of each objective in a step (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="of these, pairs at once: lower it if memory runs out (default: all)",
+    )
+    train.add_argument("--seed", type=int, default=0, help="of split, pairing, order and dropout (default: 0)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="tokens of prompt and completion; longer pairs are left out and counted (default: the model's context)",
+    )  # fmt: skip
+    model.add_argument(
+        "--prompt-format", choices=PROMPT_FORMATS, default=default.prompt_format,
+        help="chat: the tokenizer's template; plain: the texts as they are (default: %(default)s)",
+    )  # fmt: skip
+    model.add_argument(
+        "--autocast", choices=AUTOCASTS, default=default.autocast,
+        help="precision of the forward pass; the weights are always fp32 (default: %(default)s)",
+    )  # fmt: skip
+    model.add_argument(
+        "--device", default=default.device, help="cpu, cuda, cuda:1, ... (default: CUDA if there is one)"
+    )
+
+    habits = parser.add_argument_group("measuring and saving")
+    habits.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="N",
+        help="steps between evaluations; 0: only before and after (default: a tenth)",
+    )
+    habits.add_argument(
+        "--save-every",
+        type=int,
+        metavar="N",
+        help="steps between checkpoints; 0: none but on Ctrl-C (default: a tenth)",
+    )
+    habits.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; raises InputError for what the user can mend."""
+    logging.basicConfig(format="mogeo: %(message)s", level=logging.WARNING)
+    config = _config(args)
+    # Everything that can be wrong is found before the model is loaded, the cheapest first.
+    config.check()
+    from mogeo.dpo import models
+    from mogeo.dpo.run_folder import check_output
+    from mogeo.dpo.train import Interrupted, align, check_weighting
+
+    check_output(args.output, args.resume)
+    check_weighting(config)
+    models.check_model_source(args.model)
+    rows = read_rows(args.data)
+    train, held_out = _preferences(rows, args)
+    check_weighting(config, len(train.objectives))
+    print(_data_table(train, held_out).text(), end="\n\n", flush=True)
+
+    model, tokenizer = models.load_model(args.model)
+    try:
+        result = align(
+            model,
+            tokenizer,
+            train,
+            held_out,
+            config,
+            output=args.output,
+            resume=args.resume,
+            progress=not args.quiet,
+        )
+    except Interrupted as stop:
+        again = shlex.join(["mogeo", "align", *(a for a in args.argv[1:] if a != "--resume"), "--resume"])
+        print(f"mogeo: {stop}\nresume with: {again}", file=sys.stderr)
+        return 130
+    table = result_table(result)
+    print("\n" + table.text())
+    _write_report(args, result, [table, _data_table(train, held_out)])
+    print(f"\nmodel, metrics and report are in {args.output}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> AlignConfig:
+    return AlignConfig(
+        weighting=args.weighting,
+        beta=args.beta,
+        loss=args.loss,
+        label_smoothing=args.label_smoothing,
+        learning_rate=args.lr,
+        betas=tuple(args.betas),
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_steps,
+        schedule=args.schedule,
+        max_steps=args.max_steps,
+        epochs=args.epochs,
+        pairs_per_objective=args.pairs,
+        micro_batch=args.micro_batch,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        autocast=args.autocast,
+        device=args.device,
+        max_length=args.max_length,
+        prompt_format=args.prompt_format,
+    )
+
+
+def _share_or_number(text: str) -> float | int:
+    """argparse type: "200" is a number of prompts, "0.1" a share of them."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _preferences(rows: list[dict[str, object]], args: argparse.Namespace) -> tuple[Preferences, Preferences]:
+    """Training and held-out preferences, with the same objectives in the same order."""
+    names = None if args.objectives is None else [name.strip() for name in args.objectives.split(",")]
+    train_rows, held_out_rows = split_rows(rows, args.held_out, args.seed)
+    train = build_preferences(train_rows, names, args.pairing, args.seed)
+    try:
+        held_out = build_preferences(held_out_rows, train.objectives, args.pairing, args.seed)
+    except InputError as error:
+        raise InputError(f"held-out prompts: {error}; hold out more with --held-out") from None
+    return train, held_out
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def _data_table(train: Preferences, held_out: Preferences) -> Table:
+    from mogeo.dpo.figures import Table
+
+    rows = [
+        [f"{name} ({label})", *(str(preferences.counts[name][key]) for key in COUNTS)]
+        for label, preferences in (("training", train), ("held-out", held_out))
+        for name in preferences.objectives
+    ]
+    note = "; ".join(f"{key}: {meaning}" for key, meaning in COUNTS.items())
+    return Table("Preferences", ["objective", *COUNTS], rows, note)
+
+
+def result_table(result: AlignResult) -> Table:
+    """Held-out numbers before and after training, one row an objective, and the worst of each column."""
+    from mogeo.dpo.figures import Table
+
+    before, after = result.before, result.after
+    columns = [
+        [
+            (before.accuracy, "{:.3f}"),
+            (after.accuracy, "{:.3f}"),
+            (before.margin, "{:+.3f}"),
+            (after.margin, "{:+.3f}"),
+        ],
+        [(before.likelihood_accuracy, "{:.3f}"), (after.likelihood_accuracy, "{:.3f}")],
+    ]
+    flat = [column for group in columns for column in group]
+    rows = [
+        [name, str(after.pairs[name]), *(form.format(values[name]) for values, form in flat)] for name in after.accuracy
+    ]
+    rows.append(["worst", "", *(form.format(min(values.values())) for values, form in flat)])
+    header = ["objective", "pairs", "accuracy before", "after", "margin before", "after", "likelihood before", "after"]
+    note = (
+        "accuracy: share of pairs whose reward margin is positive (0.5 before training by definition); "
+        "margin: mean reward margin, in nats times beta; likelihood: share of pairs whose chosen completion is likelier"
+    )
+    return Table("Held-out preferences, before and after", header, rows, note)
+
+
+def _write_report(args: argparse.Namespace, result: AlignResult, tables: list[Table]) -> None:
+    from mogeo.dpo import figures
+
+    title = f"mogeo align: {Path(args.model).name}, {args.weighting}"
+    notes = [*result.notes, f"Command: {shlex.join(['mogeo', *args.argv])}"]
+    try:
+        figures.write_report(
+            args.output, title, tuple(result.after.accuracy), {args.weighting: result.history}, tables, notes
+        )
+    except figures.MissingMatplotlibError as error:
+        logger.warning("no report.html: %s", error)

@@ -1,0 +1,153 @@
+"""What a run leaves on disk, and how a resumed run picks it up. Must not know about losses, batches or weightings.
+
+run.json          settings and their fingerprints     metrics.jsonl     one record a line
+reference.pt      the reference's log-probabilities   checkpoint.pt     model, optimizer, random state, step
+model/            the aligned model and tokenizer, once the run is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mogeo.dpo.errors import InputError
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """An output folder that belongs to one run."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        check_output(path, resume)
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.model = path / "model"
+        self._metrics, self._checkpoint = path / "metrics.jsonl", path / "checkpoint.pt"
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Write run.json."""
+        _replace(self.path / "run.json", lambda at: at.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Raise InputError listing what differs from the settings that the run began with."""
+        before = json.loads((self.path / "run.json").read_text("utf-8"))
+        settings = json.loads(json.dumps(settings))
+        keys = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+        if keys:
+            changes = "; ".join(f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in keys)
+            raise InputError(
+                f"'{self.path}' cannot be resumed with other settings ({changes}); restore them or start anew"
+            )
+
+    # ---- metrics ---------------------------------------------------------------------------------------------------
+
+    def append(self, record: Record) -> None:
+        """Add a record to metrics.jsonl; NaN and infinities become null, which every JSON reader takes."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def rewind(self, step: int) -> list[Record]:
+        """Drop the records after `step` (and a last line cut off by a crash), and return the others."""
+        records = []
+        for line in self._metrics.read_text("utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] <= step:
+                records.append(record)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        _replace(self._metrics, lambda at: at.write_text(text, "utf-8"))
+        return records
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the last checkpoint. A crash at any moment leaves the old one or the new one, whole."""
+        _replace(self._checkpoint, lambda at: torch.save(state, at))
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The last checkpoint, on the CPU.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip and torch each have their own for a damaged file
+            raise InputError(f"checkpoint '{self._checkpoint}' cannot be read ({error!s:.200})") from error
+        return state
+
+    def finish(self) -> None:
+        """Remove the checkpoint: the run is over, and it is three times the size of the model."""
+        self._checkpoint.unlink(missing_ok=True)
+
+    # ---- reference -------------------------------------------------------------------------------------------------
+
+    def reference(self, fingerprint: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The cached log-probabilities of the reference, else those of `compute`, cached under `fingerprint`."""
+        path = self.path / "reference.pt"
+        if path.is_file():
+            cached = torch.load(path, weights_only=True)
+            if cached["fingerprint"] == fingerprint:
+                scores: list[Tensor] = cached["scores"]
+                return scores
+        scores = compute()
+        _replace(path, lambda at: torch.save({"fingerprint": fingerprint, "scores": scores}, at))
+        return scores
+
+
+def check_output(path: Path, resume: bool) -> None:
+    """Raise InputError where a new run would overwrite one, or a run to be resumed is not there. Changes nothing."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output '{path}' is a file; name a folder")
+    begun, finished = (path / "run.json").is_file(), (path / "model").is_dir()
+    begun = begun or (path / "metrics.jsonl").is_file()
+    if not resume and (begun or finished):
+        raise InputError(f"output '{path}' already holds a run; resume it (--resume) or name another folder")
+    if resume and not begun:
+        raise InputError(f"output '{path}' holds no run to resume; leave out --resume to start one")
+    if resume and finished and not (path / "checkpoint.pt").is_file():
+        raise InputError(f"the run in '{path}' is finished; there is nothing to resume")
+    if resume and not (path / "checkpoint.pt").is_file():
+        raise InputError(f"the run in '{path}' ended before its first checkpoint; delete the folder and start anew")
+
+
+def fingerprint(*parts: nn.Module | Iterable[Any]) -> str:
+    """SHA-256 over the weights of modules (names, types, shapes, bytes) and the repr of everything else."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            digest.update(repr(part).encode())
+            continue
+        for name, parameter in part.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            # uint8, since numpy has no bfloat16
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, force it to disk, and rename it over `path`: all or nothing."""
+    temporary = path.with_name(path.name + ".partial")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
