@@ -215,9 +215,7 @@ def print_conflicts(records: list[dict[str, Any]]) -> None:
 
 def print_times(records: list[dict[str, Any]]) -> None:
     """One line per size: the family in the middle with its quartiles, and the slowest family."""
-    print(
-        "\nMicroseconds, Gram → weights, of the family in the middle: median (quartiles); then the slowest family's median"
-    )
+    print("\nMicroseconds, Gram → weights, median (quartiles) of the middle family; slowest family")
     print(f"{'K':>3}", *(f"{name:>26}" for name in CONTESTANTS), sep="")
     for k in sorted({record["k"] for record in records}):
         cells = []
