@@ -135,6 +135,11 @@ def low_rank(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
     return gram_of(rows + rng.integers(0, 2) * 3.0)
 
 
+def low_rank_norms_apart(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Rank 2 and norms from 1e-4 to 1e4: zero is in the hull of the long rows, and their rounding hides the short ones."""
+    return gram_of(rng.standard_normal((k, 2)) * log_uniform(rng, -4, 4, k)[:, None])
+
+
 def nearly_opposed(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
     """Pairs g, -g(1 + η) + η·noise, η from 1e-9 to 1e-3, at norms from 1e-3 to 1e3: huge cancellation, tiny optimum."""
     rows = rng.standard_normal((k, k + 1)) * log_uniform(rng, -3, 3, k)[:, None]
@@ -180,6 +185,7 @@ FAMILIES: dict[str, Sampler] = {
     "indefinite by rounding": indefinite,
     "integer ties": integer_ties,
     "low rank": low_rank,
+    "low rank, norms apart": low_rank_norms_apart,
     "nearly opposed": nearly_opposed,
     "graded spectrum": graded,
     "vertex": vertex,
