@@ -136,7 +136,7 @@ def low_rank(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
 
 
 def low_rank_norms_apart(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
-    """Rank 2 and norms from 1e-4 to 1e4: zero is in the hull of the long rows, and their rounding hides the short ones."""
+    """Rank 2, norms from 1e-4 to 1e4: zero is in the hull of the long rows, whose rounding hides the short ones."""
     return gram_of(rng.standard_normal((k, 2)) * log_uniform(rng, -4, 4, k)[:, None])
 
 
