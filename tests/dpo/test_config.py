@@ -1,0 +1,73 @@
+"""Settings: what is refused, and the learning rate over a run."""
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mogeo.dpo import config as module
+from mogeo.dpo import losses
+from mogeo.dpo.config import AlignConfig
+from mogeo.dpo.errors import InputError
+
+
+def test_the_defaults_pass_and_the_loss_names_are_those_of_the_losses():
+    AlignConfig().check()
+    assert module.LOSSES == losses.LOSSES
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"beta": 0},
+        {"beta": float("nan")},
+        {"loss": "dpo"},
+        {"label_smoothing": 0.5},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"betas": (0.9, 1.0)},
+        {"weight_decay": -0.1},
+        {"warmup_steps": -1},
+        {"schedule": "step"},
+        {"max_steps": 0},
+        {"epochs": 0.0},
+        {"pairs_per_objective": 0},
+        {"micro_batch": 0},
+        {"max_grad_norm": 0.0},
+        {"eval_every": -1},
+        {"save_every": -1},
+        {"autocast": "fp16"},
+        {"max_length": 1},
+        {"prompt_format": "raw"},
+    ],
+)
+def test_a_bad_setting_is_named(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        dataclasses.replace(AlignConfig(), **bad).check()
+
+
+def test_label_smoothing_belongs_to_the_sigmoid_loss():
+    AlignConfig(label_smoothing=0.1).check()
+    with pytest.raises(InputError, match="not for loss 'ipo'"):
+        AlignConfig(label_smoothing=0.1, loss="ipo").check()
+
+
+@given(st.integers(1, 60), st.integers(0, 80), st.sampled_from(module.SCHEDULES))
+@settings(max_examples=80, deadline=None)
+def test_the_learning_rate_rises_to_its_peak_then_never_rises_and_every_step_counts(steps, warmup, schedule):
+    config = AlignConfig(learning_rate=2.0, warmup_steps=warmup, schedule=schedule)
+    rates = [config.learning_rate_at(step, steps) for step in range(1, steps + 1)]
+    rising, rest = rates[:warmup], rates[warmup:]
+    assert rising == pytest.approx([2.0 * step / warmup for step in range(1, len(rising) + 1)])
+    assert all(0 < rate <= 2.0 for rate in rest)
+    assert all(late <= early + 1e-12 for early, late in itertools.pairwise(rest))
+    if rest and schedule == "linear":
+        assert rest[-1] == pytest.approx(2.0 / (steps + 1 - warmup))
+
+
+def test_steps_are_given_or_follow_from_epochs_over_the_largest_objective():
+    assert AlignConfig(max_steps=7).steps(1000) == 7
+    assert AlignConfig(epochs=1.0, pairs_per_objective=8).steps(100) == 13
+    assert AlignConfig(epochs=2.5, pairs_per_objective=10).steps(100) == 25
