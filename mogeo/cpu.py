@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_BLOCK = 4096  # columns of one partial Gram: short enough for an fp32 sum to keep 2e-7, long enough for GEMM speed
+_BLOCK = 512  # columns of one partial Gram: an fp32 sum this short keeps 2e-7 of random entries, and costs no speed
 _CHUNK = 1 << 24  # elements handed to one batched product: bounds the partial Grams held at a time
 _UPCAST_CHUNK = 1 << 20  # elements of half-precision rows upcast at a time: 4 MiB of fp32, which stays in cache
 _AXPY_CHUNK = 1 << 18  # columns combined at a time: the 1 MiB of output stays in cache while K rows stream past
@@ -20,7 +20,7 @@ _TINY = 1e-30  # mean square below which products of fp32 elements come near the
 def gram(rows: Tensor) -> Tensor:
     """G Gᵀ for rows G [K, N] → fp64 [K, K], exactly symmetric.
 
-    A plain fp32 `mm` sums 1e7 products in fp32 and loses three digits. Here fp32 sums run over 4,096 products and fp64
+    A plain fp32 `mm` sums 1e7 products in fp32 and loses three digits. Here fp32 sums run over 512 products and fp64
     takes over from there. Half precision is upcast chunk by chunk: its products are exact in fp32.
     """
     result = _blocked_gram(rows, torch.float64 if rows.dtype == torch.float64 else torch.float32)
@@ -55,13 +55,16 @@ def _blocked_gram(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
 def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all.
 
-    Accumulates in the dtype of the rows, half precision in fp32.
+    Accumulates in the dtype of the rows, half precision in fp32, and anything in fp64 if a weight leaves fp32's range.
     """
     terms = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight != 0.0]
     if not terms:
         return out.zero_()
-    exact = rows.dtype in (torch.float32, torch.float64)
-    scratch = None if exact else torch.empty(min(_AXPY_CHUNK, out.numel()), dtype=torch.float32, device=out.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if max(abs(weight) for _, weight in terms) > torch.finfo(torch.float32).max:
+        dtype = torch.float64
+    columns = min(_AXPY_CHUNK, out.numel())
+    scratch = None if dtype == rows.dtype else torch.empty(columns, dtype=dtype, device=out.device)
     for start in range(0, out.numel(), _AXPY_CHUNK):
         target = out[start : start + _AXPY_CHUNK]
         partial = target if scratch is None else scratch[: target.numel()]

@@ -1,7 +1,7 @@
 """The min-norm point of a convex hull, exactly: argmin over the simplex of aᵀ M a, for a Gram matrix M of a few rows.
 
-Knows Python floats only, no tensors: at K ≤ 64 a tensor library costs more than the arithmetic, and scalar IEEE
-double arithmetic gives the same bits on every machine (LAPACK does not), so ranks that solve the same problem agree.
+Knows Python numbers only, no tensors: at K ≤ 64 a tensor library costs more than the arithmetic, and scalar arithmetic
+gives the same bits on every machine (LAPACK does not), so ranks that solve the same problem agree.
 
 Method. Adding c·11ᵀ to M adds the constant c to the objective on the simplex: the minimiser stays, and M' = M + c·11ᵀ
 is positive definite as soon as the gradients are affinely independent, even where their hull contains the origin. With
@@ -11,20 +11,24 @@ x = a / (aᵀM'a) the optimality conditions become a linear complementarity prob
 
 which principal pivoting solves in finitely many steps (Cottle, Pang & Stone, *The Linear Complementarity Problem*,
 1992, section 4.2): one variable is driven until its w vanishes; a basic x that would turn negative on the way leaves
-first. Rows are scaled to a unit diagonal, so that gradient norms twelve orders of magnitude apart share one tableau.
+first. Rows are scaled to a unit diagonal, so that gradient norms many orders of magnitude apart share one tableau.
+
+The optimality conditions then certify the result. Where floats cannot decide them (norms far apart), decimals do; where
+they do not hold (gradients that cancel to the last digits), the same pivoting runs again in 80-digit decimals, which
+takes milliseconds instead of microseconds.
 """
 
 from __future__ import annotations
 
+import decimal
 import math
+from collections.abc import Callable
+from decimal import Decimal
 from enum import IntEnum
+from typing import Any, NamedTuple
 
-# Relative size below which a multiplier counts as non-negative: a few hundred roundings of the tableau.
-_MULTIPLIER_TOLERANCE = 1e-14
-# A pivot (1 − the squared correlation with the rows already in) below this is a linear dependence, not information.
-_PIVOT_TOLERANCE = 1e-13
-# KKT residual, in units of each row's own rounding scale, up to which a result is certified as optimal.
-_CERTIFICATE_TOLERANCE = 1e-11
+# KKT residual, in units of |g_i| Σ_j a_j |g_j|, up to which a result is certified as optimal.
+_CERTIFICATE_TOLERANCE = 1e-13
 
 
 class Status(IntEnum):
@@ -32,15 +36,30 @@ class Status(IntEnum):
 
     OPTIMAL = 0  #: the optimality conditions hold to rounding
     STALLED = 1  #: they do not: the weights are on the simplex, and the gap tells how far from optimal they are
-    ZERO = 2  #: every gradient is zero: nothing is left to descend; weights are uniform, the direction is zero
-    NONFINITE = 3  #: no objective has a finite gradient; weights are uniform and mean nothing
+    ZERO = 2  #: every gradient is zero: nothing is left to descend, and the direction is zero
+    NONFINITE = 3  #: no objective has a finite gradient; the weights are uniform and mean nothing
+
+
+class _Arithmetic(NamedTuple):
+    """Numbers to pivot with: float, or Decimal under `_DECIMALS`."""
+
+    number: Callable[[float], Any]
+    sqrt: Callable[[Any], Any]
+    multiplier_tolerance: Any  # relative size below which a multiplier counts as non-negative
+    pivot_tolerance: Any  # 1 − squared correlation with the rows already in, below which a row depends on them
+    rounding: Any  # bound on the relative rounding of a sum of 64 products
+
+
+_FLOATS = _Arithmetic(float, math.sqrt, 1e-14, 1e-13, 2.0**-49)
+_DECIMALS = _Arithmetic(Decimal, Decimal.sqrt, Decimal("1e-40"), Decimal("1e-50"), Decimal("1e-70"))
+_DECIMAL_CONTEXT = decimal.Context(prec=80)
 
 
 def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
     """Minimise aᵀ M a over the simplex.
 
-    Rows whose diagonal is zero (solved objectives) and rows that are not finite are left out of the hull, with weight
-    0: inside the hull, a zero row would be the minimiser and freeze every other objective.
+    Rows whose diagonal is not positive (solved objectives) and rows that are not finite are left out of the hull, with
+    weight 0: inside the hull, a zero row would be the minimiser and freeze every other objective.
 
     Args:
         gram: symmetric positive semi-definite up to rounding, [K][K].
@@ -53,10 +72,13 @@ def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
     finite = [i for i in finite if all(math.isfinite(gram[i][j]) for j in finite)]
     hull = [i for i in finite if gram[i][i] > 0.0]
     if not hull:
-        return [1.0 / size] * size, 0.0, Status.ZERO if finite else Status.NONFINITE
+        uniform = 1.0 / len(finite or gram)
+        weights = [uniform if i in finite or not finite else 0.0 for i in range(size)]
+        return weights, 0.0, Status.ZERO if finite else Status.NONFINITE
 
-    # An exact power of two brings the smallest row to about 1: a common scale then changes no bit of the weights.
-    exponent = -math.frexp(min(gram[i][i] for i in hull))[1]
+    # An exact power of two centres the diagonal on 1: a common scale then changes no bit of the weights.
+    exponents = [math.frexp(gram[i][i])[1] for i in hull]
+    exponent = -((min(exponents) + max(exponents)) // 2)
     matrix = [[math.ldexp(gram[i][j], exponent) for j in hull] for i in hull]
     inner, gap, status = _solve(matrix) if len(hull) > 1 else ([1.0], 0.0, Status.OPTIMAL)
 
@@ -68,19 +90,38 @@ def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
 
 def _solve(matrix: list[list[float]]) -> tuple[list[float], float, Status]:
     """`min_norm` for a finite matrix with a positive diagonal."""
+    weights = _pivoted(matrix, _FLOATS)
+    gap, certified = _certify(matrix, weights, _FLOATS)
+    if not certified:
+        with decimal.localcontext(_DECIMAL_CONTEXT):
+            gap, certified = _certify(matrix, weights, _DECIMALS)
+            if not certified:
+                weights = _pivoted(matrix, _DECIMALS)
+                gap, certified = _certify(matrix, weights, _DECIMALS)
+    return weights, gap, Status.OPTIMAL if certified else Status.STALLED
+
+
+def _pivoted(matrix: list[list[float]], arithmetic: _Arithmetic) -> list[float]:
+    """Weights on the simplex, by principal pivoting on the shifted and scaled matrix."""
     indices = range(len(matrix))
-    shift = min(matrix[i][i] for i in indices)
-    scale = [math.sqrt(shift / (matrix[i][i] + shift)) for i in indices]
-    scaled = [[(matrix[i][j] / shift + 1.0) * scale[i] * scale[j] for j in indices] for i in indices]
-    solution = _complementarity(scaled, scale)
+    exact = [[arithmetic.number(value) for value in row] for row in matrix]
+    norms = [arithmetic.sqrt(exact[i][i]) for i in indices]
+    shift = min(norms)
+    # Row i of M + c·11ᵀ, c = shift², has the diagonal ‖g_i‖² + c = (‖g_i‖ · stretch_i)², in steps that never overflow.
+    stretch = [arithmetic.sqrt(1 + (shift / norm) * (shift / norm)) for norm in norms]
+    unit = [shift / norm / factor for norm, factor in zip(norms, stretch, strict=True)]
+    length = [norm * factor for norm, factor in zip(norms, stretch, strict=True)]
+    scaled = [[exact[i][j] / length[i] / length[j] + unit[i] * unit[j] for j in indices] for i in indices]
+    solution = _complementarity(scaled, unit, arithmetic)
 
-    weights = [max(value, 0.0) * unit for value, unit in zip(solution, scale, strict=True)]
+    weights = [float(value * scale) if value > 0 else 0.0 for value, scale in zip(solution, unit, strict=True)]
     total = math.fsum(weights)
-    weights = [weight / total for weight in weights]
-    return weights, *_certify(matrix, weights)
+    if total == 0.0:  # rounding hid every row from the others: any vertex is as good, and the certificate will say so
+        weights[norms.index(shift)] = total = 1.0
+    return [weight / total for weight in weights]
 
 
-def _complementarity(matrix: list[list[float]], bound: list[float]) -> list[float]:
+def _complementarity(matrix: list[list[Any]], bound: list[Any], arithmetic: _Arithmetic) -> list[Any]:
     """Solve w = A y − b ≥ 0, y ≥ 0, yᵀw = 0 for A with unit diagonal, positive semi-definite up to rounding; b > 0.
 
     The tableau holds z = q + T u: u are the non-basic variables (zero but for the driving one), z the basic ones.
@@ -88,38 +129,39 @@ def _complementarity(matrix: list[list[float]], bound: list[float]) -> list[floa
     """
     size = len(bound)
     indices = range(size)
+    zero = arithmetic.number(0.0)
     tableau = [row[:] for row in matrix]
     constant = [-value for value in bound]
     support = [False] * size
     dependent = [False] * size
     driving = -1
-    reached = 0.0  # value that the driving variable has reached behind earlier blocks
+    reached = zero  # value that the driving variable has reached behind earlier blocks
 
-    for _ in range(8 * size + 32):
+    for _ in range(16 * size + 64):
         if driving < 0:
-            worst = -_MULTIPLIER_TOLERANCE
+            worst = -arithmetic.multiplier_tolerance
             for i in indices:
                 if not support[i] and not dependent[i] and constant[i] < worst * bound[i]:
                     worst = constant[i] / bound[i]
                     driving = i
             if driving < 0:
                 break
-            reached = 0.0
+            reached = zero
 
-        block, blocker = math.inf, -1
+        block, blocker = None, -1
         for i in indices:
             slope = tableau[i][driving]
-            if support[i] and slope < 0.0:
-                ratio = max(max(constant[i], 0.0) / -slope, reached)
-                if ratio < block:
+            if support[i] and slope < 0:
+                ratio = max(max(constant[i], zero) / -slope, reached)
+                if block is None or ratio < block:
                     block, blocker = ratio, i
         pivot = tableau[driving][driving]
-        independent = pivot > _PIVOT_TOLERANCE
-        if independent and -constant[driving] / pivot <= block:
+        independent = pivot > arithmetic.pivot_tolerance
+        if independent and (block is None or -constant[driving] / pivot <= block):
             _pivot(tableau, constant, driving)
             support[driving] = True
             driving = -1
-        elif blocker >= 0:
+        elif block is not None:
             _pivot(tableau, constant, blocker)
             support[blocker] = False
             reached = block
@@ -130,10 +172,10 @@ def _complementarity(matrix: list[list[float]], bound: list[float]) -> list[floa
     return _refine(matrix, bound, tableau, constant, support)
 
 
-def _pivot(tableau: list[list[float]], constant: list[float], index: int) -> None:
+def _pivot(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
     """Exchange basic and non-basic variable `index`, in place."""
     row = tableau[index]
-    inverse = 1.0 / row[index]
+    inverse = 1 / row[index]
     start = constant[index]
     for i, other in enumerate(tableau):
         if i != index:
@@ -147,31 +189,33 @@ def _pivot(tableau: list[list[float]], constant: list[float], index: int) -> Non
 
 
 def _refine(
-    matrix: list[list[float]],
-    bound: list[float],
-    tableau: list[list[float]],
-    constant: list[float],
+    matrix: list[list[Any]],
+    bound: list[Any],
+    tableau: list[list[Any]],
+    constant: list[Any],
     support: list[bool],
-) -> list[float]:
+) -> list[Any]:
     """Refine A_SS y_S = b_S twice: the tableau's block on the support S is A_SS⁻¹ up to rounding."""
     chosen = [i for i, inside in enumerate(support) if inside]
-    solution = [constant[i] if inside else 0.0 for i, inside in enumerate(support)]
+    solution = [constant[i] if inside else 0 * constant[i] for i, inside in enumerate(support)]
     for _ in range(2):
-        residual = [bound[i] - math.fsum(matrix[i][j] * solution[j] for j in chosen) for i in chosen]
+        residual = [bound[i] - sum(matrix[i][j] * solution[j] for j in chosen) for i in chosen]
         for i in chosen:
             row = tableau[i]
-            solution[i] += math.fsum(row[j] * rest for j, rest in zip(chosen, residual, strict=True))
+            solution[i] += sum(row[j] * rest for j, rest in zip(chosen, residual, strict=True))
     return solution
 
 
-def _certify(matrix: list[list[float]], weights: list[float]) -> tuple[float, Status]:
-    """The duality gap, and whether every optimality condition holds to the rounding of its own row."""
-    slopes = [math.fsum(entry * weight for entry, weight in zip(row, weights, strict=True)) for row in matrix]
-    value = math.fsum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
-    floor = min(matrix[i][i] for i in range(len(matrix)))
-    optimal = True
-    for row, weight, slope in zip(matrix, weights, slopes, strict=True):
-        rounding = floor + math.fsum(abs(entry) * other for entry, other in zip(row, weights, strict=True))
-        excess = abs(slope - value) if weight > 0.0 else value - slope
-        optimal = optimal and excess <= _CERTIFICATE_TOLERANCE * rounding
-    return max(value - min(slopes), 0.0), Status.OPTIMAL if optimal else Status.STALLED
+def _certify(matrix: list[list[float]], weights: list[float], arithmetic: _Arithmetic) -> tuple[float, bool]:
+    """The duality gap, and whether (Ma)_i ≥ aᵀMa beyond doubt for every i, to the rounding of row i."""
+    number = arithmetic.number
+    inside = [(j, number(weight)) for j, weight in enumerate(weights) if weight > 0.0]
+    slopes = [sum(number(row[j]) * weight for j, weight in inside) for row in matrix]
+    value = sum(slopes[j] * weight for j, weight in inside)
+    norms = [arithmetic.sqrt(number(row[i])) for i, row in enumerate(matrix)]
+    radius = sum(norms[j] * weight for j, weight in inside)
+    # aᵀMa is known to the rounding of its longest rows, which short rows cannot be held to.
+    doubt = arithmetic.rounding * radius * radius
+    tolerance = number(_CERTIFICATE_TOLERANCE) * radius
+    certified = all(value - slope + doubt <= tolerance * norm for slope, norm in zip(slopes, norms, strict=True))
+    return max(float(value - min(slopes)), 0.0), certified

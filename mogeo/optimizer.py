@@ -297,8 +297,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if self.nonfinite == "skip" and not self._warned:
             self._warned = True
             warnings.warn(
-                f"left objective {names} out of this step: its loss or gradient is not finite. Further cases are counted "
-                "in report.nonfinite_counts. With a GradScaler use nonfinite='propagate', so that it lowers its scale",
+                f"left objective {names} out of this step: its loss or gradient is not finite. Further cases are only "
+                "counted, in report.nonfinite_counts. With a GradScaler use nonfinite='propagate', so that it lowers its scale",
                 RuntimeWarning,
                 stacklevel=4,
             )
