@@ -184,8 +184,9 @@ class _Run:
         return {**settings, "objectives": list(self.objectives), "steps": self.steps, "data": fingerprint(sets)}
 
     def _score_reference(self) -> None:
-        """Score all sequences with the model as it came in; from the cache where nothing that counts has changed."""
-        sets = (self.train_set.sequences, self.held_out.sequences)
+        """Score what the run will see with the model as it came in; from the cache where nothing relevant changed."""
+        visited = self._visited()
+        sets = ([self.train_set.sequences[i] for i in visited], self.held_out.sequences)
 
         def compute() -> list[Tensor]:
             total = sum(map(len, sets))
@@ -197,7 +198,15 @@ class _Run:
         else:
             key = fingerprint(self.model, [*sets, self.config.autocast, self._score_batch, str(self.device)])
             scores = self.folder.reference(key, compute)
-        self.reference, self.held_out_reference = scores
+        self.reference = torch.full((len(self.train_set.sequences),), torch.nan)
+        self.reference[visited] = scores[0]
+        self.held_out_reference = scores[1]
+
+    def _visited(self) -> list[int]:
+        """Training sequences that come up in the run: in a short one, far from all."""
+        steps = range(1, self.steps + 1)
+        drawn = [self.train_set.pairs[name][order(step)] for name, order in self.order.items() for step in steps]
+        return sorted(set(torch.cat(drawn).flatten().tolist()))
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
