@@ -154,9 +154,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; raises InputError for what the user can mend."""
     logging.basicConfig(format="mogeo: %(message)s", level=logging.WARNING)
-    config = _config(args)
     # Everything that can be wrong is found before the model is loaded, the cheapest first.
+    config = _config(args)
     config.check()
+    import torch
+    import transformers
+
     from mogeo.dpo import models
     from mogeo.dpo.run_folder import check_output
     from mogeo.dpo.train import Interrupted, align, check_weighting
@@ -169,6 +172,8 @@ def run(args: argparse.Namespace) -> int:
     check_weighting(config, len(train.objectives))
     print(_data_table(train, held_out).text(), end="\n\n", flush=True)
 
+    if args.quiet:
+        transformers.utils.logging.disable_progress_bar()
     model, tokenizer = models.load_model(args.model)
     try:
         result = align(
@@ -181,6 +186,9 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             progress=not args.quiet,
         )
+    except torch.OutOfMemoryError as error:
+        cure = "fewer pairs at once (--micro-batch), or shorter ones (--max-length)"
+        raise InputError(f"{args.device}: out of memory; try {cure}") from error
     except Interrupted as stop:
         again = shlex.join(["mogeo", "align", *(a for a in args.argv[1:] if a != "--resume"), "--resume"])
         print(f"mogeo: {stop}\nresume with: {again}", file=sys.stderr)
