@@ -11,8 +11,8 @@ Contestants, all on the same fp64 Grams, interleaved call by call in rotating or
 
 Accuracy is (f(α) - f*) / f*, f(α) evaluated in rational arithmetic, f* from the oracles of tests/reference (enumeration
 for K ≤ 4, else an active-set method at 120 digits). Negative weights, which quadprog returns now and then, are clipped
-first. Where zero lies in the hull, f* is rounding noise, perhaps negative: below 1e-9 of the smallest diagonal entry
-the excess is divided by that entry instead, and the Gram is counted as "at 0".
+first. Where zero lies in the hull, f* is rounding noise: one below zero counts as zero, and below 1e-9 of the smallest
+diagonal entry the excess is divided by that entry instead, and the Gram is counted as "at 0".
 
 A conflict is an output whose direction d has ⟨d, g_i⟩ < -1e-9·‖g_i‖·Σ|α_j|‖g_j‖ for some i: it raises objective i to
 first order, by far more than rounding. TorchJD's documentation lists both MGDA and UPGrad as non-conflicting. Counted
@@ -133,7 +133,8 @@ def score(contestant: str, problem: Problem, weights: list[float]) -> tuple[floa
     if contestant not in SAME_PROBLEM:
         return None, conflict
     unit = min(m[i][i] for i in range(len(m))) if problem.at_zero else problem.optimum
-    return float((exact.value(m, exact.on_simplex(weights)) - problem.optimum) / unit), conflict
+    excess = exact.value(m, exact.on_simplex(weights)) - max(problem.optimum, Fraction(0))
+    return float(max(excess, Fraction(0)) / unit), conflict
 
 
 def measure(family: str, k: int, samples: int, repeats: int, seed: int) -> dict[str, Any]:
