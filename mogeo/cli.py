@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _refuse(error)
     options = parser.parse_args(arguments)
     options.argv = arguments  # what was typed, for messages and reports
+    # Our own logger only: the libraries underneath have their own ways to speak.
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter("mogeo: %(message)s"))
+    logging.getLogger("mogeo").addHandler(notes)
     try:
         return int(_module(_COMMANDS[options.command][0]).run(options))
     except InputError as error:
@@ -56,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mogeo: interrupted", file=sys.stderr)
         return 130
+    finally:
+        logging.getLogger("mogeo").removeHandler(notes)
 
 
 def _module(name: str) -> Any:

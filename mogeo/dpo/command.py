@@ -153,7 +153,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; raises InputError for what the user can mend."""
-    logging.basicConfig(format="mogeo: %(message)s", level=logging.WARNING)
     # Everything that can be wrong is found before the model is loaded, the cheapest first.
     config = _config(args)
     config.check()
