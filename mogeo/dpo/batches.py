@@ -7,6 +7,7 @@ tokenised and scored by the reference once; a pair is two indices into the seque
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from mogeo.dpo.errors import InputError
 
 
 class TokenSequence(NamedTuple):
-    """Token ids of a prompt and, from `start` on, of its completion."""
+    """Token ids of a prompt and, from `start` on, of its completion (an `array`: lists take nine times the memory)."""
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     start: int
 
 
@@ -127,7 +128,7 @@ class _Encoder:
         if (prompt, response) not in self._sequences:
             head = self._prompts[prompt]
             tail = encode_completion(self.tokenizer, prompt, response, self.prompt_format)
-            self._sequences[prompt, response] = TokenSequence((*head, *tail), len(head))
+            self._sequences[prompt, response] = TokenSequence(array("i", [*head, *tail]), len(head))
         return self._sequences[prompt, response]
 
 

@@ -123,11 +123,13 @@ def check_output(path: Path, resume: bool) -> None:
 
 
 def fingerprint(*parts: nn.Module | Iterable[Any]) -> str:
-    """SHA-256 over the weights of modules (names, types, shapes, bytes) and the repr of everything else."""
+    """SHA-256 over the weights of modules (names, types, shapes, bytes) and the repr of every item of the others."""
     digest = hashlib.sha256()
     for part in parts:
+        digest.update(b"\0part")
         if not isinstance(part, nn.Module):
-            digest.update(repr(part).encode())
+            for item in part:  # one by one: the repr of a whole data set is a string of gigabytes
+                digest.update(repr(item).encode() + b"\0")
             continue
         for name, parameter in part.named_parameters():
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

@@ -180,8 +180,10 @@ class _Run:
         """What has to be the same for a run to be resumed."""
         # Where it runs and how often it saves do not change what is computed.
         settings = {k: v for k, v in self.config.to_dict().items() if k not in ("device", "save_every")}
-        sets = [(s.sequences, {k: v.tolist() for k, v in s.pairs.items()}) for s in (self.train_set, self.held_out)]
-        return {**settings, "objectives": list(self.objectives), "steps": self.steps, "data": fingerprint(sets)}
+        parts: list[Any] = []
+        for tokens in (self.train_set, self.held_out):
+            parts += [tokens.sequences, *(pairs.tolist() for pairs in tokens.pairs.values())]
+        return {**settings, "objectives": list(self.objectives), "steps": self.steps, "data": fingerprint(*parts)}
 
     def _score_reference(self) -> None:
         """Score what the run will see with the model as it came in; from the cache where nothing relevant changed."""
@@ -196,7 +198,7 @@ class _Run:
         if self.folder is None:
             scores = compute()
         else:
-            key = fingerprint(self.model, [*sets, self.config.autocast, self._score_batch, str(self.device)])
+            key = fingerprint(self.model, *sets, [self.config.autocast, self._score_batch, str(self.device)])
             scores = self.folder.reference(key, compute)
         self.reference = torch.full((len(self.train_set.sequences),), torch.nan)
         self.reference[visited] = scores[0]
