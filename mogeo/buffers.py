@@ -19,6 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mogeo import ops
+
 _ALIGNMENT = 16  # bytes at which rows and parameters start, so that 128-bit loads hold
 
 
@@ -133,6 +135,24 @@ class GradientBuffers:
                     views[i].zero_()
                     dirty[i] = 0
 
+    def gram(self, n_rows: int | None = None) -> Tensor:
+        """G Gᵀ of the first `n_rows` rows (by default all), fp64 [n_rows, n_rows], on the first block's device."""
+        device = self.blocks[0].device
+        return torch.stack([ops.gram(block[:n_rows]).to(device) for block in self.blocks]).sum(0)
+
+    def combine(self, weights: Tensor) -> None:
+        """Overwrite row 0 with wᵀ rows, for weights of the first rows."""
+        for block in self.blocks:
+            ops.combine(block[: len(weights)], weights, out=block[0])
+        for i in range(len(self.parameters)):
+            self._dirty[0][i] = any(dirty[i] for dirty in self._dirty)
+
+    def poison(self) -> None:
+        """Overwrite row 0 with NaN. Not by NaN weights: they would reach the padding, which nothing ever zeroes."""
+        for view in self._views[0]:
+            view.fill_(torch.nan)
+        self._dirty[0][:] = b"\1" * len(self.parameters)
+
     def publish(self) -> None:
         """Add row 0 to `p.grad` of every parameter that some row was written for, and close the window.
 
@@ -142,7 +162,6 @@ class GradientBuffers:
             if not any(written[i] for written in self._written):
                 continue
             view = self._views[0][i]
-            self._dirty[0][i] = 1
             if parameter.grad is not None:
                 view.add_(parameter.grad)
             parameter.grad = view

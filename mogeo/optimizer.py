@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mogeo import ops
 from mogeo.buffers import GradientBuffers, signature
 from mogeo.graphs import shared_with_later
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, run_backward
@@ -156,8 +155,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             needed_later = isinstance(term, Tensor) and next(shared)
             loss = evaluate(name, term)
             buffers.select(index)
-            run_backward(name, loss, backward, retain_graph or needed_later)
             self._add_loss(index, loss)
+            run_backward(name, loss, backward, retain_graph or needed_later)
+            del loss  # or the next callable runs while this graph is still alive
 
     def _backward_weighted(
         self,
@@ -178,6 +178,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             pending.append((name, loss * weight))
             if not isinstance(term, Tensor):
                 run_backward(*pending.pop(), backward, retain_graph)
+            del loss
         if pending:
             total = torch.stack([loss.reshape(()).to(pending[0][1]) for _, loss in pending]).sum()
             run_backward(" + ".join(name for name, _ in pending), total, backward, retain_graph)
@@ -214,12 +215,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
         gram = gap = status = None
         if constant is None and getattr(self.weighting, "needs_gram", True):
-            gram = _summed_gram(buffers.blocks, device)
+            gram = buffers.gram()
             nonfinite |= ~absent & ~gram.diagonal().isfinite()
-        if gram is not None or bool(nonfinite.any()):
             self._note_nonfinite(nonfinite)
         left_out = absent | nonfinite
-        if self.nonfinite == "propagate" and bool(nonfinite.any()):
+        poisoned = self.nonfinite == "propagate" and bool(nonfinite.any())
+        if poisoned:
             weights = torch.full_like(losses, torch.nan)
         elif bool(left_out.all()):
             weights = torch.zeros_like(losses)
@@ -232,19 +233,24 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             used = weights != 0  # rows left out may hold NaN
             squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
             clip = self._clip_factor(squared_norm)
-            _combine_blocks(buffers.blocks, weights * clip)
-        else:  # constant weights were applied during backward: row 0 is the direction already
-            if constant is None:
-                _combine_blocks(buffers.blocks, weights)
-            squared_norm = _summed_gram([block[:1] for block in buffers.blocks], device).squeeze()
-            if not bool(squared_norm.isfinite()) and not bool(nonfinite.any()):
-                nonfinite = left_out = ~absent  # some gradient is not finite; they are summed already, all or nothing
-                self._note_nonfinite(nonfinite)
+            if not poisoned:
+                buffers.combine(weights * clip)
+        else:
+            if constant is None and not poisoned:
+                buffers.combine(weights)
+            # Row 0 now is the direction (constant weights were applied during backward). Gradients are summed in it:
+            # where one is not finite, it is all or nothing.
+            squared_norm = buffers.gram(1).squeeze()
+            if not bool(squared_norm.isfinite()):
+                nonfinite = ~absent
+                left_out = left_out | (nonfinite if self.nonfinite != "propagate" else absent)
+            self._note_nonfinite(nonfinite)
             clip = self._clip_factor(squared_norm)
-            factor = clip * 0 / 0 if bool(weights.isnan().any()) else clip
-            if factor != 1:
-                _combine_blocks([block[:1] for block in buffers.blocks], factor[None])
-        if bool(left_out.all()) and self.nonfinite != "propagate":
+            if clip < 1:
+                buffers.combine(clip[None])
+        if poisoned:
+            buffers.poison()
+        if bool(left_out.all()) and not poisoned:
             weights = torch.zeros_like(weights)
             buffers.drop()
         else:
@@ -297,8 +303,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if self.nonfinite == "skip" and not self._warned:
             self._warned = True
             warnings.warn(
-                f"left objective {names} out of this step: its loss or gradient is not finite. Further cases are only "
-                "counted, in report.nonfinite_counts. With a GradScaler use nonfinite='propagate', so that it lowers its scale",
+                f"left objective {names} out of this step: its loss or gradient is not finite. Further cases are "
+                f"counted "
+                "in report.nonfinite_counts, silently. With a GradScaler use nonfinite='propagate'",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -392,17 +399,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(weighting={self.weighting!r}, base={self.base!r})"
-
-
-def _summed_gram(blocks: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Σ over blocks of G Gᵀ, fp64 [K, K]."""
-    return torch.stack([ops.gram(block).to(device) for block in blocks]).sum(0)
-
-
-def _combine_blocks(blocks: Sequence[Tensor], weights: Tensor) -> None:
-    """Write wᵀ rows into row 0 of every block."""
-    for block in blocks:
-        ops.combine(block, weights, out=block[0])
 
 
 def _refuse_distributed() -> None:
