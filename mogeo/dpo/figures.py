@@ -23,10 +23,13 @@ from mogeo.dpo.errors import InputError
 Record = Mapping[str, Any]  # one line of metrics.jsonl; `kind` is "train" or "eval"
 Floats = NDArray[np.float64]
 
-# Okabe and Ito's colours, told apart with any colour vision; their yellow is left out, as it vanishes on white. After
-# the last colour, lines go on with the next dash, bars with the next hatch.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, told apart with any colour vision; their yellow is left out, as it vanishes on white. Lines
+# are objectives or runs, bars are methods: they begin with different colours, so that nobody reads one as the other.
+# After the last colour, lines go on with the next dash, bars with the next hatch.
+LINES = ("#D55E00", "#009E73", "#CC79A7", "#000000", "#0072B2", "#E69F00", "#56B4E9")
+BARS = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
 _DASHES = ("-", "--", ":", "-.")
+_HATCHES = ("", "//", "..", "xx")
 _MAX_PAIRS = 10  # above, lines of single pairs cannot be told apart: their range is drawn instead
 
 
@@ -129,14 +132,13 @@ def write_comparison(
         panels: bars; the same label has the same colour in all of them.
         weights: the records of that method's runs, one list a seed: lines are means over the seeds, bands their range.
     """
-    figure, axes = _panels(len(panels) + 1, title, columns=2)
+    figure, axes = _panels(len(panels) + 1, title, width=5.6)
     labels = list(dict.fromkeys(label for bars in panels for label in bars.series))
     for ax, bars in zip(axes, panels, strict=False):
         _draw_bars(ax, bars, labels)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    _draw_mean_weights(axes[len(panels)], objectives, weights)
-    axes[len(panels)].set_title(weights_title, fontsize=10, loc="left")
+    _legend_below(figure, axes[0])
+    _draw_mean_weights(axes[-1], objectives, weights)
+    axes[-1].set_title(_plain(weights_title), fontsize=10, loc="left")
     figure.savefig(path)
     return path
 
@@ -145,14 +147,14 @@ def write_comparison(
 
 
 def _draw_over_steps(
-    path: Path, ylabel: str, objectives: Sequence[str], runs: Mapping[str, Sequence[Record]], field: str
+    path: Path, what: str, objectives: Sequence[str], runs: Mapping[str, Sequence[Record]], field: str
 ) -> Path | None:
     """One panel a run, one line an objective: the values of `field` over the steps, pale, and their running mean."""
     panels = {label: _train(records) for label, records in runs.items()}
     panels = {label: records for label, records in panels.items() if records}
     if not panels:
         return None
-    figure, axes = _panels(len(panels), f"{ylabel} of each objective over the steps", share_y=True)
+    figure, axes = _panels(len(panels), f"{what} of each objective", xlabel="step", share_y=True)
     for ax, (label, records) in zip(axes, panels.items(), strict=True):
         steps = [record["step"] for record in records]
         for i, name in enumerate(objectives):
@@ -160,8 +162,7 @@ def _draw_over_steps(
             ax.plot(steps, values, color=_colour(i), alpha=0.25, linewidth=0.8)
             ax.plot(steps, _smooth(values), label=_plain(name), **_line(i))
         ax.set_title(_plain(label), fontsize=10, loc="left")
-        ax.set(xlabel="step", ylabel=ylabel)
-    _legend_below(figure, axes[0], len(objectives))
+    _legend_below(figure, axes[0])
     figure.savefig(path)
     return path
 
@@ -173,8 +174,8 @@ def _draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequ
     pairs = list(combinations(range(len(objectives)), 2))
     if not panels or not pairs:
         return None
-    title = "Cosine between objectives' gradients (below zero: they conflict)"
-    figure, axes = _panels(len(panels), title, share_y=True)
+    title = "Cosine between two objectives' gradients (below zero: conflict)"
+    figure, axes = _panels(len(panels), title, xlabel="step", share_y=True)
     for ax, (label, records) in zip(axes, panels.items(), strict=True):
         steps = [record["step"] for record in records]
         # None is how a cosine that is not a number (a zero or a skipped gradient) comes out of JSON.
@@ -185,13 +186,12 @@ def _draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequ
                 ax.plot(steps, cosines[n], label=_plain(f"{objectives[i]} · {objectives[j]}"), **_line(n))
         else:
             ax.fill_between(
-                steps, _quantile(cosines, 0.0), _quantile(cosines, 1.0), color=COLOURS[0], alpha=0.2, label="range"
+                steps, _quantile(cosines, 0.0), _quantile(cosines, 1.0), color=LINES[0], alpha=0.2, label="range"
             )
             ax.plot(steps, _quantile(cosines, 0.5), label="median pair", **_line(0))
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_title(_plain(label), fontsize=10, loc="left")
-        ax.set(xlabel="step", ylabel="cosine (running mean)")
-    _legend_below(figure, axes[0], 3)
+    _legend_below(figure, axes[0])
     figure.savefig(path)
     return path
 
@@ -202,46 +202,43 @@ def _draw_accuracy(path: Path, objectives: Sequence[str], runs: Mapping[str, Seq
     evaluations = {label: records for label, records in evaluations.items() if records}
     if not evaluations:
         return None
-    figure, axes = _panels(len(objectives), "Held-out preference accuracy", share_y=True)
+    figure, axes = _panels(len(objectives), "Held-out preference accuracy", xlabel="step", share_y=True)
     for ax, name in zip(axes, objectives, strict=True):
         for i, (label, records) in enumerate(evaluations.items()):
             steps = [record["step"] for record in records]
-            ax.plot(
-                steps, _column(records, "accuracy", name), label=_plain(label), marker="o", markersize=3, **_line(i)
-            )
+            # Runs are methods: they have the bars' colours, whose first (before alignment) is the line at one half.
+            style = {**_line(i), "color": BARS[1 + i % (len(BARS) - 1)]}
+            ax.plot(steps, _column(records, "accuracy", name), label=_plain(label), marker="o", markersize=3, **style)
         ax.axhline(0.5, color="black", linewidth=0.8)
         ax.set_title(_plain(name), fontsize=10, loc="left")
-        ax.set(xlabel="step", ylabel="accuracy")
-    _legend_below(figure, axes[0], len(evaluations))
+    _legend_below(figure, axes[0])
     figure.savefig(path)
     return path
 
 
 def _draw_bars(ax: Any, bars: Bars, labels: Sequence[str]) -> None:
-    """Grouped bars from the baseline; a dot is one seed."""
+    """Grouped bars from the baseline; with several seeds, a dot is one of them."""
     width = 0.8 / len(labels)
     for i, label in enumerate(labels):
         values = [np.asarray(of_category, dtype=np.float64) for of_category in bars.series.get(label, [])]
         at = np.arange(len(values)) + (i - (len(labels) - 1) / 2) * width
-        heights = [v.mean() - bars.baseline for v in values]
-        hatch = ("", "//", "..", "xx")[i // len(COLOURS) % 4]
         ax.bar(
             at,
-            heights,
+            [v.mean() - bars.baseline for v in values],
             0.92 * width,
             bottom=bars.baseline,
-            color=_colour(i),
+            color=BARS[i % len(BARS)],
+            hatch=_HATCHES[i // len(BARS) % len(_HATCHES)],
             label=_plain(label),
-            hatch=hatch,
-            alpha=0.85,
         )
         for x, v in zip(at, values, strict=True):
-            ax.plot([x] * len(v), v, ".", color="black", markersize=3)
+            if len(v) > 1:
+                ax.plot([x] * len(v), v, ".", color="black", markersize=3)
     ax.axhline(bars.baseline, color="black", linewidth=0.8)
-    ax.set_xticks(range(len(bars.categories)), bars.categories)
-    ax.set_ylabel(bars.ylabel)
-    ax.set_title(bars.title, fontsize=10, loc="left")
-    ax.grid(axis="x", visible=False)
+    ax.set_xticks(range(len(bars.categories)), [_plain(category) for category in bars.categories], fontsize=8)
+    ax.set_ylabel(_plain(bars.ylabel))
+    ax.set_title(_plain(bars.title), fontsize=10, loc="left")
+    ax.xaxis.grid(False)
 
 
 def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[Sequence[Record]]) -> None:
@@ -263,15 +260,17 @@ def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[S
 # --- how it is drawn --------------------------------------------------------------------------------------------------
 
 
-def _panels(n: int, title: str, *, columns: int = 3, share_y: bool = False) -> tuple[Any, list[Any]]:
-    """A figure of `n` panels, in rows of at most `columns`, and its axes."""
+def _panels(
+    n: int, title: str, *, width: float = 4.2, xlabel: str = "", share_y: bool = False
+) -> tuple[Any, list[Any]]:
+    """A figure of `n` panels, each `width` inches wide, and its axes."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(columns, n)
+    columns = {1: 1, 2: 2, 4: 2}.get(n, 3)
     rows = -(-n // columns)
-    figure = Figure(figsize=(max(6.0, 4.2 * columns), 0.8 + 3.1 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(max(7.0, width * columns), 0.8 + 3.0 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     grid = list(figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel())
     for ax in grid[n:]:
@@ -280,13 +279,17 @@ def _panels(n: int, title: str, *, columns: int = 3, share_y: bool = False) -> t
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=12)
+        ax.set_xlabel(xlabel)
+    figure.suptitle(_plain(title), fontsize=12)
     return figure, grid[:n]
 
 
-def _legend_below(figure: Any, ax: Any, columns: int) -> None:
+def _legend_below(figure: Any, ax: Any) -> None:
+    """One legend for all panels, in as many columns as the figure's width has room for."""
     handles, names = ax.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, 4), frameon=False, fontsize=9)
+    letters = 12 * figure.get_figwidth()  # that fit side by side at this font size
+    columns = max(1, min(len(names), int(letters / (max(map(len, names)) + 6))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _plain(name: str) -> str:
@@ -296,11 +299,11 @@ def _plain(name: str) -> str:
 
 
 def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+    return LINES[i % len(LINES)]
 
 
 def _line(i: int) -> dict[str, Any]:
-    return {"color": _colour(i), "linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)], "linewidth": 1.6}
+    return {"color": _colour(i), "linestyle": _DASHES[i // len(LINES) % len(_DASHES)], "linewidth": 1.6}
 
 
 def _train(records: Sequence[Record]) -> list[Record]:
