@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mogeo
-from mogeo.dpo.batches import ShuffledEpochs, TokenizedPreferences, collate, tokenize_preferences
+from mogeo.dpo.batches import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
 from mogeo.dpo.config import AlignConfig as AlignConfig
 from mogeo.dpo.data import Preferences
 from mogeo.dpo.errors import InputError
@@ -188,12 +188,11 @@ class _Run:
     def _score_reference(self) -> None:
         """Score what the run will see with the model as it came in; from the cache where nothing relevant changed."""
         visited = self._visited()
+        parts = ("training", "held-out")
         sets = ([self.train_set.sequences[i] for i in visited], self.held_out.sequences)
 
         def compute() -> list[Tensor]:
-            total = sum(map(len, sets))
-            with tqdm(total=total, desc="reference", unit="seq", disable=not self.progress) as bar:
-                return [self._score(sequences, bar.update) for sequences in sets]
+            return [self._score(sequences, f"reference, {part}") for part, sequences in zip(parts, sets, strict=True)]
 
         if self.folder is None:
             scores = compute()
@@ -267,19 +266,35 @@ class _Run:
     def _score_batch(self) -> int:
         return 2 * self._micro_batch  # sequences; without gradients they take less memory than in training
 
-    def _score(self, sequences: list[Any], on_batch: Callable[[int], object] | None = None) -> Tensor:
-        return score(
-            self.model,
-            sequences,
-            batch_size=self._score_batch,
-            pad=self.pad,
-            precision=self.precision,
-            on_batch=on_batch,
+    def _score(self, sequences: list[TokenSequence], label: str) -> Tensor:
+        with self._bar(label, len(sequences), "seq", leave=False) as bar:
+            return score(
+                self.model,
+                sequences,
+                batch_size=self._score_batch,
+                pad=self.pad,
+                precision=self.precision,
+                on_batch=bar.update,
+            )
+
+    def _bar(self, label: str, total: int, unit: str, **options: Any) -> Any:
+        """A progress bar that leaves its line to the numbers."""
+        form = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        return tqdm(
+            desc=label,
+            total=total,
+            unit=unit,
+            bar_format=form,
+            dynamic_ncols=True,
+            disable=not self.progress,
+            **options,
         )
 
     def _evaluate(self, step: int) -> Record:
         # Before the first step the policy is the reference.
-        policy = self.held_out_reference if step == 0 else self._score(self.held_out.sequences)
+        policy = (
+            self.held_out_reference if step == 0 else self._score(self.held_out.sequences, f"held-out, step {step}")
+        )
         measured = evaluate(policy, self.held_out_reference, self.held_out, self.config.beta)
         return {"kind": "eval", "step": step, **measured.to_dict()}
 
@@ -330,7 +345,7 @@ class _Run:
         eval_every = tenth if self.config.eval_every is None else self.config.eval_every
         save_every = tenth if self.config.save_every is None else self.config.save_every
         self.model.train()
-        bar = tqdm(total=self.steps, initial=self.done, desc=_name(self.config), unit="step", disable=not self.progress)
+        bar = self._bar(_name(self.config), self.steps, "step", initial=self.done)
         with bar, stop_requests(deferred=self.folder is not None) as stop_requested:
             while self.done < self.steps:
                 record = self._step(self.done + 1)
