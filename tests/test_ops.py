@@ -71,6 +71,15 @@ def test_gram_of_many_rows(k: int, dtype: torch.dtype) -> None:
     assert_gram(rows, mogeo.gram(rows))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_of_any_layout(layout: str, dtype: torch.dtype) -> None:
+    for k in (1, 4, 7):
+        for seed in range(4):
+            rows = lay_out(gaussian(k, 4103, dtype, seed), layout)
+            assert_gram(rows, mogeo.gram(rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_gram_sums_in_blocks(k: int, dtype: torch.dtype) -> None:
