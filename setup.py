@@ -1,4 +1,4 @@
-"""Packages of mogeo. `kernels/` lies at the top level and is installed as `mogeo.kernels`; metadata is in pyproject.toml."""
+"""Packages of mogeo; metadata is in pyproject.toml. `kernels/` at the top level is installed as `mogeo.kernels`."""
 
 from setuptools import find_packages, setup
 
