@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ BEFORE = "before alignment"
 BASELINE = "uniform"
 ADAPTIVE = "mgda-decoupled"
 STATIC = "static"  # fixed at the means of ADAPTIVE's weights: shows what adapting them at every step adds
-DEFAULT_SEEDS = 4
+DEFAULT_SEEDS = 2
 _MAX_NEW_TOKENS = 26  # the longest answer to three attributes, hedged throughout, takes 17
 
 _DESCRIPTION = """\
@@ -102,6 +102,7 @@ class SeedResult:
     """What one seed gave: the held-out prompts, their golden responses, and an outcome a model, BEFORE first."""
 
     seed: int
+    regime: str
     world: World
     prompts: list[str]
     golden: list[str]
@@ -212,13 +213,15 @@ def run_seed(
         train = small_world.flip_labels(clean, small_world.REGIMES[regime], seed)
         held_out = build_preferences(held_out_rows, objectives, recipe.pairing, seed)
         prompts = [row["instruction"] for row in held_out_rows]
-        result = SeedResult(seed, world, prompts, [golden_response(row, objectives) for row in held_out_rows], [])
+        result = SeedResult(
+            seed, regime, world, prompts, [golden_response(row, objectives) for row in held_out_rows], []
+        )
 
         tokenizer = small_world.tokenizer()
         model = small_world.tiny_model(tokenizer, seed)
         parameters = sum(p.numel() for p in model.parameters())
         tell(f"a model of {parameters:,} parameters learns from {4 * len(train_rows):,} answers, good and bad ...")
-        fine_tune(model, tokenizer, train_rows, recipe, seed)
+        fine_tune(model, tokenizer, train_rows, recipe, seed, tell)
         chance = dict.fromkeys(objectives, 0.5)  # the reference has no margin, and `evaluate` counts that one half
         result.outcomes.append(_judge(result, recipe, BEFORE, None, model, tokenizer, chance, []))
         tell(f"{BEFORE}: {_net(result.outcomes[-1])}")
@@ -254,8 +257,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fine_tune(model: Any, tokenizer: Any, rows: Sequence[Row], recipe: Recipe, seed: int) -> None:
-    """Supervised training, in place, on every completion alike, good or bad: next-token loss of the completions."""
+def fine_tune(
+    model: Any, tokenizer: Any, rows: Sequence[Row], recipe: Recipe, seed: int, tell: Callable[[str], None]
+) -> None:
+    """Supervised training, in place, on every completion alike, good or bad: next-token loss of the completions.
+
+    `tell` is called with the progress, four times.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -278,7 +286,7 @@ def fine_tune(model: Any, tokenizer: Any, rows: Sequence[Row], recipe: Recipe, s
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
     )
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         drawn = torch.randint(len(sequences), (recipe.sft_batch,), generator=generator).tolist()
         batch = collate([sequences[i] for i in drawn], tokenizer.pad_token_id).to(torch.device(device))
         # No attention mask: padding is on the right, where causal attention does not look, and without one is faster.
@@ -290,6 +298,8 @@ def fine_tune(model: Any, tokenizer: Any, rows: Sequence[Row], recipe: Recipe, s
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % max(1, steps // 4) == 0:
+            tell(f"supervised step {step} of {steps}: loss {loss.item():.2f}")
     model.eval()
 
 

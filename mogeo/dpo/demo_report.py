@@ -15,7 +15,7 @@ from typing import Any
 from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC, Outcome, SeedResult, mean_weights
 from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
 from mogeo.dpo.judge import NetWinRates
-from mogeo.dpo.world import OBJECTIVES
+from mogeo.dpo.world import OBJECTIVES, REGIMES
 
 logger = logging.getLogger("mogeo")
 
@@ -88,8 +88,9 @@ def result_table(results: Sequence[SeedResult]) -> Table:
             rows.append((f"  {label}", *cells))
     n = len(results)
     spread = f"mean of {n} seeds ± standard deviation" if n > 1 else "one seed"
+    flipped = [f"{share:.0%} of {name}' are flipped" for name, share in REGIMES[results[0].regime].items()]
     note = (
-        f"{spread}, {len(results[0].prompts)} held-out prompts each.\n"
+        f"{spread}; {len(results[0].prompts)} held-out prompts; training labels: {', '.join(flipped) or 'clean'}.\n"
         "net win rate: answers rated higher than the golden one (of four rated answers, that with the largest sum of\n"
         "ratings) minus those rated lower; 0: as good as golden. overall: by that sum; worst: the lowest objective.\n"
         "accuracy: rated pairs whose better answer alignment made likelier; before it, 50 by definition."
@@ -244,12 +245,14 @@ def _plain(results: Sequence[SeedResult], command: str, seconds: float) -> dict[
             "seed": result.seed,
             "label": outcome.label,
             "weighting": outcome.weighting,
-            "greedy": {c: _greedy(c)(outcome) for c in _COLUMNS},
-            "sampled": {c: _sampled(c)(outcome) for c in _COLUMNS},
-            "accuracy": {c: _accuracy(c)(outcome) for c in _COLUMNS},
+            **{
+                kind: {column: round(metric(column)(outcome), 3) for column in _COLUMNS}
+                for kind, metric in (("greedy", _greedy), ("sampled", _sampled), ("accuracy", _accuracy))
+            },
             "history": outcome.history,
         }
         for result in results
         for outcome in result.outcomes
     ]
-    return {"command": command, "seconds": round(seconds, 1), "unit": "percent", "runs": runs}
+    regime = results[0].regime
+    return {"command": command, "regime": regime, "seconds": round(seconds, 1), "unit": "percent", "runs": runs}

@@ -243,6 +243,7 @@ def _draw_bars(ax: Any, bars: Bars, labels: Sequence[str]) -> None:
 
 def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[Sequence[Record]]) -> None:
     """Each objective's smoothed weight: the seeds' mean as a line, their range as a band, the mean of all as a dash."""
+    ends = []
     for i, name in enumerate(objectives):
         columns = [_column(_train(records), "weight", name) for records in histories]
         raw = np.stack([column[: min(map(len, columns))] for column in columns])  # [seeds, steps]
@@ -252,8 +253,14 @@ def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[S
             ax.fill_between(steps, smooth.min(0), smooth.max(0), color=_colour(i), alpha=0.15, linewidth=0)
         ax.plot(steps, smooth.mean(0), **_line(i))
         ax.axhline(_mean(raw), color=_colour(i), linewidth=0.8, linestyle=(0, (4, 3)))
-        # Names at the lines' ends spare the reader a second legend.
-        ax.text(steps[-1], smooth.mean(0)[-1], f" {_plain(name)}", color=_colour(i), va="center", fontsize=8)
+        ends.append((float(smooth.mean(0)[-1]), i))
+    # Names at the lines' ends spare the reader a second legend; from the lowest up, each as high as its line or higher.
+    low, high = ax.get_ylim()
+    at = low
+    for end, i in sorted(ends):
+        at = max(at, low if np.isnan(end) else end)
+        ax.text(steps[-1], at, f" {_plain(objectives[i])}", color=_colour(i), va="center", fontsize=8)
+        at += 0.05 * (high - low)
     ax.set(xlabel="step", ylabel="weight")
 
 

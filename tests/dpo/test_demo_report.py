@@ -41,9 +41,9 @@ def outcome(label: str, helpfulness: float, others: float, answers: Sequence[str
     )
 
 
-def seed(number: int, rates: Mapping[str, tuple[float, float]]) -> SeedResult:
+def seed(number: int, rates: Mapping[str, tuple[float, float]], regime: str = "noisehelp") -> SeedResult:
     models = {BEFORE: (0.0, 0.0), **rates}
-    return SeedResult(number, WORLD, PROMPTS, ["- river Esk"] * 3, [outcome(k, *v) for k, v in models.items()])
+    return SeedResult(number, regime, WORLD, PROMPTS, ["- river Esk"] * 3, [outcome(k, *v) for k, v in models.items()])
 
 
 def two_seeds(uniform: float, adaptive: tuple[float, float], static: float) -> list[SeedResult]:
@@ -124,6 +124,14 @@ def test_the_table_holds_means_and_standard_deviations_of_every_section() -> Non
     assert max(map(len, table.text().splitlines())) <= 120  # fits a terminal
 
 
+def test_the_table_says_what_was_done_to_the_training_labels() -> None:
+    def note(regime: str) -> str:
+        return result_table([seed(0, {BASELINE: (0, 0), ADAPTIVE: (0, 0), STATIC: (0, 0)}, regime)]).note
+
+    assert "training labels: 25% of helpfulness' are flipped." in note("noisehelp")
+    assert "training labels: clean." in note("base")
+
+
 def test_mean_weights_are_shown_for_every_method() -> None:
     table = weight_table(two_seeds(-0.2, (-0.1, -0.1), -0.1))
     assert [row[0] for row in table.rows] == [BASELINE, ADAPTIVE, STATIC]
@@ -133,7 +141,7 @@ def test_mean_weights_are_shown_for_every_method() -> None:
 def test_the_example_is_the_prompt_with_the_most_different_answers() -> None:
     said = {BEFORE: "a b a", BASELINE: "a c a", ADAPTIVE: "a d b", STATIC: "a d a"}
     outcomes = [outcome(label, 0, 0, answers.split()) for label, answers in said.items()]
-    table = answer_table(SeedResult(0, WORLD, PROMPTS, ["x", "- river Esk", "y"], outcomes))
+    table = answer_table(SeedResult(0, "base", WORLD, PROMPTS, ["x", "- river Esk", "y"], outcomes))
     assert table.title.endswith(PROMPTS[1])
     assert [row[-1] for row in table.rows] == ["- river Esk", "b", "c", "d", "d"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import math
 import re
 import subprocess
@@ -15,7 +16,16 @@ import numpy as np
 import pytest
 
 from mogeo.dpo.errors import InputError
-from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, write_comparison, write_report
+from mogeo.dpo.figures import (
+    Bars,
+    MissingMatplotlibError,
+    Table,
+    _draw_bars,
+    _draw_mean_weights,
+    _panels,
+    write_comparison,
+    write_report,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMES = ("helpfulness", "honesty", "truthfulness")
@@ -148,7 +158,35 @@ def test_a_comparison_of_methods(tmp_path: Path, seeds: int, labels: tuple[str, 
     panels = [bars("greedy", labels, seeds), bars("sampled", labels[:1], seeds)]
     weights = [history(NAMES, steps=10 + seed) for seed in range(seeds)]
     path = write_comparison(tmp_path / "comparison.png", "Methods", panels, NAMES, weights, "weights")
-    assert min(size(path)) > 400
+    assert min(size(path)) > 300
+
+
+def test_bars_are_means_and_dots_are_seeds() -> None:
+    values = [[0.1, 0.3], [-0.5, -0.1], [0.0, 0.0]]
+    _, (ax,) = _panels(1, "title")
+    _draw_bars(ax, Bars("greedy", "rate", NAMES, {"one": values, "two": values[::-1]}, baseline=0.05), ["one", "two"])
+    tops = [bar.get_y() + bar.get_height() for bar in ax.patches]
+    assert tops == pytest.approx([0.2, -0.3, 0.0, 0.0, -0.3, 0.2])
+    assert all(bar.get_y() == pytest.approx(0.05) for bar in ax.patches)
+    dots = [line for line in ax.lines if line.get_marker() == "."]
+    assert [list(dot.get_ydata()) for dot in dots] == values + values[::-1]
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+    assert [dot.get_xdata()[0] for dot in dots] == pytest.approx(centres)
+    assert len(set(centres)) == 6
+
+
+def test_mean_weights_are_over_seeds_and_their_names_do_not_overlap() -> None:
+    _, (ax,) = _panels(1, "title")
+    weights = dict(zip(NAMES, (0.3, 0.301, 0.6), strict=True))
+    histories = [[{"kind": "train", "step": s, "weight": {k: v + shift for k, v in weights.items()}} for s in (1, 2)]
+                 for shift in (-0.1, 0.1)]  # fmt: skip
+    _draw_mean_weights(ax, NAMES, histories)
+    drawn = [list(line.get_ydata()) for line in ax.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 1]
+    assert drawn == [pytest.approx([w, w]) for w in weights.values()]
+    low, high = ax.get_ylim()
+    heights = sorted(text.get_position()[1] for text in ax.texts)
+    assert len(heights) == 3
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.045 * (high - low)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
