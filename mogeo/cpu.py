@@ -42,6 +42,8 @@ def _blocked_gram(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
     step = max(_BLOCK, elements // count // _BLOCK * _BLOCK)
     for start in range(0, columns, step):
         chunk = rows[:, start : start + step].to(compute_dtype)
+        if chunk.stride(1) != 1:  # on transposed storage GEMM would add its products in another, less accurate order
+            chunk = chunk.contiguous()
         whole = chunk.shape[1] // _BLOCK * _BLOCK
         if whole:
             blocks = chunk[:, :whole].view(count, -1, _BLOCK).transpose(0, 1)

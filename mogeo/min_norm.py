@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import decimal
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -45,13 +45,14 @@ class _Arithmetic(NamedTuple):
 
     number: Callable[[float], Any]
     sqrt: Callable[[Any], Any]
+    total: Callable[[Iterable[Any]], Any]  # fsum for floats: builtin sum rounds differently from Python 3.12 on
     multiplier_tolerance: Any  # relative size below which a multiplier counts as non-negative
     pivot_tolerance: Any  # 1 − squared correlation with the rows already in, below which a row depends on them
     rounding: Any  # bound on the relative rounding of a sum of 64 products
 
 
-_FLOATS = _Arithmetic(float, math.sqrt, 1e-14, 1e-13, 2.0**-49)
-_DECIMALS = _Arithmetic(Decimal, Decimal.sqrt, Decimal("1e-40"), Decimal("1e-50"), Decimal("1e-70"))
+_FLOATS = _Arithmetic(float, math.sqrt, math.fsum, 1e-14, 1e-13, 2.0**-49)
+_DECIMALS = _Arithmetic(Decimal, Decimal.sqrt, sum, Decimal("1e-40"), Decimal("1e-50"), Decimal("1e-70"))
 _DECIMAL_CONTEXT = decimal.Context(prec=80)
 
 
@@ -169,7 +170,7 @@ def _complementarity(matrix: list[list[Any]], bound: list[Any], arithmetic: _Ari
             dependent[driving] = True  # the hull already holds this row: entering it would only amplify rounding
             driving = -1
 
-    return _refine(matrix, bound, tableau, constant, support)
+    return [constant[i] if support[i] else zero for i in indices]
 
 
 def _pivot(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
@@ -188,32 +189,14 @@ def _pivot(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
     constant[index] = -start * inverse
 
 
-def _refine(
-    matrix: list[list[Any]],
-    bound: list[Any],
-    tableau: list[list[Any]],
-    constant: list[Any],
-    support: list[bool],
-) -> list[Any]:
-    """Refine A_SS y_S = b_S twice: the tableau's block on the support S is A_SS⁻¹ up to rounding."""
-    chosen = [i for i, inside in enumerate(support) if inside]
-    solution = [constant[i] if inside else 0 * constant[i] for i, inside in enumerate(support)]
-    for _ in range(2):
-        residual = [bound[i] - sum(matrix[i][j] * solution[j] for j in chosen) for i in chosen]
-        for i in chosen:
-            row = tableau[i]
-            solution[i] += sum(row[j] * rest for j, rest in zip(chosen, residual, strict=True))
-    return solution
-
-
 def _certify(matrix: list[list[float]], weights: list[float], arithmetic: _Arithmetic) -> tuple[float, bool]:
     """The duality gap, and whether (Ma)_i ≥ aᵀMa beyond doubt for every i, to the rounding of row i."""
     number = arithmetic.number
     inside = [(j, number(weight)) for j, weight in enumerate(weights) if weight > 0.0]
-    slopes = [sum(number(row[j]) * weight for j, weight in inside) for row in matrix]
-    value = sum(slopes[j] * weight for j, weight in inside)
+    slopes = [arithmetic.total(number(row[j]) * weight for j, weight in inside) for row in matrix]
+    value = arithmetic.total(slopes[j] * weight for j, weight in inside)
     norms = [arithmetic.sqrt(number(row[i])) for i, row in enumerate(matrix)]
-    radius = sum(norms[j] * weight for j, weight in inside)
+    radius = arithmetic.total(norms[j] * weight for j, weight in inside)
     # aᵀMa is known to the rounding of its longest rows, which short rows cannot be held to.
     doubt = arithmetic.rounding * radius * radius
     tolerance = number(_CERTIFICATE_TOLERANCE) * radius
