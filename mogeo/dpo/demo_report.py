@@ -1,6 +1,6 @@
 """What `mogeo demo` tells: one table, one sentence, a picture, a page. Every number and word comes from the outcomes.
 
-Knows the outcomes of `demo` and how to show them; trains nothing and judges nothing.
+Knows the outcomes of `experiment` and how to show them; trains nothing and judges nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC, Outcome, SeedResult, mean_weights
+from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.dpo.experiment import Outcome, SeedResult, mean_weights
 from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
 from mogeo.dpo.judge import NetWinRates
 from mogeo.dpo.world import OBJECTIVES, REGIMES
@@ -200,8 +201,7 @@ def terminal(results: Sequence[SeedResult]) -> str:
 
 
 def write(output: Path, results: Sequence[SeedResult], command: str, seconds: float) -> list[Path]:
-    """Write results.json, the picture and the report into `output`; returns the paths, those a newcomer wants first."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Write results.json, the picture and the report into the folder `output`; returns the paths, the picture first."""
     numbers = output / "results.json"
     numbers.write_text(json.dumps(_plain(results, command, seconds), indent=1) + "\n", "utf-8")
     try:
