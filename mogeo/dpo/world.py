@@ -14,6 +14,7 @@ This file knows text and ratings only: nothing of losses, gradients, training or
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ TOWNS = (
 )  # fmt: skip
 LIMITS = tuple(range(4, 15))  # words; a bullet counts as one: every piece between blanks does
 LIST, PROSE = "List", "Describe"
-_UNKNOWN_SHARE = 0.25
+_UNKNOWN_SHARE = 0.25  # of the facts
+_HEDGED_SHARE = 0.25  # of the answers to what nobody knows that are no plain guess; the others are "unsure"
 _PROMPT = re.compile(rf"({LIST}|{PROSE}) ([a-z, ]+) of (\w+) in (\d+) words\.")
 
 
@@ -139,6 +141,7 @@ class Policy:
 
 
 POLICIES = (
+    #                 errs guesses hedges refuses adds misformats shuffles heeds_limit
     Policy("guesser", 0.20, 0.90, 0.03, 0.02, 0.50, 0.40, 0.20, 0.05),
     Policy("hedger", 0.06, 0.15, 0.40, 0.20, 0.15, 0.15, 0.10, 0.20),
     Policy("terse", 0.25, 0.60, 0.05, 0.03, 0.00, 0.05, 0.05, 0.95),
@@ -167,8 +170,12 @@ class World:
         """`n` rows with distinct prompts, each with one completion of each policy, rated on each objective.
 
         In UltraFeedback's shape: {"instruction": str, "completions": [{"model": str, "response": str, "annotations":
-        {objective: {"Rating": "3.5"}}}]}. The first m of n rows are the rows of `rows(m)`.
+        {objective: {"Rating": "3.5"}}}]}. The first m of n rows are the rows of `rows(m)`. Raises ValueError for more
+        rows than there are prompts.
         """
+        prompts = len(TOWNS) * (math.perm(len(ATTRIBUTES), 2) + math.perm(len(ATTRIBUTES), 3)) * len(LIMITS) * 2
+        if n > prompts:
+            raise ValueError(f"{n} rows were asked for: this world has {prompts} distinct prompts")
         ask, answer = self._stream("questions"), self._stream("answers")
         questions: dict[Question, None] = {}  # a dict keeps the order in which they were drawn, a set would not
         while len(questions) < n:
@@ -223,19 +230,16 @@ class World:
     @staticmethod
     def _statement(policy: Policy, attribute: str, fact: str | None, rng: random.Random) -> Statement:
         if fact is None:
-            if rng.random() < policy.guesses:
-                return Statement(attribute, rng.choice(VALUES[attribute]))
-            return (
-                Statement(attribute, rng.choice(VALUES[attribute]), True)
-                if rng.random() < 0.25
-                else Statement(attribute, None)
-            )
+            guesses = rng.random() < policy.guesses
+            hedged = not guesses and rng.random() < _HEDGED_SHARE
+            value = rng.choice(VALUES[attribute]) if guesses or hedged else None
+            return Statement(attribute, value, hedged)
         errs = rng.random() < policy.errs
-        value = rng.choice([v for v in VALUES[attribute] if v != fact]) if errs else fact
+        stated = rng.choice([v for v in VALUES[attribute] if v != fact]) if errs else fact
         mood = rng.random()
         if mood < policy.refuses:
             return Statement(attribute, None)
-        return Statement(attribute, value, hedged=mood < policy.refuses + policy.hedges)
+        return Statement(attribute, stated, hedged=mood < policy.refuses + policy.hedges)
 
 
 def _mean(values: Sequence[float]) -> float:

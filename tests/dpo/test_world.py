@@ -109,6 +109,11 @@ def test_more_rows_begin_with_the_fewer(world: World, rows: list[Row]) -> None:
     assert world.rows(30) == rows[:30]
 
 
+def test_more_rows_than_prompts_are_refused(world: World) -> None:
+    with pytest.raises(ValueError, match="79201 rows were asked for: this world has 79200 distinct prompts"):
+        world.rows(79_201)
+
+
 def test_global_random_state_is_neither_read_nor_changed() -> None:
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
