@@ -210,10 +210,11 @@ def write(output: Path, results: Sequence[SeedResult], command: str, seconds: fl
         logger.warning("no picture and no report: %s", error)
         return [numbers]
     title = "mogeo demo: four objectives in conflict"
+    seeds = f" ({len(results)} seeds; a bar is their mean)" if len(results) > 1 else ""
     adaptive = [outcome.history for result in results for outcome in result.outcomes if outcome.label == ADAPTIVE]
     picture = write_comparison(
         output / _PICTURE,
-        title,
+        title + seeds,
         [_bars(results, section, metric) for section, metric in SECTIONS.items()],
         OBJECTIVES,
         adaptive,
