@@ -38,7 +38,7 @@ class GradientBuffers:
     def __init__(self, parameters: Sequence[Tensor], n_rows: int) -> None:
         self.parameters = list(parameters)
         self.n_rows = n_rows
-        self.signature = signature(parameters)
+        self.signature = signature(parameters, n_rows)
         self.blocks: list[Tensor] = []
         # views[k][i]: row k of parameter i, with the parameter's shape and strides
         self._views: list[list[Tensor]] = [[torch.empty(0)] * len(self.parameters) for _ in range(n_rows)]
@@ -46,15 +46,16 @@ class GradientBuffers:
         # Per row and parameter: written in this window; holding anything but zeros.
         self._written = [bytearray(len(self.parameters)) for _ in range(n_rows)]
         self._dirty = [bytearray(len(self.parameters)) for _ in range(n_rows)]
-        self._row = 0
+        self._row, self._weight = 0, 1.0
 
     def _allocate(self) -> None:
         offsets: dict[tuple[torch.dtype, torch.device], int] = {}
         places: list[int] = []
         for parameter in self.parameters:
-            key = (parameter.dtype, parameter.device)
+            _check(parameter)
+            key = (_grad_dtype(parameter), parameter.device)
             places.append(offsets.setdefault(key, 0))
-            quantum = max(1, _ALIGNMENT // parameter.element_size())
+            quantum = max(1, _ALIGNMENT // key[0].itemsize)
             offsets[key] += -(-parameter.numel() // quantum) * quantum
         blocks = {
             (dtype, device): torch.zeros(self.n_rows, columns, dtype=dtype, device=device)
@@ -62,7 +63,7 @@ class GradientBuffers:
         }
         self.blocks = list(blocks.values())
         for i, (parameter, start) in enumerate(zip(self.parameters, places, strict=True)):
-            block = blocks[parameter.dtype, parameter.device]
+            block = blocks[_grad_dtype(parameter), parameter.device]
             for k in range(self.n_rows):
                 self._views[k][i] = _strided_like(block[k, start : start + parameter.numel()], parameter)
 
@@ -82,22 +83,26 @@ class GradientBuffers:
 
         What `p.grad` held before comes back at the end.
         """
-        held = [self._withhold(parameter) for parameter in self.parameters]
-        handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, i))  # type: ignore[no-untyped-call]
-            for i, parameter in enumerate(self.parameters)
-        ]
+        held: list[tuple[Tensor, Tensor | None]] = []
+        handles = []
         try:
+            for parameter in self.parameters:
+                held.append((parameter, parameter.grad))
+                held[-1] = (parameter, self._withhold(parameter))
+            for i, parameter in enumerate(self.parameters):
+                if parameter.requires_grad:
+                    hook = partial(self._collect, i)
+                    handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, grad in zip(self.parameters, held, strict=True):
+            for parameter, grad in held:
                 parameter.grad = grad
 
-    def select(self, row: int) -> None:
-        """Send gradients to this row from now on."""
-        self._row = row
+    def select(self, row: int, weight: float = 1.0) -> None:
+        """Send gradients to this row from now on, multiplied by `weight`."""
+        self._row, self._weight = row, weight
 
     def _withhold(self, parameter: Tensor) -> Tensor | None:
         grad = parameter.grad
@@ -115,14 +120,15 @@ class GradientBuffers:
         if grad is None:
             return
         parameter.grad = None
-        grad = grad.detach()  # under create_graph=True it would drag its graph into the row
+        if grad.requires_grad:  # under create_graph=True: its graph stays out of the row
+            grad = grad.detach()
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         view = self._views[self._row][index]
         if self._written[self._row][index]:
-            view.add_(grad)
+            view.add_(grad, alpha=self._weight)
         else:
-            view.copy_(grad)
+            view.copy_(grad) if self._weight == 1.0 else torch.mul(grad, self._weight, out=view)
             self._written[self._row][index] = self._dirty[self._row][index] = 1
 
     def settle(self) -> None:
@@ -144,8 +150,7 @@ class GradientBuffers:
         """Overwrite row 0 with wᵀ rows, for weights of the first rows."""
         for block in self.blocks:
             ops.combine(block[: len(weights)], weights, out=block[0])
-        for i in range(len(self.parameters)):
-            self._dirty[0][i] = any(dirty[i] for dirty in self._dirty)
+        self._dirty[0][:] = bytes(any(flags) for flags in zip(*self._dirty, strict=True))
 
     def poison(self) -> None:
         """Overwrite row 0 with NaN. Not by NaN weights: they would reach the padding, which nothing ever zeroes."""
@@ -153,15 +158,22 @@ class GradientBuffers:
             view.fill_(torch.nan)
         self._dirty[0][:] = b"\1" * len(self.parameters)
 
+    def direction_overflowed(self) -> bool:
+        """Whether finite fp16 rows were combined into something fp16 cannot hold."""
+        return any(block.dtype == torch.float16 and not bool(block[0].isfinite().all()) for block in self.blocks)
+
+    def touched(self) -> set[Tensor]:
+        """Parameters that some row was written for in this window."""
+        return {p for p, *written in zip(self.parameters, *self._written, strict=True) if any(written)}
+
     def publish(self) -> None:
         """Add row 0 to `p.grad` of every parameter that some row was written for, and close the window.
 
         `p.grad` then is a view of row 0: it lasts until the next window is filled. Other parameters keep theirs.
         """
-        for i, parameter in enumerate(self.parameters):
-            if not any(written[i] for written in self._written):
+        for parameter, view, *written in zip(self.parameters, self._views[0], *self._written, strict=True):
+            if not any(written):
                 continue
-            view = self._views[0][i]
             if parameter.grad is not None:
                 view.add_(parameter.grad)
             parameter.grad = view
@@ -173,9 +185,27 @@ class GradientBuffers:
             written[:] = bytes(len(written))
 
 
-def signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:
+def signature(parameters: Sequence[Tensor], n_rows: int) -> tuple[object, ...]:
     """What a layout depends on. Compare it only while the parameters are alive: it holds their ids."""
-    return tuple((id(p), p.shape, p.stride(), p.dtype, p.device) for p in parameters)
+    return (n_rows, *((id(p), p.shape, p.stride(), _grad_dtype(p), p.device) for p in parameters))
+
+
+def _grad_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype that autograd gives this parameter's gradient: from torch 2.10 on it may be chosen."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def _check(parameter: Tensor) -> None:
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}: gradients must be real floating "
+            "point (view a complex parameter as real)"
+        )
+    if hasattr(parameter, "placements"):
+        raise NotImplementedError(
+            f"a parameter of shape {tuple(parameter.shape)} is a DTensor: this version of mogeo takes no sharded "
+            f"parameters"
+        )
 
 
 def _strided_like(flat: Tensor, parameter: Tensor) -> Tensor:

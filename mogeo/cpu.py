@@ -23,8 +23,10 @@ def gram(rows: Tensor) -> Tensor:
     A plain fp32 `mm` sums 1e7 products in fp32 and loses three digits. Here fp32 sums run over 512 products and fp64
     takes over from there. Half precision is upcast chunk by chunk: its products are exact in fp32.
     """
-    result = _blocked_gram(rows, torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    if rows.dtype != torch.float64 and _left_fp32_range(rows, result.diagonal()):
+    # Away from the CPU an fp32 product may mean TF32, by a setting that is the user's.
+    fp32 = rows.dtype != torch.float64 and rows.device.type == "cpu"
+    result = _blocked_gram(rows, torch.float32 if fp32 else torch.float64)
+    if fp32 and _left_fp32_range(rows, result.diagonal()):
         result = _blocked_gram(rows, torch.float64)
     return (result + result.T) / 2
 

@@ -24,7 +24,7 @@ def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
         pending = [losses[index].grad_fn]
         while pending:
             node = pending.pop()
-            if node is None or node in own or node.name() == "torch::autograd::AccumulateGrad":
+            if node is None or node in own or not node.next_functions:  # nothing behind it: the gradient of a leaf
                 continue
             if node in visited:
                 shared[index] = True

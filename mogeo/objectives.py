@@ -17,7 +17,12 @@ Losses = Mapping[str, Loss] | Sequence[Loss] | Loss
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:
     """The objectives' names, or ValueError."""
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not names
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise ValueError(f"objectives={names!r}: pass at least one name, as a list of strings")
     if len(set(names)) != len(names):
         raise ValueError(f"objectives={list(names)!r}: names must differ")
@@ -49,8 +54,7 @@ def by_name(losses: Losses, objective: str | None, names: tuple[str, ...] | None
     if unknown or missing:
         raise ValueError(
             f"losses do not match the objectives {list(names or ())}: missing {missing}, unknown {unknown}. Pass one "
-            f"loss "
-            "per objective, or a single loss with objective=name"
+            "loss per objective, or a single loss with objective=name"
         )
     for name, loss in named.items():
         if isinstance(loss, Tensor):
@@ -80,14 +84,12 @@ def checked_loss(name: str, loss: object) -> Tensor:
     if loss.numel() != 1 or not loss.is_floating_point():
         raise ValueError(
             f"objective {name!r} has a loss of shape {tuple(loss.shape)} and {loss.dtype}: reduce it to one real "
-            f"number, "
-            "such as loss.mean()"
+            "number, such as loss.mean()"
         )
     if not loss.requires_grad:
         raise ValueError(
             f"objective {name!r} has a loss that requires no grad: it depends on no trainable parameter, or was "
-            f"detached, "
-            "or computed under no_grad"
+            "detached, or computed under no_grad"
         )
     return loss
 
@@ -113,8 +115,7 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
         except TypeError:
             raise TypeError(
                 f"objective {name!r} shares its graph with a later loss, but backward= takes no retain_graph: pass it "
-                f"on, "
-                "as in backward=lambda loss, **kwargs: scaler.scale(loss).backward(**kwargs)"
+                "on, as in backward=lambda loss, **kwargs: scaler.scale(loss).backward(**kwargs)"
             ) from None
     options = {"retain_graph": True} if retain_graph else {}
     try:

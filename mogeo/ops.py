@@ -42,7 +42,8 @@ def gram(rows: Tensor) -> Tensor:
         ValueError: `rows` is not two-dimensional, or has no row.
     """
     _check_rows(rows)
-    return cpu.gram(rows.detach())
+    with torch.autocast(rows.device.type, enabled=False):
+        return cpu.gram(rows.detach())
 
 
 def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:

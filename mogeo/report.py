@@ -1,7 +1,6 @@
 """StepReport: what one combine decided, and what follows from it.
 
-Everything is kept as tensors where they were computed; nothing synchronises with a device until somebody reads a
-number.
+Tensors stay where they were computed, and what follows from them is computed when it is read.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ class StepReport:
 
     #: Names, in the order of every [K] below.
     objectives: tuple[str, ...]
-    #: Sum of the losses handed over since the last step, fp64 [K]: the scalars whose gradients are the g_k. NaN where
-    #: absent.
+    #: Sum of the losses handed over since the last step, fp64 [K]: the scalars whose gradients are the g_k, up to what
+    #: `backward=` multiplied them by. NaN where absent.
     losses: Tensor
     #: w, weights on the raw gradients before clipping, fp64 [K]. 0 for an objective left out.
     weights: Tensor
@@ -59,12 +58,18 @@ class StepReport:
 
     @property
     def alignment(self) -> Tensor | None:
-        """cos(d, g_k), fp64 [K]. Negative: to first order, this step's direction hurts objective k."""
+        """cos(d, g_k), fp64 [K]. Negative: to first order, this step's direction hurts objective k.
+
+        NaN beside a zero gradient, and where the gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot
+        tell.
+        """
         if self.gram is None or self.grad_norms is None:
             return None
         used = self.weights != 0  # a gradient that was left out may be NaN; 0 · NaN would spread
         products = self.gram[:, used] @ self.weights[used]
-        return products / (self.direction_norm * self.grad_norms)
+        reach = self.weights[used].abs() @ self.grad_norms[used]
+        norm = torch.where(self.direction_norm < 1e-4 * reach, torch.nan, self.direction_norm)
+        return products / (norm * self.grad_norms)
 
     @property
     def skipped(self) -> tuple[str, ...]:

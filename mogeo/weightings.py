@@ -89,25 +89,28 @@ class GroupDRO(Weighting):
         if not (math.isfinite(step_size) and step_size >= 0):
             raise ValueError(f"step_size {step_size}: pass a finite number ≥ 0")
         self.step_size = step_size
-        self._log_weights: Tensor | None = None
+        self._log_weights: list[float] = []
 
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Advance q by one step and return it."""
         losses = losses.to(torch.float64)
-        previous = torch.zeros_like(losses) if self._log_weights is None else self._log_weights.to(losses.device)
+        previous = torch.zeros_like(losses)
+        if self._log_weights:
+            previous = torch.tensor(self._log_weights, dtype=torch.float64, device=losses.device)
         if previous.shape != losses.shape:
             raise ValueError(f"{self!r} holds {previous.numel()} weights, but got {losses.numel()} losses")
-        self._log_weights = torch.log_softmax(previous + self.step_size * losses, 0)  # in logarithms nothing overflows
-        return self._log_weights.exp()
+        log_weights = torch.log_softmax(previous + self.step_size * losses, 0)  # in logarithms nothing overflows
+        self._log_weights = log_weights.tolist()
+        return log_weights.exp()
 
     def state_dict(self) -> dict[str, Any]:
-        """log q, fp64 [K], once there is one."""
-        return {} if self._log_weights is None else {"log_weights": self._log_weights.clone()}
+        """log q, K numbers; none before the first step."""
+        # A list, not a tensor: a distributed checkpoint loads tensors only into tensors of their shape.
+        return {"log_weights": list(self._log_weights)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore log q."""
-        log_weights = state_dict.get("log_weights")
-        self._log_weights = None if log_weights is None else log_weights.clone()
+        self._log_weights = list(state_dict["log_weights"])
 
     def __repr__(self) -> str:
         return f"group-dro({self.step_size:g})"
@@ -213,8 +216,7 @@ def require_positive_losses(gram: Tensor, losses: Tensor, objectives: Sequence[s
         k = bad[0]
         raise ValueError(
             f"objective {objectives[k]!r} has loss {losses[k].item():g}; {weighting!r} divides by the loss and needs "
-            f"it "
-            "positive: shift the loss, or use weighting='mgda-normalized'"
+            "it positive: shift the loss, or use weighting='mgda-normalized'"
         )
 
 

@@ -35,8 +35,7 @@ class OptimizerWrapper(Optimizer):
         if isinstance(base, torch.optim.LBFGS):
             raise TypeError(
                 "LBFGS cannot be wrapped: it builds curvature from differences of one function's gradients, and the "
-                "shared "
-                "direction follows another weighted sum at every evaluation. Use a first-order base, such as AdamW"
+                "shared direction follows another weighted sum at every evaluation. Use a base such as AdamW"
             )
         # Optimizer.__init__ installs the hook tables; what it writes about parameters goes to a stand-in and is
         # forgotten.
@@ -45,7 +44,7 @@ class OptimizerWrapper(Optimizer):
         self.base = base
 
     def prepare_step(self) -> None:
-        """Called when gradients are complete and the base is about to use them: after a closure, if there is one."""
+        """Called when the base is about to use gradients: before it steps, and after each evaluation of a closure."""
 
     def own_state(self) -> dict[str, Any]:
         """What to save besides the base's state: tensors, numbers, strings, lists and dicts."""
@@ -73,18 +72,26 @@ class OptimizerWrapper(Optimizer):
             if changed is not None:
                 arguments, options = changed
         closure = arguments[1] if len(arguments) > 1 else options.get("closure")
-        if closure is None:
-            self.prepare_step()
-            result: Any = self.base.step()
-        else:
-            result = self.base.step(self._preparing(closure))
+        self.prepare_step()
+        result: Any = self.base.step() if closure is None else self.base.step(self._preparing(closure))
         for post_hook in list(self._optimizer_step_post_hooks.values()):
             post_hook(self, arguments, options)
         return result
 
-    # Optimizer wraps the step of every subclass to run hooks, the global ones among them. They run inside base.step()
+    # Optimizer wraps the step of every class to run hooks, the global ones among them. They run inside base.step()
     # already and would fire twice; so this step counts as wrapped, and runs the hooks of this instance itself.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in vars(cls):
+            cls.step.hooked = True  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the base can do, such as the `train()` and `eval()` of schedule-free optimizers."""
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
 
     def _preparing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:

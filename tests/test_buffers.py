@@ -94,14 +94,15 @@ def test_migration_keeps_an_open_window() -> None:
         lambda p: p[:2],
         lambda p: [*p, nn.Parameter(torch.ones(1))],
         lambda p: [p[1], p[0], p[2]],
-        lambda p: [q.double() for q in p],
+        lambda p: [nn.Parameter(q.double()) for q in p],
     ],
 )
 def test_signature_tells_when_a_layout_no_longer_fits(change: object) -> None:
     params = parameters()
     changed: list[Tensor] = change(params)  # type: ignore[operator]
-    assert signature(params) == signature(list(params))
-    assert signature(params) != signature(changed)
+    assert signature(params, 2) == signature(list(params), 2)
+    assert signature(params, 2) != signature(changed, 2)
+    assert signature(params, 2) != signature(params, 3)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,10 +163,15 @@ def scaled_step(
     scaler.update()
 
 
+def sgd(net: nn.Module) -> torch.optim.SGD:
+    """For what AdamW would hide: it is blind to the scale of gradients."""
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
 def test_grad_scaler_unscales_what_was_combined() -> None:
     net, twin = make_net(), make_net()
-    optimizer = MultiObjectiveOptimizer(adamw(net), nonfinite="propagate")
-    plain = MultiObjectiveOptimizer(adamw(twin))
+    optimizer = MultiObjectiveOptimizer(sgd(net), nonfinite="propagate")
+    plain = MultiObjectiveOptimizer(sgd(twin))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     for _ in range(3):
         scaled_step(net, optimizer, scaler, 1.0)
@@ -214,9 +220,39 @@ def test_closure() -> None:
     assert_equal_nets(net, twin)
 
 
-def test_every_hook_fires_exactly_once() -> None:
+def test_a_closure_optimizer_that_steps_on_what_is_there_first() -> None:
+    """SAM ascends along p.grad before it calls the closure: what is due has to be there by then."""
+    from pytorch_optimizer import SAM
+
+    weights = []
+    for combine_first in (True, False):
+        net = make_net()
+        base = SAM(net.parameters(), base_optimizer=torch.optim.SGD, lr=0.1, rho=0.5)
+        optimizer = MultiObjectiveOptimizer(base)
+
+        def closure(net: nn.Module = net, optimizer: MultiObjectiveOptimizer = optimizer) -> Tensor:
+            optimizer.backward(losses_of(net, 0))
+            return torch.zeros(())
+
+        closure()
+        if combine_first:
+            optimizer.combine()
+        optimizer.step(closure)
+        weights.append(net[0].weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+class Verbose(MultiObjectiveOptimizer):
+    """A user's subclass that adds to step()."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [MultiObjectiveOptimizer, Verbose])
+def test_every_hook_fires_exactly_once(kind: type[MultiObjectiveOptimizer]) -> None:
     net = make_net()
-    optimizer = MultiObjectiveOptimizer(adamw(net))
+    optimizer = kind(adamw(net))
     fired: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -261,7 +297,7 @@ def test_step_without_backward_is_the_base_step() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step(closure=None)
     assert optimizer.report is None
-    assert optimizer.own_state()["weighting"] == {}
+    assert optimizer.own_state()["weighting"] == {"log_weights": []}
     assert len(optimizer.state) == 4
 
 
@@ -362,14 +398,72 @@ def test_loading_drops_gradients_captured_before() -> None:
     assert_equal_nets(net, before)
 
 
-def test_accelerate_prepare() -> None:
+def test_pickles_hold_no_gradients() -> None:
+    net = nn.Linear(200, 200)
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1))
+    before = len(pickle.dumps(optimizer))
+    optimizer.backward([net(torch.ones(1, 200)).square().sum(), net(torch.ones(1, 200)).sum() ** 2])
+    assert len(pickle.dumps(optimizer)) < before + 10_000
+    optimizer.step()
+    optimizer.zero_grad()
+    assert len(pickle.dumps(optimizer)) < before + 10_000
+
+
+def test_state_of_another_weighting_is_left_out_with_a_word() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net), "group-dro")
+    train(net, optimizer, range(1))
+    other = MultiObjectiveOptimizer(adamw(net), "mgda")
+    with pytest.warns(UserWarning, match="state of a GroupDRO was saved, and is not loaded into a MGDA"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_distributed_checkpoint_in_one_process(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint brings back the weighting's state too."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net), "group-dro(0.5)")
+    train(net, optimizer, range(2))
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path, no_dist=True)
+    twin = make_net()
+    other = MultiObjectiveOptimizer(adamw(twin), "group-dro(0.5)")
+    model_state, optimizer_state = get_state_dict(twin, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(twin, other, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    assert other.own_state() == optimizer.own_state()
+    train(net, optimizer, range(2, 4))
+    train(twin, other, range(2, 4))
+    assert_equal_nets(net, twin)
+
+
+def test_what_else_the_base_can_do_is_reachable() -> None:
+    from pytorch_optimizer import ScheduleFreeSGD
+
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(ScheduleFreeSGD(net.parameters(), lr=0.1))
+    optimizer.train()
+    train(net, optimizer, range(1))
+    optimizer.eval()
+    with pytest.raises(AttributeError, match="fly"):
+        optimizer.fly()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_accelerate_prepare(max_norm: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     net, twin = make_net(), make_net()
-    optimizer = MultiObjectiveOptimizer(adamw(net))
+    optimizer = MultiObjectiveOptimizer(sgd(net))
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
     net, prepared, scheduler = accelerator.prepare(net, optimizer, scheduler)
     for seed in range(4):
@@ -377,11 +471,11 @@ def test_accelerate_prepare() -> None:
             optimizer.backward(losses_of(net, seed), backward=accelerator.backward)
             if accelerator.sync_gradients:
                 optimizer.combine()
-                accelerator.clip_grad_norm_(net.parameters(), 0.5)
+                accelerator.clip_grad_norm_(net.parameters(), max_norm)
             prepared.step()
             scheduler.step()
             prepared.zero_grad()
-    reference = MultiObjectiveOptimizer(adamw(twin), max_grad_norm=0.5)
+    reference = MultiObjectiveOptimizer(sgd(twin), max_grad_norm=max_norm)
     reference_scheduler = lr_scheduler.ExponentialLR(reference, 0.9)
     for step in range(2):
         for seed in (2 * step, 2 * step + 1):

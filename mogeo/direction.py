@@ -1,0 +1,192 @@
+"""From captured rows and losses to one direction: who takes part, with which weights, and how long it may be.
+
+Knows rows (`GradientBuffers`) and weightings; no optimizer. What it finds, it leaves in row 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mogeo.buffers import GradientBuffers
+from mogeo.weightings import MGDA, Weighting, require_positive_losses
+
+# Below this share of (Σ w_k ‖g_k‖)², ‖d‖² = wᵀMw has cancelled down to the rounding of an fp32 Gram: measure it
+# instead.
+_CANCELLED = 1e-4
+
+
+class Rules(NamedTuple):
+    """What the user decided about every step."""
+
+    objectives: tuple[str, ...]
+    weighting: Callable[..., Any]
+    nonfinite: str  # "skip", "raise" or "propagate"
+    max_grad_norm: float | None
+
+
+class Direction(NamedTuple):
+    """The direction in row 0, and how it came about; fields as in `StepReport`."""
+
+    weights: Tensor
+    gram: Tensor | None
+    squared_norm: Tensor
+    clip_factor: Tensor
+    nonfinite: Tensor
+    usable: bool  # False: no objective could take part, and row 0 means nothing
+    gap: Tensor | None = None
+    status: Tensor | None = None
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite, under `nonfinite="raise"`."""
+
+
+def constant_weights(weighting: object, n_objectives: int) -> Tensor | None:
+    """The weights, if they depend on nothing, so that they can be applied during backward."""
+    return weighting.constant(n_objectives) if isinstance(weighting, Weighting) else None
+
+
+def find_direction(
+    buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules, contributed: set[int]
+) -> Direction:
+    """Weigh the rows, or what constant weights summed during backward, and put the clipped direction into row 0.
+
+    Args:
+        buffers: settled rows; one row of weighted gradients where weights are constant.
+        losses: fp64 [K], NaN where absent.
+        absent: bool [K].
+        rules: of the optimizer.
+        contributed: under constant weights, indices of the objectives that row 0 holds gradients of.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite, and the rules say raise.
+        ValueError: a loss ≤ 0 under a weighting that divides by it.
+        RuntimeError: the weighting did not return one finite weight per objective.
+    """
+    if constant_weights(rules.weighting, len(losses)) is None and getattr(rules.weighting, "needs_gram", True):
+        return _from_gram(buffers, losses, absent, rules)
+    return _from_losses(buffers, losses, absent, rules, contributed)
+
+
+def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules) -> Direction:
+    gram = buffers.gram()
+    nonfinite = ~absent & ~(losses.isfinite() & gram.diagonal().isfinite())
+    if bool(nonfinite.any()) and rules.nonfinite != "skip":
+        return _poisoned(buffers, losses, gram, nonfinite, rules)
+    left_out = absent | nonfinite
+    if bool(left_out.all()):
+        return _unusable(losses, gram, nonfinite)
+    weights, gap, status = _weigh(gram, losses, left_out, rules)
+
+    used = weights != 0  # rows left out may hold NaN
+    squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
+    reach = weights[used].abs() @ gram.diagonal()[used].sqrt()
+    if squared_norm < _CANCELLED * reach**2:
+        buffers.combine(weights)
+        squared_norm = buffers.gram(1).squeeze()
+        clip = _clip_factor(squared_norm, rules)
+        if clip < 1:
+            buffers.combine(clip[None])
+    else:
+        clip = _clip_factor(squared_norm, rules)
+        buffers.combine(weights * clip)
+    if rules.nonfinite != "propagate" and buffers.direction_overflowed():
+        nonfinite = ~absent
+        if rules.nonfinite == "raise":
+            raise NonFiniteError(f"the direction of {_quoted(rules, nonfinite)} overflows fp16: scale the losses down")
+        return _unusable(losses, gram, nonfinite)
+    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status)
+
+
+def _from_losses(
+    buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules, contributed: set[int]
+) -> Direction:
+    nonfinite = ~absent & ~losses.isfinite()
+    if bool(nonfinite.any()) and rules.nonfinite != "skip":
+        return _poisoned(buffers, losses, None, nonfinite, rules)
+    left_out = absent | nonfinite
+    if bool(left_out.all()):
+        return _unusable(losses, None, nonfinite)
+    constant = constant_weights(rules.weighting, len(losses))
+    if constant is None:
+        weights, _, _ = _weigh(None, losses, left_out, rules)
+        buffers.combine(weights)
+    else:
+        weights = constant.to(losses.device).masked_fill(left_out, 0.0)
+    squared_norm = buffers.gram(1).squeeze()
+    # Gradients are summed by now: where one is not finite, or belongs to an objective that became so later in the
+    # window, it is all or nothing.
+    mixed = constant is not None and any(nonfinite[k] for k in contributed)
+    if mixed or not bool(squared_norm.isfinite()):
+        nonfinite = ~absent
+        if rules.nonfinite == "raise":
+            raise NonFiniteError(
+                f"the summed gradient of {_quoted(rules, nonfinite)} is not finite; {rules.weighting!r} keeps no "
+                "gradients apart to tell whose it is"
+            )
+        if rules.nonfinite == "skip":
+            return _unusable(losses, None, nonfinite)
+    clip = _clip_factor(squared_norm, rules)
+    if clip < 1:
+        buffers.combine(clip[None])
+    return Direction(weights, None, squared_norm, clip, nonfinite, True)
+
+
+def _weigh(
+    gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weights, gap and status. To the weighting, an objective left out looks solved: no gradient, average loss."""
+    weighting = rules.weighting
+    if bool(left_out.any()):
+        losses = losses.masked_fill(left_out, losses[~left_out].mean().item())
+        gram = None if gram is None else gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
+    gap = status = None
+    if isinstance(weighting, MGDA):
+        if gram is not None and weighting.needs_positive_losses:
+            require_positive_losses(gram, losses, rules.objectives, weighting)
+        weights, gap, status = weighting.solve(gram, losses)
+    else:
+        # Clones: what a weighting of the user's does to its arguments stays there.
+        returned = weighting(None if gram is None else gram.clone(), losses.clone())
+        try:
+            weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device)
+            valid = weights.shape == losses.shape and bool(weights.isfinite().all())
+        except (TypeError, ValueError, RuntimeError):
+            valid = False
+        if not valid:
+            raise RuntimeError(
+                f"weighting {weighting!r} returned {returned!r} for {len(losses)} objectives: it must return one "
+                "finite weight per objective"
+            )
+    return weights.masked_fill(left_out, 0.0), gap, status
+
+
+def _poisoned(
+    buffers: GradientBuffers, losses: Tensor, gram: Tensor | None, nonfinite: Tensor, rules: Rules
+) -> Direction:
+    """What is not finite reaches `p.grad`, as IEEE arithmetic has it; or it raises."""
+    if rules.nonfinite == "raise":
+        names = _quoted(rules, nonfinite)
+        raise NonFiniteError(f"objective {names}: loss or gradient not finite; nonfinite='skip' would leave it out")
+    buffers.poison()
+    weights = torch.full_like(losses, torch.nan)
+    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, True)
+
+
+def _unusable(losses: Tensor, gram: Tensor | None, nonfinite: Tensor) -> Direction:
+    weights = torch.zeros_like(losses)
+    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False)
+
+
+def _clip_factor(squared_norm: Tensor, rules: Rules) -> Tensor:
+    if rules.max_grad_norm is None:
+        return torch.ones_like(squared_norm)
+    return (rules.max_grad_norm / squared_norm.clamp(min=0).sqrt()).clamp(max=1.0).nan_to_num(nan=1.0)
+
+
+def _quoted(rules: Rules, which: Tensor) -> str:
+    return ", ".join(repr(name) for name, bad in zip(rules.objectives, which.tolist(), strict=True) if bad)
