@@ -52,8 +52,8 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
             place, dtype=dtype, **options, **(_dequantized(transformers) if options else {})
         )
     except Exception as error:
-        # A missing repository, an unknown architecture, a missing package, a damaged file: each raises a type of its own,
-        # from struct.error to SafetensorError, and none tells the user more than its text.
+        # A missing repository, an unknown architecture, a missing package, a damaged file: each raises a type of its
+        # own, from struct.error to SafetensorError, and none tells the user more than its text.
         reason = " ".join(str(error).split())
         raise InputError(f"model '{source}' cannot be loaded ({type(error).__name__}: {reason:.300})") from error
     return LoadedModel(model, tokenizer)
