@@ -94,7 +94,7 @@ def result_table(results: Sequence[SeedResult]) -> Table:
         f"{spread}; {len(results[0].prompts)} held-out prompts; training labels: {', '.join(flipped) or 'clean'}.\n"
         "net win rate: answers rated higher than the golden one (of four rated answers, that with the largest sum of\n"
         "ratings) minus those rated lower; 0: as good as golden. overall: by that sum; worst: the lowest objective.\n"
-        "accuracy: rated pairs whose better answer alignment made likelier; before it, 50 by definition."
+        "accuracy: rated pairs whose better answer alignment made likelier; 50 before it by definition. overall: mean."
     )
     title = "Four objectives in conflict: helpfulness against the three others"
     return Table(title, ("", *(_SHORT.get(c, c) for c in _COLUMNS)), rows, note)

@@ -252,7 +252,7 @@ def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[S
         if len(raw) > 1:
             ax.fill_between(steps, smooth.min(0), smooth.max(0), color=_colour(i), alpha=0.15, linewidth=0)
         ax.plot(steps, smooth.mean(0), **_line(i))
-        ax.axhline(_mean(raw), color=_colour(i), linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.hlines(_mean(raw), steps[0], steps[-1], color=_colour(i), linewidth=0.8, linestyle=(0, (4, 3)))
         ends.append((float(smooth.mean(0)[-1]), i))
     # Names at the lines' ends spare the reader a second legend; from the lowest up, each as high as its line or higher.
     low, high = ax.get_ylim()
