@@ -64,8 +64,8 @@ class Table:
             )
             for line in lines
         ]
-        rule = "  ".join("-" * w for w in widths)
-        return "\n".join([self.title, body[0].rstrip(), rule, *body[1:], *([self.note] if self.note else [])])
+        body.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self.title, *(line.rstrip() for line in body), *([self.note] if self.note else [])])
 
     def html(self) -> str:
         """The table as HTML, every cell escaped."""
