@@ -1,6 +1,6 @@
 """`mogeo demo`: four objectives that conflict, balanced in three ways, on a small world that generates itself.
 
-The command: options, sizes, checks, a process a seed. What happens in one seed is in `experiment`, what is made of the
+The command: options, checks, a process a seed. What happens in one seed is in `experiment`, what is made of the
 outcomes in `demo_report`. Must not import torch at the top, so that `mogeo demo --help` answers at once.
 """
 
@@ -13,16 +13,12 @@ import os
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.errors import InputError
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, STATIC, Recipe
 
-BEFORE = "before alignment"
-BASELINE = "uniform"
-ADAPTIVE = "mgda-decoupled"
-STATIC = "static"  # fixed at the means of ADAPTIVE's weights: shows what adapting them at every step adds
 DEFAULT_SEEDS = 2
 
 _DESCRIPTION = """\
@@ -45,32 +41,6 @@ examples
   mogeo demo --weighting mgda --weighting 'gapo(0.5)'   more methods in the same table
   mogeo demo --regime base                              clean labels (default: a quarter of helpfulness' are flipped)
 """
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The sizes of the demo. Every method gets the same settings, and the same pairs in the same order."""
-
-    train_prompts: int = 1200
-    held_out_prompts: int = 500
-    samples_per_prompt: int = 2
-    sft_steps: int = 500
-    sft_batch: int = 64
-    sft_learning_rate: float = 5e-3
-    pairing: str = "all"
-    align: AlignConfig = field(
-        default_factory=lambda: AlignConfig(
-            beta=0.2,
-            learning_rate=1e-4,
-            betas=(0.9, 0.95),
-            schedule="constant",
-            max_steps=100,
-            pairs_per_objective=32,
-            eval_every=25,
-            autocast="none",  # bf16 would be slower for matrices of this size
-            prompt_format="plain",
-        )
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.experiment import Outcome, SeedResult, mean_weights
 from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
 from mogeo.dpo.judge import NetWinRates
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.world import OBJECTIVES, REGIMES
 
 logger = logging.getLogger("mogeo")

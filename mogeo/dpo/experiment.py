@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from mogeo.dpo.batches import TokenSequence, collate, encode_completion, encode_prompt
 from mogeo.dpo.data import Row, build_preferences, split_rows
-from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.judge import NetWinRates, RatingJudge, generate, golden_response, net_win_rates
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.train import _device as resolve_device
 from mogeo.dpo.train import align
 from mogeo.dpo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer

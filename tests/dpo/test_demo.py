@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mogeo.dpo import demo
-from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.errors import InputError
 from mogeo.dpo.experiment import run_seed
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.world import REGIMES
 
 FULL = Recipe()

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.demo_report import answer_table, conclusion, result_table, weight_table, write
 from mogeo.dpo.experiment import Outcome, SeedResult
 from mogeo.dpo.judge import NetWinRates
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.world import OBJECTIVES, World
 
 WORLD = World(0)

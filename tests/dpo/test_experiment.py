@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mogeo.dpo.data import Preferences
-from mogeo.dpo.demo import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.experiment import Outcome, SeedResult, fine_tune, mean_weights, run_seed
 from mogeo.dpo.judge import generate
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.world import OBJECTIVES, World, tiny_model, tokenizer
 
 FULL = Recipe()
