@@ -84,8 +84,7 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     """`run` with sizes of one's own."""
     from mogeo.dpo import demo_report
     from mogeo.dpo.experiment import run_seed
-    from mogeo.dpo.train import _device as resolve_device
-    from mogeo.dpo.train import check_weighting
+    from mogeo.dpo.train import check_weighting, resolve_device
     from mogeo.dpo.world import OBJECTIVES
 
     # Whatever can be wrong is found before the first minute is spent.

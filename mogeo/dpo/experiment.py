@@ -21,8 +21,7 @@ from mogeo.dpo.batches import TokenSequence, collate, encode_completion, encode_
 from mogeo.dpo.data import Row, build_preferences, split_rows
 from mogeo.dpo.judge import NetWinRates, RatingJudge, generate, golden_response, net_win_rates
 from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
-from mogeo.dpo.train import _device as resolve_device
-from mogeo.dpo.train import align
+from mogeo.dpo.train import align, resolve_device
 from mogeo.dpo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 
 _MAX_NEW_TOKENS = 26  # the longest answer of a policy, four attributes in hedged prose, takes 24

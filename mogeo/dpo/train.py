@@ -118,7 +118,7 @@ class _Run:
         progress: bool,
     ) -> None:
         self.config, self.folder, self.progress, self.tokenizer = config, folder, progress, tokenizer
-        self.device = torch.device(_device(config.device))
+        self.device = torch.device(resolve_device(config.device))
         self.model = model.to(self.device)
         self.notes: list[str] = []
         self.pad = pad_token(tokenizer)
@@ -370,7 +370,8 @@ class _Run:
         return AlignResult(self.model, self.history, evaluations[0], evaluations[-1], self.notes)
 
 
-def _device(name: str) -> str:
+def resolve_device(name: str) -> str:
+    """The device that "auto" means, or `name`; InputError where torch cannot use it."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
