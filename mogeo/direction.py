@@ -88,9 +88,7 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
     if squared_norm < _CANCELLED * reach**2:
         buffers.combine(weights)
         squared_norm = buffers.gram(1).squeeze()
-        clip = _clip_factor(squared_norm, rules)
-        if clip < 1:
-            buffers.combine(clip[None])
+        clip = _clip(buffers, squared_norm, rules)
     else:
         clip = _clip_factor(squared_norm, rules)
         buffers.combine(weights * clip)
@@ -130,9 +128,7 @@ def _from_losses(
             )
         if rules.nonfinite == "skip":
             return _unusable(losses, None, nonfinite)
-    clip = _clip_factor(squared_norm, rules)
-    if clip < 1:
-        buffers.combine(clip[None])
+    clip = _clip(buffers, squared_norm, rules)
     return Direction(weights, None, squared_norm, clip, nonfinite, True)
 
 
@@ -180,6 +176,14 @@ def _poisoned(
 def _unusable(losses: Tensor, gram: Tensor | None, nonfinite: Tensor) -> Direction:
     weights = torch.zeros_like(losses)
     return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False)
+
+
+def _clip(buffers: GradientBuffers, squared_norm: Tensor, rules: Rules) -> Tensor:
+    """Clip the direction in row 0; returns the factor."""
+    clip = _clip_factor(squared_norm, rules)
+    if clip < 1:
+        buffers.combine(clip[None])
+    return clip
 
 
 def _clip_factor(squared_norm: Tensor, rules: Rules) -> Tensor:

@@ -94,9 +94,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _reset(self) -> None:
         """Forget buffers and window: they are rebuilt by the next `backward`."""
         self._buffers: GradientBuffers | None = None
-        self._loss_sums: dict[int, Tensor] = {}  # objective index → sum of its losses in this window
-        self._contributed: set[int] = set()  # objectives whose gradients the one row of constant weights holds
-        self._due = False
+        self._drop_window()
 
     @property
     def weighting(self) -> Callable[..., Any]:
@@ -314,10 +312,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         return self._buffers
 
     def _drop_window(self) -> None:
+        """Start a new window: nothing captured, nothing due."""
         if self._buffers is not None:
             self._buffers.drop()
-        self._loss_sums = {}
-        self._contributed = set()
+        self._loss_sums: dict[int, Tensor] = {}  # objective index → sum of its losses in this window
+        self._contributed: set[int] = set()  # objectives whose gradients the one row of constant weights holds
         self._due = False
 
     # what mogeo.wrapper asks for
