@@ -14,18 +14,9 @@ import pytest
 from mogeo.dpo import demo
 from mogeo.dpo.errors import InputError
 from mogeo.dpo.experiment import run_seed
-from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.world import REGIMES
-
-FULL = Recipe()
-SMALL = replace(
-    FULL,
-    train_prompts=40,
-    held_out_prompts=20,
-    sft_steps=12,
-    sft_batch=16,
-    align=replace(FULL.align, max_steps=4, pairs_per_objective=4, eval_every=2, learning_rate=1e-3),
-)
+from tests.recipes import SMALL
 
 
 def arguments(*typed: str) -> argparse.Namespace:

@@ -12,18 +12,9 @@ import torch
 from mogeo.dpo.data import Preferences
 from mogeo.dpo.experiment import Outcome, SeedResult, fine_tune, mean_weights, run_seed
 from mogeo.dpo.judge import generate
-from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
+from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.world import OBJECTIVES, World, tiny_model, tokenizer
-
-FULL = Recipe()
-SMALL = replace(
-    FULL,
-    train_prompts=40,
-    held_out_prompts=20,
-    sft_steps=12,
-    sft_batch=16,
-    align=replace(FULL.align, max_steps=4, pairs_per_objective=4, eval_every=2, learning_rate=1e-3),
-)
+from tests.recipes import SMALL
 
 
 @pytest.fixture(scope="module")
