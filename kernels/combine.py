@@ -1,0 +1,326 @@
+"""The shared direction d = wᵀ G of gradient rows G [K, N], its norm, and its clipping: nothing leaves the device.
+
+Knows tensors only; arguments come checked, from `mogeo.ops`. One pass reads each row once and writes d, commonly over
+row 0; it clips as it writes, by min(1, c/‖d‖) with ‖d‖² = wᵀMw from the Gram matrix M, and sums the squares of what it
+wrote. A second kernel, of one program, adds these up. Where the gradients cancel so far that wᵀMw has lost its digits,
+or where there is no M, the factor follows from the measured norm instead, and a third kernel applies it; else that one
+finds the factor 1 in device memory and returns at once.
+
+A row whose weight is zero is not read, so it may hold NaN. Half precision is accumulated in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mogeo.kernels.target import threads_per_warp
+
+MAX_ROWS = 32
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Programs of a pass, at most: enough for every GPU, few enough for one program to add up what they measured.
+_MOST_PROGRAMS = 4096
+_THREADS = 128
+_SETTLE_BLOCK = 1024
+
+# Below this share of (Σ w_k ‖g_k‖)², wᵀMw has cancelled down to the rounding of a Gram matrix summed in fp32.
+_CANCELLED = tl.constexpr(1e-4)
+# Weights outside this range (and zero) are no normal fp32 numbers: rows are then combined in fp64.
+_LARGEST_FP32 = tl.constexpr(3.4e38)
+_SMALLEST_FP32 = tl.constexpr(1.2e-38)
+
+
+class Direction(NamedTuple):
+    """What there is to know of a direction; fp64 [] on the device."""
+
+    squared_norm: Tensor  #: ‖d‖² before clipping: wᵀMw, or as measured
+    clip_factor: Tensor  #: min(1, max_norm / ‖d‖); 0 where d was not finite and `discard` made it zero
+
+
+@triton.jit
+def _norm_from_gram(weights, gram, K: tl.constexpr, SIDE: tl.constexpr):
+    """‖d‖² = wᵀMw, and whether enough digits are left of it. Rows of weight zero do not count, whatever M says."""
+    k = tl.arange(0, SIDE)
+    w = tl.load(weights + k, mask=k < K, other=0.0)
+    used = w != 0.0
+    m = tl.load(gram + k[:, None] * K + k[None, :], mask=used[:, None] & used[None, :], other=0.0)
+    squared_norm = tl.sum(tl.sum(m * w[None, :], axis=1) * w, axis=0)
+    squares = tl.sum(tl.where(k[:, None] == k[None, :], m, 0.0), axis=1)
+    reach = tl.sum(tl.abs(w) * tl.sqrt(squares), axis=0)
+    return squared_norm, squared_norm >= reach * reach * _CANCELLED
+
+
+@triton.jit
+def _clip_factor(squared_norm, known, max_norm):
+    """min(1, max_norm / ‖d‖); 1 where the norm is not known, zero, or NaN."""
+    factor = max_norm / tl.sqrt(tl.where(known & (squared_norm > 0.0), squared_norm, 1.0))
+    return tl.where(known & (squared_norm > 0.0) & (factor < 1.0), factor, 1.0)
+
+
+@triton.jit
+def _combine(
+    rows, out, weights, gram, squares, columns, row_stride, col_stride, out_stride, max_norm: tl.float64,
+    K: tl.constexpr, SIDE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+    CLIP: tl.constexpr, MEASURE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    n_programs = tl.num_programs(0)
+    stride = tl.cast(row_stride, tl.int64)
+    BLOCK: tl.constexpr = THREADS * WIDTH
+    columns_of_tile = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    step = tl.cast(BLOCK, tl.int64)
+    out_step = step
+    lanes = columns_of_tile
+    out_lanes = columns_of_tile
+    if not UNIT:
+        step = BLOCK * tl.cast(col_stride, tl.int64)
+        out_step = BLOCK * tl.cast(out_stride, tl.int64)
+        lanes = columns_of_tile.to(tl.int64) * col_stride
+        out_lanes = columns_of_tile.to(tl.int64) * out_stride
+
+    factor = tl.full([], 1.0, tl.float64)
+    if CLIP:
+        squared_norm, known = _norm_from_gram(weights, gram, K, SIDE)
+        factor = _clip_factor(squared_norm, known, max_norm)
+    k = tl.arange(0, SIDE)
+    sizes = tl.abs(tl.load(weights + k, mask=k < K, other=0.0) * factor)
+    in_range = (sizes == 0.0) | ((sizes >= _SMALLEST_FP32) & (sizes <= _LARGEST_FP32)) | (sizes != sizes)
+    if out.dtype.element_ty == tl.float64:
+        in_range = sizes < 0.0
+    wide = tl.min(in_range.to(tl.int32), axis=0) == 0
+
+    squared = tl.zeros([THREADS], tl.float64)
+    whole = columns // BLOCK
+    for t in range(program, whole, n_programs):
+        squared += _combine_tile(
+            rows + t * step, out + t * out_step, weights, factor, wide, stride, lanes, out_lanes, columns_of_tile >= 0,
+            K, False, MEASURE,
+        )  # fmt: skip
+    if (whole % n_programs == program) & (whole * BLOCK < columns):
+        squared += _combine_tile(
+            rows + whole * step, out + whole * out_step, weights, factor, wide, stride, lanes, out_lanes,
+            whole * BLOCK + columns_of_tile < columns, K, True, MEASURE,
+        )  # fmt: skip
+    if MEASURE:
+        tl.store(squares + program, tl.sum(squared, axis=0))
+
+
+@triton.jit
+def _combine_tile(
+    tile, out, weights, factor, wide, row_stride, lanes, out_lanes, mask,
+    K: tl.constexpr, MASKED: tl.constexpr, MEASURE: tl.constexpr,
+):  # fmt: skip
+    """Combine one tile [THREADS, WIDTH]; the squares of what was written, per thread."""
+    result = _weighted_sum(tile, out, weights, factor, row_stride, lanes, mask, K, MASKED, tl.float32, wide == 0)
+    if wide:
+        result = _weighted_sum(tile, out, weights, factor, row_stride, lanes, mask, K, MASKED, tl.float64, wide)
+    if MASKED:
+        tl.store(out + out_lanes, result, mask=mask)
+    else:
+        tl.store(out + out_lanes, result)
+    squared = tl.zeros([mask.shape[0]], tl.float64)
+    if MEASURE:
+        written = result.to(tl.float64)
+        squared = tl.sum(written * written, axis=1)
+    return squared
+
+
+@triton.jit
+def _weighted_sum(
+    tile, out, weights, factor, row_stride, lanes, mask, K: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, needed
+):  # fmt: skip
+    """Σ_k w_k g_k of one tile, accumulated in DTYPE, in the dtype of `out`; reads nothing unless needed."""
+    total = tl.zeros(mask.shape, DTYPE)
+    for k in tl.static_range(K):
+        weight = tl.load(weights + k) * factor
+        read = needed & (weight != 0.0)
+        if MASKED:
+            row = tl.load(tile + k * row_stride + lanes, mask=mask & read, other=0.0)
+        else:
+            row = tl.load(tile + k * row_stride + lanes, mask=read, other=0.0)
+        total += tl.where(read, weight, 0.0).to(DTYPE) * row.to(DTYPE)
+    return total.to(out.dtype.element_ty)
+
+
+@triton.jit
+def _settle(
+    squares, n_squares, weights, gram, out, max_norm: tl.float64,
+    K: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, CLIP: tl.constexpr, GRAM: tl.constexpr,
+    DISCARD: tl.constexpr,
+):  # fmt: skip
+    """‖d‖² before clipping, the clip factor, and what is left of it to multiply d by."""
+    lane = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for at in range(0, n_squares, BLOCK):
+        sums += tl.load(squares + at + lane, mask=at + lane < n_squares, other=0.0)
+    squared_norm = tl.sum(sums, axis=0)
+    measured = squared_norm  # of what lies in memory
+    known = squared_norm < 0.0
+    factor = tl.full([], 1.0, tl.float64)
+    rest = factor
+    if GRAM:
+        from_gram, known = _norm_from_gram(weights, gram, K, SIDE)
+        if CLIP:
+            factor = _clip_factor(from_gram, known, max_norm)
+        squared_norm = tl.where(known, from_gram, squared_norm)
+    if CLIP:
+        rest = _clip_factor(measured, known == 0, max_norm)
+    if DISCARD:
+        rest = tl.where(measured < float("inf"), rest, 0.0)
+    tl.store(out, squared_norm)
+    tl.store(out + 1, factor * rest)
+    tl.store(out + 2, rest)
+
+
+@triton.jit
+def _scale(values, settled, columns, stride, THREADS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
+    """Multiply by what is left; by zero without reading, since what is there may not be finite."""
+    rest = tl.load(settled + 2)
+    if rest != 1.0:
+        read = tl.where(rest != 0.0, 1, 0) > 0
+        BLOCK: tl.constexpr = THREADS * WIDTH
+        lane = tl.arange(0, BLOCK)
+        step = tl.cast(stride, tl.int64)
+        for t in range(tl.program_id(0).to(tl.int64), (columns + BLOCK - 1) // BLOCK, tl.num_programs(0)):
+            column = t * BLOCK + lane
+            place = values + column * step if not UNIT else values + column
+            value = tl.load(place, mask=(column < columns) & read, other=0.0)
+            scaled = value.to(tl.float64) * rest
+            tl.store(place, scaled.to(values.dtype.element_ty), mask=column < columns)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launch
+
+
+def combine_(rows: Tensor, weights: Tensor, *, gram: Tensor | None = None, max_norm: float | None = None) -> Tensor:
+    """Overwrite row 0 of rows [K, N], K ≤ 32, fp64, fp32, bf16 or fp16, with min(1, max_norm/√(wᵀMw)) · wᵀ rows.
+
+    Args:
+        rows: of any strides; 128-bit accesses need what `mogeo.kernels.gram.gram` says.
+        weights: w, fp64 [K], contiguous, on the device of the rows.
+        gram: M, fp64 [K, K], contiguous. Without it and `max_norm` nothing is clipped, and nothing where wᵀMw has
+            cancelled below 1e-4 (Σ w_k ‖g_k‖)²: `direction_` measures there.
+        max_norm: the length to clip to.
+
+    Returns:
+        Row 0.
+    """
+    return combine_into(rows, weights, rows[0], gram=gram, max_norm=max_norm)
+
+
+def combine_into(
+    rows: Tensor, weights: Tensor, out: Tensor, *, gram: Tensor | None = None, max_norm: float | None = None
+) -> Tensor:
+    """As `combine_`, into `out` [N], which is row 0 or overlaps no row."""
+    if out.numel():
+        _run(launch(rows, weights, out, gram, max_norm, None))
+    return out
+
+
+def direction_(
+    blocks: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    gram: Tensor | None = None,
+    max_norm: float | None = None,
+    discard: bool = True,
+) -> Direction:
+    """Overwrite row 0 of every block [K, N_b] with the clipped direction, and measure it.
+
+    Args:
+        blocks: rows of one list of gradients, split by dtype; all on one device.
+        weights: as for `combine_`.
+        gram: M of all blocks together. Where it is missing, or has cancelled, a second pass clips by the measured norm.
+        max_norm: the length to clip to, over all blocks together; None for no clipping.
+        discard: where a direction is not finite (fp16 that overflows), write zeros in its place.
+    """
+    grids = [_grid(block) for block in blocks]
+    squares = torch.zeros(sum(grids), dtype=torch.float64, device=weights.device)
+    for block, part in zip(blocks, squares.split(grids), strict=True):
+        if block.shape[1]:
+            _run(launch(block, weights, block[0], gram, max_norm, part))
+    return finish_([block[0] for block in blocks], squares, weights, gram, max_norm, discard=discard)
+
+
+def finish_(
+    parts: Sequence[Tensor],
+    squares: Tensor,
+    weights: Tensor,
+    gram: Tensor | None,
+    max_norm: float | None,
+    *,
+    discard: bool,
+) -> Direction:
+    """Add up what was measured of a direction that lies in `parts`, and clip or discard what is left to.
+
+    Args:
+        parts: [N_b] each, the direction by dtype.
+        squares: fp64 [n], contiguous, which sum to ‖d‖² as it lies in memory.
+        weights: what it was combined with; `gram`: what its clipping followed, if anything.
+    """
+    settled = torch.empty(3, dtype=torch.float64, device=weights.device)
+    count = len(weights)
+    clip = max_norm is not None
+    _settle[(1,)](
+        squares, squares.numel(), weights, gram, settled, max_norm or 0.0,
+        K=count, SIDE=_side(count), BLOCK=_SETTLE_BLOCK, CLIP=clip, GRAM=gram is not None, DISCARD=discard, num_warps=4,
+    )  # fmt: skip
+    for part in parts:
+        if part.numel() and (clip or discard):
+            _run(launch_scale(part, settled))
+    return Direction(settled[0], settled[1])
+
+
+def launch(
+    rows: Tensor, weights: Tensor, out: Tensor, gram: Tensor | None, max_norm: float | None, squares: Tensor | None
+) -> tuple[Any, tuple[int], list[Any], dict[str, Any]]:
+    """One pass as (kernel, grid, arguments, options)."""
+    count, columns = rows.shape
+    clip = gram is not None and max_norm is not None
+    arguments = [rows, out, weights, gram if clip else None, squares, columns]
+    arguments += [rows.stride(0), rows.stride(1), out.stride(0), max_norm if clip else 0.0]
+    options: dict[str, Any] = {
+        "K": count,
+        "SIDE": _side(count),
+        "THREADS": _THREADS,
+        "WIDTH": 16 // rows.element_size(),
+        "UNIT": rows.stride(1) == 1 and out.stride(0) == 1,
+        "CLIP": clip,
+        "MEASURE": squares is not None,
+        "num_warps": _THREADS // threads_per_warp(),
+    }
+    return _combine, (_grid(rows),), arguments, options
+
+
+def launch_scale(part: Tensor, settled: Tensor) -> tuple[Any, tuple[int], list[Any], dict[str, Any]]:
+    """The last pass as (kernel, grid, arguments, options). Few programs: most often they find nothing to do."""
+    block = _THREADS * 16 // part.element_size()
+    grid = max(1, min(_MOST_PROGRAMS // 4, -(-part.numel() // block)))
+    options: dict[str, Any] = {
+        "THREADS": _THREADS,
+        "WIDTH": 16 // part.element_size(),
+        "UNIT": part.stride(0) == 1,
+        "num_warps": _THREADS // threads_per_warp(),
+    }
+    return _scale, (grid,), [part, settled, part.numel(), part.stride(0)], options
+
+
+def _run(launched: tuple[Any, tuple[int], list[Any], dict[str, Any]]) -> None:
+    kernel, grid, arguments, options = launched
+    kernel[grid](*arguments, **options)
+
+
+def _grid(rows: Tensor) -> int:
+    return max(1, min(_MOST_PROGRAMS, -(-rows.shape[1] // (_THREADS * 16 // rows.element_size()))))
+
+
+def _side(count: int) -> int:
+    """Edge of the square that a [K, K] matrix is loaded into: a power of two, as Triton's blocks are."""
+    return max(2, triton.next_power_of_2(count))
