@@ -133,7 +133,8 @@ def _combine_tile(
 
 @triton.jit
 def _weighted_sum(
-    tile, out, weights, factor, row_stride, lanes, mask, K: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, needed
+    tile, out, weights, factor, row_stride, lanes, mask,
+    K: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, needed,
 ):  # fmt: skip
     """Σ_k w_k g_k of one tile, accumulated in DTYPE, in the dtype of `out`; reads nothing unless needed."""
     total = tl.zeros(mask.shape, DTYPE)
@@ -284,7 +285,7 @@ def launch(
     """One pass as (kernel, grid, arguments, options)."""
     count, columns = rows.shape
     clip = gram is not None and max_norm is not None
-    arguments = [rows, out, weights, gram if clip else None, squares, columns]
+    arguments: list[Any] = [rows, out, weights, gram if clip else None, squares, columns]
     arguments += [rows.stride(0), rows.stride(1), out.stride(0), max_norm if clip else 0.0]
     options: dict[str, Any] = {
         "K": count,
@@ -323,4 +324,4 @@ def _grid(rows: Tensor) -> int:
 
 def _side(count: int) -> int:
     """Edge of the square that a [K, K] matrix is loaded into: a power of two, as Triton's blocks are."""
-    return max(2, triton.next_power_of_2(count))
+    return max(2, 1 << (count - 1).bit_length())

@@ -17,6 +17,7 @@ Products of fp16 and bf16 are exact in fp32, and a chunk is short, so that sums 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -293,27 +294,23 @@ def gram(rows: Tensor, *, add_to: Tensor | None = None) -> Tensor:
     return out[0]
 
 
-def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The Gram of all columns, and of each segment, from the same single pass.
+def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
+    """The Gram of each segment of columns, and of all columns, from the same single pass.
 
     Args:
         rows: [K, N], as for `gram`.
         boundaries: b_0 = 0 ≤ b_1 ≤ … ≤ b_S = N: segment s is the columns b_s … b_{s+1} − 1.
 
     Returns:
-        fp64 [K, K], and fp64 [S, K, K].
+        fp64 [S + 1, K, K]: segment by segment, and last the Gram of all columns.
     """
     count, columns = rows.shape
-    n_segments = len(boundaries) - 1
-    if columns == 0:
-        zeros = torch.zeros(n_segments + 1, count, count, dtype=torch.float64, device=rows.device)
-        return zeros[-1], zeros[:-1]
-    length = _chunk_length(columns, variant(count, rows.dtype))
-    cuts, ranges = _cuts(tuple(boundaries), length, rows.device)
-    partials = _partials(rows, cuts, length, len(cuts) - 1)
-    out = torch.empty(n_segments + 1, count, count, dtype=torch.float64, device=rows.device)
-    _reduce(partials, ranges, out, add=False)
-    return out[-1], out[:-1]
+    out = torch.zeros(len(boundaries), count, count, dtype=torch.float64, device=rows.device)
+    if columns:
+        length = _chunk_length(columns, variant(count, rows.dtype))
+        cuts, ranges = _cuts(tuple(boundaries), length, rows.device)
+        _reduce(_partials(rows, cuts, length, len(cuts) - 1), ranges, out, add=False)
+    return out
 
 
 def _chunk_length(columns: int, chosen: Variant) -> int:
@@ -326,7 +323,7 @@ def _cuts(boundaries: tuple[int, ...], length: int, device: torch.device) -> tup
     """Where chunks begin [n_chunks + 1], and the chunks of each segment and of all [S + 1, 2], int64, on the device."""
     places = sorted({*range(0, boundaries[-1], length), *boundaries})
     index = {place: i for i, place in enumerate(places)}
-    pairs = [*zip(boundaries[:-1], boundaries[1:], strict=True), (0, boundaries[-1])]
+    pairs = [*itertools.pairwise(boundaries), (0, boundaries[-1])]
     ranges = [[index[start], index[end]] for start, end in pairs]
     return torch.tensor(places, device=device), torch.tensor(ranges, device=device)
 

@@ -461,8 +461,8 @@ def min_norm(
         iterations: int64 [...] to write: pivots, of both arithmetics.
 
     Returns:
-        weights, fp64 [..., K]; the duality gap, fp64 [...], in units of the normalised Gram matrix; status, int64 [...],
-        a `mogeo.Status`. A loss ≤ 0 that would divide gives `NONPOSITIVE_LOSS`, and its objective weight 0.
+        weights, fp64 [..., K]; the duality gap, fp64 [...], in units of the normalised Gram matrix; status, int64
+        [...], a `mogeo.Status`. A loss ≤ 0 that would divide gives `NONPOSITIVE_LOSS`, and its objective weight 0.
     """
     batch, count = gram.shape[:-2], gram.shape[-1]
     weights = torch.empty(*batch, count, dtype=torch.float64, device=gram.device)
@@ -491,7 +491,7 @@ def launch(
     arguments = [gram, losses, _bytes(absent), weights, gap, status, iterations, _bytes(nonfinite)]
     options: dict[str, Any] = {
         "K": count,
-        "SIDE": max(2, triton.next_power_of_2(count)),
+        "SIDE": max(2, 1 << (count - 1).bit_length()),  # a power of two, as Triton's blocks are
         "LOSSES": losses is not None,
         "ABSENT": absent is not None,
         "LOSS": normalize in ("loss", "loss+"),

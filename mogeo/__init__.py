@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mogeo.ops import MinNorm as MinNorm
     from mogeo.ops import combine as combine
     from mogeo.ops import gram as gram
+    from mogeo.ops import gram_by_segment as gram_by_segment
     from mogeo.ops import min_norm_weights as min_norm_weights
     from mogeo.optimizer import MultiObjectiveOptimizer as MultiObjectiveOptimizer
     from mogeo.report import StepReport as StepReport
@@ -29,6 +30,7 @@ _HOMES = {
     "StepReport": "mogeo.report",
     "combine": "mogeo.ops",
     "gram": "mogeo.ops",
+    "gram_by_segment": "mogeo.ops",
     "min_norm_weights": "mogeo.ops",
 }
 __all__ = [*_HOMES, "weightings"]

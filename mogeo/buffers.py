@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mogeo import ops
+from mogeo.constants import constant_tensor
 
-_ALIGNMENT = 16  # bytes at which rows and parameters start, so that 128-bit loads hold
+_ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
+_ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
 
 
 class GradientBuffers:
@@ -33,6 +36,8 @@ class GradientBuffers:
 
     Attributes:
         blocks: one tensor [K, N_b] per (dtype, device) among the parameters.
+        device: where the Gram and everything that follows from it lives: that of the first block.
+        device_code: `mogeo.cuda` where a whole step is decided on the device, else None: the host decides.
     """
 
     def __init__(self, parameters: Sequence[Tensor], n_rows: int) -> None:
@@ -43,6 +48,8 @@ class GradientBuffers:
         # views[k][i]: row k of parameter i, with the parameter's shape and strides
         self._views: list[list[Tensor]] = [[torch.empty(0)] * len(self.parameters) for _ in range(n_rows)]
         self._allocate()
+        self.device = self.blocks[0].device
+        self.device_code = ops.device_code(self.blocks)
         # Per row and parameter: written in this window; holding anything but zeros.
         self._written = [bytearray(len(self.parameters)) for _ in range(n_rows)]
         self._dirty = [bytearray(len(self.parameters)) for _ in range(n_rows)]
@@ -58,14 +65,20 @@ class GradientBuffers:
             quantum = max(1, _ALIGNMENT // key[0].itemsize)
             offsets[key] += -(-parameter.numel() // quantum) * quantum
         blocks = {
-            (dtype, device): torch.zeros(self.n_rows, columns, dtype=dtype, device=device)
+            (dtype, device): torch.zeros(
+                self.n_rows, -(-columns // _ROW_QUANTUM) * _ROW_QUANTUM, dtype=dtype, device=device
+            )
             for (dtype, device), columns in offsets.items()
         }
         self.blocks = list(blocks.values())
+        used = {key: torch.zeros(block.shape[1], dtype=torch.bool) for key, block in blocks.items()}
         for i, (parameter, start) in enumerate(zip(self.parameters, places, strict=True)):
-            block = blocks[_grad_dtype(parameter), parameter.device]
+            key = (_grad_dtype(parameter), parameter.device)
+            block = blocks[key]
+            used[key][start : start + parameter.numel()] = True
             for k in range(self.n_rows):
                 self._views[k][i] = _strided_like(block[k, start : start + parameter.numel()], parameter)
+        self._padding = [(~flags).nonzero().flatten().to(key[1]) for key, flags in used.items()]
 
     def migrate(self, old: GradientBuffers) -> None:
         """Take over the open window of `old`, for the parameters both have."""
@@ -142,15 +155,47 @@ class GradientBuffers:
                     dirty[i] = 0
 
     def gram(self, n_rows: int | None = None) -> Tensor:
-        """G Gᵀ of the first `n_rows` rows (by default all), fp64 [n_rows, n_rows], on the first block's device."""
-        device = self.blocks[0].device
-        return torch.stack([ops.gram(block[:n_rows]).to(device) for block in self.blocks]).sum(0)
+        """G Gᵀ of the first `n_rows` rows (by default all), fp64 [n_rows, n_rows], on `device`."""
+        blocks = [block[:n_rows] for block in self.blocks]
+        if self.device_code is not None:
+            gram: Tensor = self.device_code.gram_of_blocks(blocks)
+            return gram
+        return torch.stack([ops.gram(block).to(self.device) for block in blocks]).sum(0)
 
     def combine(self, weights: Tensor) -> None:
         """Overwrite row 0 with wᵀ rows, for weights of the first rows."""
         for block in self.blocks:
             ops.combine(block[: len(weights)], weights, out=block[0])
+        self._mark_combined()
+
+    def direct(self, weights: Tensor, gram: Tensor | None, max_norm: float | None, *, discard: bool) -> Any:
+        """`combine`, clipped and measured on the device, for weights of all rows; see `mogeo.kernels.combine`.
+
+        Returns:
+            Its `Direction`: squared norm and clip factor.
+        """
+        assert self.device_code is not None
+        direction = self.device_code.direction_(self.blocks, weights, gram=gram, max_norm=max_norm, discard=discard)
+        self._mark_combined()
+        if not discard:
+            self._clean_padding()
+        return direction
+
+    def finish(self, squared_norm: Tensor, max_norm: float | None, *, discard: bool) -> Any:
+        """Clip, or discard, what row 0 holds already, as `direct` does, from its squared norm, fp64 [1]."""
+        assert self.device_code is not None
+        parts = [block[0] for block in self.blocks]
+        one = constant_tensor((1.0,), torch.float64, self.device)
+        return self.device_code.finish_(parts, squared_norm, one, None, max_norm, discard=discard)
+
+    def _mark_combined(self) -> None:
         self._dirty[0][:] = bytes(any(flags) for flags in zip(*self._dirty, strict=True))
+
+    def _clean_padding(self) -> None:
+        """Zero what lies between the parameters in row 0: a NaN there would outlast the step."""
+        for block, padding in zip(self.blocks, self._padding, strict=True):
+            if padding.numel():
+                block[0].index_fill_(0, padding, 0.0)
 
     def poison(self) -> None:
         """Overwrite row 0 with NaN. Not by NaN weights: they would reach the padding, which nothing ever zeroes."""

@@ -1,14 +1,18 @@
-"""Gram matrix and combination of gradient rows in plain PyTorch, written for the memory hierarchy of a CPU.
+"""Gram matrix, combination and min-norm point in plain PyTorch, written for a CPU and its memory hierarchy.
 
-Knows tensors only, and takes its arguments as checked: `mogeo.ops` is the door.
+Knows tensors only, and takes its arguments as checked: `mogeo.ops` is the door. Runs on every device, but asks the host
+there: `combine` and `min_norm` copy K and K² numbers to it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mogeo import min_norm as scalar
 
 _BLOCK = 512  # columns of one partial Gram: an fp32 sum this short keeps 2e-7 of random entries, and costs no speed
 _CHUNK = 1 << 24  # elements handed to one batched product: bounds the partial Grams held at a time
@@ -29,6 +33,12 @@ def gram(rows: Tensor) -> Tensor:
     if fp32 and _left_fp32_range(rows, result.diagonal()):
         result = _blocked_gram(rows, torch.float64)
     return (result + result.T) / 2
+
+
+def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
+    """The Gram of each segment, columns b_s … b_{s+1} − 1, and last that of all: fp64 [S + 1, K, K]."""
+    grams = [gram(rows[:, start:end]) for start, end in itertools.pairwise(boundaries)]
+    return torch.stack([*grams, gram(rows)])
 
 
 def _left_fp32_range(rows: Tensor, squared_norms: Tensor) -> bool:
@@ -56,12 +66,12 @@ def _blocked_gram(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
     return total
 
 
-def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> Tensor:
+def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all.
 
     Accumulates in the dtype of the rows, half precision in fp32, and anything in fp64 if a weight leaves fp32's range.
     """
-    terms = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight != 0.0]
+    terms = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0.0]
     if not terms:
         return out.zero_()
     dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -81,3 +91,32 @@ def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> Tensor:
         if partial is not target:
             target.copy_(partial)
     return out
+
+
+def min_norm(
+    gram: Tensor, losses: Tensor | None, normalize: str, power: float, apply_to: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights fp64 [..., K], gap fp64 [...] and status int64 [...] of the MGDA family, from a Gram fp64 [..., K, K]."""
+    count = gram.shape[-1]
+    matrices = gram / 2 + gram.mT / 2
+    if normalize != "none":
+        normalizers = _normalizers(matrices.diagonal(dim1=-2, dim2=-1), losses, normalize, power)
+        matrices = matrices / (normalizers[..., :, None] * normalizers[..., None, :])
+    points = [scalar.min_norm(matrix) for matrix in matrices.reshape(-1, count, count).tolist()]
+    weights = torch.tensor([point[0] for point in points], dtype=torch.float64, device=gram.device)
+    weights = weights.reshape(gram.shape[:-1])
+    if normalize != "none" and apply_to == "normalized":
+        weights = weights / normalizers
+    gap = torch.tensor([point[1] for point in points], dtype=torch.float64, device=gram.device)
+    status = torch.tensor([int(point[2]) for point in points], device=gram.device)
+    return weights, gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])
+
+
+def _normalizers(squared_norms: Tensor, losses: Tensor | None, normalize: str, power: float) -> Tensor:
+    if normalize == "l2":
+        base = squared_norms.sqrt()
+    else:
+        assert losses is not None
+        base = losses if normalize == "loss" else losses * squared_norms.sqrt()
+    # A solved objective (zero gradient) stays a zero row whatever divides it; 1 keeps 0/0 out of it.
+    return torch.where(squared_norms == 0, 1.0, base**power)

@@ -1,6 +1,7 @@
 """From captured rows and losses to one direction: who takes part, with which weights, and how long it may be.
 
-Knows rows (`GradientBuffers`) and weightings; no optimizer. What it finds, it leaves in row 0.
+Knows rows (`GradientBuffers`) and weightings; no optimizer. What it finds, it leaves in row 0. Here the host decides,
+which on a CPU costs nothing; `mogeo.deferred` does the same where a GPU decides.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
+from mogeo.constants import constant_tensor
 from mogeo.weightings import MGDA, Weighting, require_positive_losses
 
 # Below this share of (Σ w_k ‖g_k‖)², ‖d‖² = wᵀMw has cancelled down to the rounding of an fp32 Gram: measure it
@@ -45,20 +47,20 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite, under `nonfinite="raise"`."""
 
 
-def constant_weights(weighting: object, n_objectives: int) -> Tensor | None:
+def constant_weights(weighting: object, n_objectives: int) -> tuple[float, ...] | None:
     """The weights, if they depend on nothing, so that they can be applied during backward."""
     return weighting.constant(n_objectives) if isinstance(weighting, Weighting) else None
 
 
 def find_direction(
-    buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules, contributed: set[int]
+    buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
 ) -> Direction:
     """Weigh the rows, or what constant weights summed during backward, and put the clipped direction into row 0.
 
     Args:
         buffers: settled rows; one row of weighted gradients where weights are constant.
         losses: fp64 [K], NaN where absent.
-        absent: bool [K].
+        absent: K flags.
         rules: of the optimizer.
         contributed: under constant weights, indices of the objectives that row 0 holds gradients of.
 
@@ -67,9 +69,10 @@ def find_direction(
         ValueError: a loss ≤ 0 under a weighting that divides by it.
         RuntimeError: the weighting did not return one finite weight per objective.
     """
+    flags = constant_tensor(absent, torch.bool, losses.device)
     if constant_weights(rules.weighting, len(losses)) is None and getattr(rules.weighting, "needs_gram", True):
-        return _from_gram(buffers, losses, absent, rules)
-    return _from_losses(buffers, losses, absent, rules, contributed)
+        return _from_gram(buffers, losses, flags, rules)
+    return _from_losses(buffers, losses, flags, rules, contributed)
 
 
 def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules) -> Direction:
@@ -114,7 +117,7 @@ def _from_losses(
         weights, _, _ = _weigh(None, losses, left_out, rules)
         buffers.combine(weights)
     else:
-        weights = constant.to(losses.device).masked_fill(left_out, 0.0)
+        weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(left_out, 0.0)
     squared_norm = buffers.gram(1).squeeze()
     # Gradients are summed by now: where one is not finite, or belongs to an objective that became so later in the
     # window, it is all or nothing.
@@ -135,30 +138,50 @@ def _from_losses(
 def _weigh(
     gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights, gap and status. To the weighting, an objective left out looks solved: no gradient, average loss."""
+    """Weights, gap and status."""
     weighting = rules.weighting
-    if bool(left_out.any()):
-        losses = losses.masked_fill(left_out, losses[~left_out].mean().item())
-        gram = None if gram is None else gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
-    gap = status = None
     if isinstance(weighting, MGDA):
+        gram, losses = _without(gram, losses, left_out)
         if gram is not None and weighting.needs_positive_losses:
             require_positive_losses(gram, losses, rules.objectives, weighting)
         weights, gap, status = weighting.solve(gram, losses)
-    else:
-        # Clones: what a weighting of the user's does to its arguments stays there.
-        returned = weighting(None if gram is None else gram.clone(), losses.clone())
-        try:
-            weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device)
-            valid = weights.shape == losses.shape and bool(weights.isfinite().all())
-        except (TypeError, ValueError, RuntimeError):
-            valid = False
-        if not valid:
-            raise RuntimeError(
-                f"weighting {weighting!r} returned {returned!r} for {len(losses)} objectives: it must return one "
-                "finite weight per objective"
-            )
-    return weights.masked_fill(left_out, 0.0), gap, status
+        return weights.masked_fill(left_out, 0.0), gap, status
+    weights = weights_of(gram, losses, left_out, rules)
+    if not bool(weights.isfinite().all()):
+        raise bad_weights(weighting, weights, len(losses))
+    return weights, None, None
+
+
+def weights_of(gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules) -> Tensor:
+    """What a weighting returns, fp64 [K]; 0 for an objective left out. Whether they are finite is not looked at."""
+    gram, losses = _without(gram, losses, left_out)
+    # Clones: what a weighting of the user's does to its arguments stays there.
+    returned = rules.weighting(None if gram is None else gram.clone(), losses.clone())
+    try:
+        weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise bad_weights(rules.weighting, returned, len(losses)) from None
+    if weights.shape != losses.shape:
+        raise bad_weights(rules.weighting, returned, len(losses))
+    return weights.detach().masked_fill(left_out, 0.0)
+
+
+def bad_weights(weighting: object, returned: object, count: int) -> RuntimeError:
+    """The error for a weighting that did not return one finite weight per objective."""
+    return RuntimeError(
+        f"weighting {weighting!r} returned {returned!r} for {count} objectives: it must return one finite weight per "
+        "objective"
+    )
+
+
+def _without(gram: Tensor | None, losses: Tensor, left_out: Tensor) -> tuple[Tensor | None, Tensor]:
+    """As a weighting sees it, an objective left out is solved: no gradient, the average loss of the others."""
+    others = losses.masked_fill(left_out, 0.0)
+    count = (~left_out).sum()
+    losses = torch.where(left_out, torch.where(count > 0, others.sum() / count, 1.0), losses)
+    if gram is not None:
+        gram = gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
+    return gram, losses
 
 
 def _poisoned(

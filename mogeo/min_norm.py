@@ -37,7 +37,8 @@ class Status(IntEnum):
     OPTIMAL = 0  #: the optimality conditions hold to rounding
     STALLED = 1  #: they do not: the weights are on the simplex, and the gap tells how far from optimal they are
     ZERO = 2  #: every gradient is zero: nothing is left to descend, and the direction is zero
-    NONFINITE = 3  #: no objective has a finite gradient; the weights are uniform and mean nothing
+    NONFINITE = 3  #: no objective has a finite gradient; the weights are zero
+    NONPOSITIVE_LOSS = 4  #: a loss that divides is not positive; its objective has weight 0 (found on a GPU only)
 
 
 class _Arithmetic(NamedTuple):
@@ -73,8 +74,7 @@ def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
     finite = [i for i in finite if all(math.isfinite(gram[i][j]) for j in finite)]
     hull = [i for i in finite if gram[i][i] > 0.0]
     if not hull:
-        uniform = 1.0 / len(finite or gram)
-        weights = [uniform if i in finite or not finite else 0.0 for i in range(size)]
+        weights = [1.0 / len(finite) if i in finite else 0.0 for i in range(size)]
         return weights, 0.0, Status.ZERO if finite else Status.NONFINITE
 
     # An exact power of two centres the diagonal on 1: a common scale then changes no bit of the weights.

@@ -1,29 +1,38 @@
 """The functional core: gram, combine, min_norm_weights. Checks its arguments; the one place that chooses an
 implementation.
 
-Knows tensors, no optimizer and no weighting. Every device runs the PyTorch implementations of `mogeo.cpu` and the
-scalar solver of `mogeo.min_norm`; away from the CPU the solve therefore copies K² numbers to the host.
+Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels (`mogeo.cuda`), all others
+PyTorch operations and the scalar solver (`mogeo.cpu`). The functions are operators of torch (`torch.ops.mogeo`), so
+that `torch.compile` keeps them whole.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mogeo import cpu
-from mogeo.min_norm import min_norm
 
 _ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MinNorm(NamedTuple):
-    """A min-norm point in the convex hull of K gradients."""
+    """A min-norm point in the convex hull of K gradients; for a batch of problems, with its leading dimensions."""
 
     weights: Tensor  #: fp64 [K], on the simplex
     gap: Tensor  #: fp64 [], the duality gap aᵀMa − min_i (Ma)_i over the hull, in units of the Gram matrix
     status: Tensor  #: int64 [], a `mogeo.Status`
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The functions
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -42,8 +51,33 @@ def gram(rows: Tensor) -> Tensor:
         ValueError: `rows` is not two-dimensional, or has no row.
     """
     _check_rows(rows)
-    with torch.autocast(rows.device.type, enabled=False):
-        return cpu.gram(rows.detach())
+    result: Tensor = torch.ops.mogeo.gram(rows.detach())
+    return result
+
+
+def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Inner products of gradient rows segment by segment (layer by layer, say), and over all columns.
+
+    On a GPU one pass over the rows yields all of them, so that segments cost nothing.
+
+    Args:
+        rows: [K, N], as for `gram`.
+        boundaries: b_0 = 0 ≤ b_1 ≤ … ≤ b_S = N: segment s is the columns b_s … b_{s+1} − 1.
+
+    Returns:
+        The Gram of all columns, fp64 [K, K], and that of each segment, fp64 [S, K, K], which sum to it.
+
+    Raises:
+        TypeError, ValueError: as for `gram`; or the boundaries do not cut the columns.
+    """
+    _check_rows(rows)
+    boundaries = [int(boundary) for boundary in boundaries]
+    if len(boundaries) < 2 or (boundaries[0], boundaries[-1]) != (0, rows.shape[1]) or boundaries != sorted(boundaries):
+        raise ValueError(
+            f"boundaries {boundaries} do not cut {rows.shape[1]} columns: pass 0, …, {rows.shape[1]} in ascending order"
+        )
+    grams: Tensor = torch.ops.mogeo.gram_by_segment(rows.detach(), boundaries)
+    return grams[-1], grams[:-1]
 
 
 def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -66,29 +100,34 @@ def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tens
     if weights.shape != (count,):
         raise ValueError(f"weights have shape {tuple(weights.shape)} for {count} rows: pass one weight per row")
     rows = rows.detach()
+    weights = weights.detach().to(device=rows.device, dtype=torch.float64, non_blocking=True)
     if out is None:
-        out = torch.empty(columns, dtype=rows.dtype, device=rows.device)
-    elif out.dtype != rows.dtype:
+        result: Tensor = torch.ops.mogeo.combine(rows, weights)
+        return result
+    if out.dtype != rows.dtype:
         raise TypeError(f"out is {out.dtype}, but the rows are {rows.dtype}: pass out in the rows' dtype")
-    elif out.shape != (columns,) or out.device != rows.device:
+    if out.shape != (columns,) or out.device != rows.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, but the rows have {columns} columns on {rows.device}"
         )
-    elif _overlaps_later_row(out, rows):
+    # Under torch.compile there are no addresses to compare; there, an overlap is resolved by copies.
+    if not torch.compiler.is_compiling() and _overlaps_later_row(out, rows):
         raise ValueError("out overlaps a row other than the first, and would overwrite it unread: use rows[0]")
-    cpu.combine(rows, weights.tolist(), out)
+    torch.ops.mogeo.combine_out(rows, weights, out)
     return out
 
 
 def min_norm_weights(gram: Tensor) -> MinNorm:
     """The min-norm point of the convex hull of K gradients, from their Gram matrix: argmin over the simplex of aᵀ M a.
 
-    Exact (an active-set method in float64, see `mogeo.min_norm`), deterministic, and the same on every machine.
-    Objectives whose gradient is zero (diagonal ≤ 0) or not finite are left out of the hull and get weight 0.
+    Exact (an active-set method in fp64 that certifies its result, and takes more digits where fp64 does not suffice:
+    `mogeo.min_norm`, and for up to 32 objectives on a GPU `mogeo.kernels.min_norm`) and deterministic; on CPUs the same
+    on every machine. Objectives whose gradient is zero (diagonal ≤ 0) or not finite are left out of the hull and get
+    weight 0.
 
     Args:
         gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding. The mean of M and Mᵀ is
-            used.
+            used. [..., K, K] solves many problems: on a GPU in one launch.
 
     Returns:
         `MinNorm(weights, gap, status)` on the device of `gram`.
@@ -101,15 +140,137 @@ def min_norm_weights(gram: Tensor) -> MinNorm:
     """
     if not gram.is_floating_point():
         raise TypeError(f"gram is {gram.dtype}: pass a real floating-point Gram matrix")
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
-        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square matrix [K, K], K ≥ 1")
-    matrix = gram.detach().to(torch.float64)
-    weights, gap, status = min_norm((matrix / 2 + matrix.T / 2).tolist())
-    return MinNorm(
-        torch.tensor(weights, dtype=torch.float64, device=gram.device),
-        torch.tensor(gap, dtype=torch.float64, device=gram.device),
-        torch.tensor(int(status), device=gram.device),
-    )
+    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1] or gram.shape[-1] == 0:
+        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square matrix [K, K], K ≥ 1, or a batch of them")
+    return normalized_min_norm(gram, None, "none", 1.0, "raw")
+
+
+def normalized_min_norm(
+    gram: Tensor,
+    losses: Tensor | None,
+    normalize: Literal["none", "l2", "loss", "loss+"],
+    power: float,
+    apply_to: Literal["raw", "normalized"],
+) -> MinNorm:
+    """`min_norm_weights` of gradients divided by the normalisers of `mogeo.weightings.MGDA`; arguments as checked.
+
+    Args:
+        gram: M of the raw gradients [..., K, K].
+        losses: L, [..., K], where they normalise.
+        normalize: what divides each gradient; `power`: the exponent of that.
+        apply_to: "raw": the coefficients are the weights; "normalized": they are divided by the normalisers.
+    """
+    losses = None if losses is None else losses.detach().to(device=gram.device, dtype=torch.float64)
+    return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+@functools.cache
+def _for_cuda() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "triton is not installed: on this GPU mogeo runs as PyTorch operations, which are slower and wait for the "
+            "device at every step. pip install triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return cpu
+    from mogeo import cuda
+
+    return cuda
+
+
+def device_code(blocks: Sequence[Tensor]) -> ModuleType | None:
+    """`mogeo.cuda`, if it can take a whole step over these blocks of rows [K, N_b] without asking the host; else None.
+
+    That is where all of them lie on one GPU, K ≤ 32, and Triton is there.
+    """
+    if any(block.device.type != "cuda" or block.device != blocks[0].device for block in blocks):
+        return None
+    code = _for_cuda()
+    return code if code is not cpu and len(blocks[0]) <= code.MOST_ROWS else None
+
+
+_OPERATORS = {
+    "gram": "(Tensor rows) -> Tensor",
+    "gram_by_segment": "(Tensor rows, int[] boundaries) -> Tensor",
+    "combine": "(Tensor rows, Tensor weights) -> Tensor",
+    "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
+    "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
+}
+# Not torch.library.custom_op: that costs ten microseconds a call, as much as a whole solve takes on a GPU.
+_LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
+for _name, _schema in _OPERATORS.items():
+    _LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
+
+
+def _register(key: str, code: Callable[[], ModuleType]) -> None:
+    """Register the functions of `code()` for a dispatch key. `code` is called late: importing Triton takes a second."""
+
+    def gram(rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            result: Tensor = code().gram(rows)
+        return result
+
+    def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            result: Tensor = code().gram_by_segment(rows, boundaries)
+        return result
+
+    def combine(rows: Tensor, weights: Tensor) -> Tensor:
+        result: Tensor = code().combine(rows, weights, rows.new_empty(rows.shape[1]))
+        return result
+
+    def combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        code().combine(rows, weights, out)
+
+    def min_norm(
+        gram: Tensor, losses: Tensor | None, normalize: str, power: float, apply_to: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = code().min_norm(gram, losses, normalize, power, apply_to)
+        return result
+
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm):
+        _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
+
+
+_register("CompositeExplicitAutograd", lambda: cpu)  # all devices but those named below
+_register("CUDA", _for_cuda)
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, for torch.compile."""
+
+    def gram(rows: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape[0], rows.shape[0], dtype=torch.float64)
+
+    def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
+        return rows.new_empty(len(boundaries), rows.shape[0], rows.shape[0], dtype=torch.float64)
+
+    def combine(rows: Tensor, weights: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape[1])
+
+    def combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        return None
+
+    def min_norm(
+        gram: Tensor, losses: Tensor | None, normalize: str, power: float, apply_to: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+        return gram.new_empty(gram.shape[:-1]), gram.new_empty(gram.shape[:-2]), status
+
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm):
+        torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
+
+
+_register_fakes()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def _check_rows(rows: Tensor) -> None:

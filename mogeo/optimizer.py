@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mogeo import deferred, direction
 from mogeo.buffers import GradientBuffers, signature
-from mogeo.direction import NonFiniteError, Rules, constant_weights, find_direction
+from mogeo.constants import constant_tensor
+from mogeo.direction import Direction, NonFiniteError, Rules, bad_weights, constant_weights
 from mogeo.graphs import shared_with_later
+from mogeo.mailbox import Mailbox
+from mogeo.min_norm import Status
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, run_backward
 from mogeo.report import StepReport
-from mogeo.weightings import WeightingLike, resolve
+from mogeo.weightings import MGDA, WeightingLike, nonpositive_loss, resolve
 from mogeo.wrapper import OptimizerWrapper
 
 
@@ -66,7 +70,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         ValueError: an argument does not fit.
     """
 
-    _transient = ("_buffers", "_loss_sums", "_contributed", "_due")
+    _transient = ("_buffers", "_mailbox", "_loss_sums", "_contributed", "_due")
 
     def __init__(
         self,
@@ -87,13 +91,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.report: StepReport | None = None
-        self._nonfinite_counts: list[int] = [0] * len(self.objectives or ())
+        self._nonfinite_counts = torch.zeros(len(self.objectives or ()), dtype=torch.int64)
         self._warned = False
         self._reset()
 
     def _reset(self) -> None:
         """Forget buffers and window: they are rebuilt by the next `backward`."""
         self._buffers: GradientBuffers | None = None
+        self._mailbox = Mailbox()
         self._drop_window()
 
     @property
@@ -143,9 +148,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 needed.
 
         If anything raises while gradients are captured, the window is dropped: `p.grad` and the parameters stay as they
-        were.
+        were. On a GPU this may raise for an earlier step as well, as `combine` does, before anything is captured.
         """
         _refuse_distributed()
+        self._read_mail()
         known = self.objectives
         try:
             terms = self._terms(losses, objective)
@@ -171,7 +177,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self,
         buffers: GradientBuffers,
         terms: Sequence[tuple[int, str, Loss]],
-        constant: Tensor | None,
+        constant: tuple[float, ...] | None,
         backward: Callable[..., object] | None,
         retain_graph: bool,
     ) -> None:
@@ -183,17 +189,17 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             if constant is None:
                 buffers.select(index)
             else:
-                buffers.select(0, constant[index].item())
+                buffers.select(0, constant[index])
             loss = evaluate(name, term)
             value = self._add_loss(index, loss)
-            if constant is None or self._can_be_summed(index, value, constant):
+            if constant is None or self._can_be_summed(index, value, constant[index]):
                 run_backward(name, loss, backward, retain_graph or needed_later)
             del loss  # or the next callable runs while this graph is still alive
 
     def _backward_sum(
         self,
         terms: Sequence[tuple[int, str, Loss]],
-        constant: Tensor,
+        constant: tuple[float, ...],
         backward: Callable[..., object] | None,
         retain_graph: bool,
     ) -> None:
@@ -202,16 +208,18 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         with torch.enable_grad():
             for index, name, term in terms:
                 loss = evaluate(name, term)
-                if self._can_be_summed(index, self._add_loss(index, loss), constant):
-                    summands[name] = loss.reshape(()) * constant[index].item()
+                if self._can_be_summed(index, self._add_loss(index, loss), constant[index]):
+                    summands[name] = loss.reshape(()) * constant[index]
             if summands:
                 total = torch.stack([summand.double() for summand in summands.values()]).sum()
         if summands:
             run_backward(" + ".join(summands), total, backward, retain_graph)
 
-    def _can_be_summed(self, index: int, value: Tensor, constant: Tensor) -> bool:
+    def _can_be_summed(self, index: int, value: Tensor, weight: float) -> bool:
         """Note that an objective contributes to the one row; not if its loss is not finite, for it would stay in."""
-        if constant[index] == 0 or not (self.nonfinite == "propagate" or bool(value.isfinite())):
+        assert self._buffers is not None
+        asks = self.nonfinite != "propagate" and not self._decided_on_device(self._buffers)
+        if weight == 0 or (asks and not bool(value.isfinite())):
             return False
         self._contributed.add(index)
         return True
@@ -231,6 +239,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             RuntimeError: nothing was ever handed to `backward`; a gradient is not finite under `nonfinite="raise"`; or
                 the weighting did not return one finite weight per objective.
             ValueError: a loss ≤ 0 under a weighting that divides by it. The window stays open.
+
+        On a GPU the last two are raised for an earlier step, once the host hears of it.
         """
         if not self._due:
             if self.report is None:
@@ -238,20 +248,25 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             return self.report
         buffers = self._buffers
         assert buffers is not None
+        self._read_mail()
         buffers.settle()
-        device = buffers.blocks[0].device
-        nan = torch.tensor(torch.nan, dtype=torch.float64)
-        losses = torch.stack([self._loss_sums.get(k, nan).to(device) for k in range(len(self._names))])
-        absent = torch.tensor([k not in self._loss_sums for k in range(len(self._names))], device=device)
+        count, device = len(self._names), buffers.device
+        nan = constant_tensor((torch.nan,), torch.float64, device)[0]
+        losses = torch.stack([self._loss_sums.get(k, nan).to(device, non_blocking=True) for k in range(count)])
+        absent = tuple(k not in self._loss_sums for k in range(count))
         rules = Rules(self._names, self.weighting, self.nonfinite, self.max_grad_norm)
+        decide = deferred.find_direction if self._decided_on_device(buffers) else direction.find_direction
         try:
-            found = find_direction(buffers, losses, absent, rules, self._contributed)
+            found = decide(buffers, losses, absent, rules, self._contributed)
         except NonFiniteError:
             self._drop_window()
             raise
         if found.usable:
             buffers.publish()
         self._drop_window()
+        if self._nonfinite_counts.device != device:
+            self._nonfinite_counts = self._nonfinite_counts.to(device)
+        self._nonfinite_counts += found.nonfinite
         self.report = StepReport(
             objectives=self._names,
             losses=losses,
@@ -260,27 +275,50 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             squared_norm=found.squared_norm,
             clip_factor=found.clip_factor,
             nonfinite=found.nonfinite,
-            absent=absent,
-            nonfinite_counts=self._count(found.nonfinite),
+            absent=constant_tensor(absent, torch.bool, device),
+            nonfinite_counts=self._nonfinite_counts.clone(),
             optimality_gap=found.gap,
             status=found.status,
         )
+        self._tell(found, losses, on_device=self._decided_on_device(buffers))
         return self.report
 
-    def _count(self, nonfinite: Tensor) -> Tensor:
-        """Running counts of non-finite objectives, int64 [K]; warns once."""
-        bad = nonfinite.tolist()
-        self._nonfinite_counts = [count + now for count, now in zip(self._nonfinite_counts, bad, strict=True)]
-        if any(bad) and self.nonfinite == "skip" and not self._warned:
+    def _decided_on_device(self, buffers: GradientBuffers) -> bool:
+        """Whether the device decides this step, and the host hears of it later."""
+        return buffers.device_code is not None and self.nonfinite != "raise"
+
+    def _tell(self, found: Direction, losses: Tensor, *, on_device: bool) -> None:
+        """Warn of objectives left out: at once, or by a letter that `_read_mail` reads once it is here."""
+        if on_device:
+            status = [] if found.status is None else [found.status.reshape(1)]
+            if status or not self._warned:
+                self._mailbox.post([found.nonfinite, *status], (self._names, self.weighting, losses))
+        elif not self._warned and self.nonfinite == "skip":
+            self._warn(found.nonfinite.tolist(), self._names)
+
+    def _read_mail(self) -> None:
+        """Warn, or raise, over what the device decided in earlier steps."""
+        for (nonfinite, *status), (names, weighting, losses) in self._mailbox.arrived():
+            if not self._warned and self.nonfinite == "skip":
+                self._warn(nonfinite, names)
+            if not status:
+                continue
+            if isinstance(weighting, MGDA):
+                if status[0][0] == Status.NONPOSITIVE_LOSS:
+                    raise nonpositive_loss(names, losses.tolist(), weighting)
+            elif status[0][0]:
+                raise bad_weights(weighting, "values that are not finite", len(names))
+
+    def _warn(self, nonfinite: list[bool], names: tuple[str, ...]) -> None:
+        if any(nonfinite):
             self._warned = True
-            names = ", ".join(repr(name) for name, now in zip(self._names, bad, strict=True) if now)
+            left_out = ", ".join(repr(name) for name, bad in zip(names, nonfinite, strict=True) if bad)
             warnings.warn(
-                f"left objective {names} out of this step: its loss or gradient is not finite. Further cases are only "
+                f"left objective {left_out} out of a step: its loss or gradient is not finite. Further cases are only "
                 "counted, in report.nonfinite_counts. With a GradScaler use nonfinite='propagate'",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        return torch.tensor(self._nonfinite_counts, device=nonfinite.device)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -292,7 +330,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         named = by_name(losses, objective, self.objectives)
         if self.objectives is None:
             self.objectives = checked_names(list(named))
-            self._nonfinite_counts = [0] * len(named)
+            self._nonfinite_counts = torch.zeros(len(named), dtype=torch.int64)
         return [(k, name, named[name]) for k, name in enumerate(self.objectives) if name in named]
 
     def _current_buffers(self, n_rows: int) -> GradientBuffers:
@@ -335,7 +373,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """Objectives, counters, and the weighting's kind and state."""
         return {
             "objectives": list(self.objectives or ()),
-            "nonfinite_counts": list(self._nonfinite_counts),
+            "nonfinite_counts": self._nonfinite_counts.tolist(),
             "weighting_kind": type(self.weighting).__name__,
             "weighting": getattr(self.weighting, "state_dict", dict)(),
         }
@@ -355,7 +393,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if not own.get("objectives"):
             return
         self.objectives = tuple(own["objectives"])
-        self._nonfinite_counts = [int(count) for count in own["nonfinite_counts"]]
+        self._nonfinite_counts = torch.tensor([int(count) for count in own["nonfinite_counts"]], dtype=torch.int64)
         kind = type(self.weighting).__name__
         if own["weighting_kind"] == kind:
             getattr(self.weighting, "load_state_dict", lambda state: None)(own["weighting"])

@@ -65,9 +65,9 @@ class StepReport:
         """
         if self.gram is None or self.grad_norms is None:
             return None
-        used = self.weights != 0  # a gradient that was left out may be NaN; 0 · NaN would spread
-        products = self.gram[:, used] @ self.weights[used]
-        reach = self.weights[used].abs() @ self.grad_norms[used]
+        # A gradient that was left out may be NaN, and 0 · NaN would spread.
+        products = self.gram.masked_fill(self.weights == 0, 0.0) @ self.weights
+        reach = self.weights.abs() @ self.grad_norms.masked_fill(self.weights == 0, 0.0)
         norm = torch.where(self.direction_norm < 1e-4 * reach, torch.nan, self.direction_norm)
         return products / (norm * self.grad_norms)
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mogeo.ops import MinNorm, min_norm_weights
+from mogeo.constants import constant_tensor
+from mogeo.ops import MinNorm, normalized_min_norm
 
 
 class Weighting:
@@ -31,8 +32,8 @@ class Weighting:
         """Weights on the raw gradients, fp64 [K], from the Gram matrix, fp64 [K, K], and the losses, fp64 [K]."""
         raise NotImplementedError
 
-    def constant(self, n_objectives: int) -> Tensor | None:
-        """The weights, fp64 [K], where they depend on nothing: the optimizer then needs no gradient rows. Else None."""
+    def constant(self, n_objectives: int) -> tuple[float, ...] | None:
+        """The K weights, where they depend on nothing: the optimizer then needs no gradient rows. Else None."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,16 +60,16 @@ class LinearScalarization(Weighting):
         ):
             raise ValueError(f"preference {self.preference}: weights must be finite, ≥ 0, and not all zero")
 
-    def constant(self, n_objectives: int) -> Tensor:
-        """w = p / Σp, fp64 [K]."""
+    def constant(self, n_objectives: int) -> tuple[float, ...]:
+        """w = p / Σp."""
         preference = self.preference or (1.0,) * n_objectives
         if len(preference) != n_objectives:
             raise ValueError(f"{self!r} has {len(preference)} weights for {n_objectives} objectives: pass one for each")
-        return torch.tensor(preference, dtype=torch.float64) / sum(preference)
+        return tuple(p / sum(preference) for p in preference)
 
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
         """w = p / Σp."""
-        return self.constant(losses.numel()).to(losses.device)
+        return constant_tensor(self.constant(losses.numel()), torch.float64, losses.device).clone()
 
     def __repr__(self) -> str:
         return "uniform" if self.preference is None else f"linear({', '.join(f'{p:g}' for p in self.preference)})"
@@ -89,28 +90,29 @@ class GroupDRO(Weighting):
         if not (math.isfinite(step_size) and step_size >= 0):
             raise ValueError(f"step_size {step_size}: pass a finite number ≥ 0")
         self.step_size = step_size
-        self._log_weights: list[float] = []
+        self._log_weights: Tensor | None = None
 
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Advance q by one step and return it."""
         losses = losses.to(torch.float64)
-        previous = torch.zeros_like(losses)
-        if self._log_weights:
-            previous = torch.tensor(self._log_weights, dtype=torch.float64, device=losses.device)
-        if previous.shape != losses.shape:
-            raise ValueError(f"{self!r} holds {previous.numel()} weights, but got {losses.numel()} losses")
-        log_weights = torch.log_softmax(previous + self.step_size * losses, 0)  # in logarithms nothing overflows
-        self._log_weights = log_weights.tolist()
-        return log_weights.exp()
+        if self._log_weights is None:
+            self._log_weights = torch.zeros_like(losses)
+        if self._log_weights.shape != losses.shape:
+            raise ValueError(f"{self!r} holds {self._log_weights.numel()} weights, but got {losses.numel()} losses")
+        self._log_weights = self._log_weights.to(losses.device)
+        # In logarithms nothing overflows; in place, so that a replayed CUDA graph goes on from where it stood.
+        self._log_weights.copy_(torch.log_softmax(self._log_weights + self.step_size * losses, 0))
+        return self._log_weights.exp()
 
     def state_dict(self) -> dict[str, Any]:
         """log q, K numbers; none before the first step."""
         # A list, not a tensor: a distributed checkpoint loads tensors only into tensors of their shape.
-        return {"log_weights": list(self._log_weights)}
+        return {"log_weights": [] if self._log_weights is None else self._log_weights.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore log q."""
-        self._log_weights = list(state_dict["log_weights"])
+        saved = list(state_dict["log_weights"])
+        self._log_weights = torch.tensor(saved, dtype=torch.float64) if saved else None
 
     def __repr__(self) -> str:
         return f"group-dro({self.step_size:g})"
@@ -173,23 +175,7 @@ class MGDA(Weighting):
             raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
         if self.needs_positive_losses:
             require_positive_losses(gram, losses, [str(k) for k in range(losses.numel())], self)
-        gram = gram.to(torch.float64)
-        normalizers = self._normalizers(gram.diagonal(), losses.to(torch.float64))
-        point = min_norm_weights(gram / torch.outer(normalizers, normalizers))
-        weights = point.weights / normalizers if self.apply_to == "normalized" else point.weights
-        return point._replace(weights=weights)
-
-    def _normalizers(self, squared_norms: Tensor, losses: Tensor) -> Tensor:
-        if self.normalize == "none":
-            return torch.ones_like(squared_norms)
-        if self.normalize == "l2":
-            base = squared_norms.sqrt()
-        elif self.normalize == "loss":
-            base = losses
-        else:
-            base = losses * squared_norms.sqrt()
-        # A solved objective (zero gradient) stays a zero row whatever divides it; 1 keeps 0/0 out of it.
-        return torch.where(squared_norms == 0, 1.0, base**self.power)
+        return normalized_min_norm(gram, losses, self.normalize, self.power, self.apply_to)
 
     def __repr__(self) -> str:
         settings = (self.normalize, self.power, self.apply_to)
@@ -211,13 +197,18 @@ def gapo(power: float) -> MGDA:
 
 def require_positive_losses(gram: Tensor, losses: Tensor, objectives: Sequence[str], weighting: object) -> None:
     """Raise ValueError, naming the objective, where a loss ≤ 0 belongs to a gradient that is not zero."""
-    bad = ((losses <= 0) & (gram.diagonal() > 0)).nonzero().flatten().tolist()
-    if bad:
-        k = bad[0]
-        raise ValueError(
-            f"objective {objectives[k]!r} has loss {losses[k].item():g}; {weighting!r} divides by the loss and needs "
-            "it positive: shift the loss, or use weighting='mgda-normalized'"
-        )
+    values = losses.masked_fill(~(gram.diagonal() > 0), 1.0).tolist()
+    if min(values, default=1.0) <= 0:
+        raise nonpositive_loss(objectives, values, weighting)
+
+
+def nonpositive_loss(objectives: Sequence[str], losses: Sequence[float], weighting: object) -> ValueError:
+    """The error for the first loss ≤ 0."""
+    name, loss = next(pair for pair in zip(objectives, losses, strict=True) if pair[1] <= 0)
+    return ValueError(
+        f"objective {name!r} has loss {loss:g}; {weighting!r} divides by the loss and needs it positive: shift the "
+        "loss, or use weighting='mgda-normalized'"
+    )
 
 
 # name: (normalize, power, apply_to)

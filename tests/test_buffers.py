@@ -23,7 +23,7 @@ def fill(buffers: GradientBuffers, row: int, *grads: tuple[nn.Parameter, float])
 def test_one_block_per_dtype() -> None:
     buffers = GradientBuffers(parameters(), 2)
     assert [block.dtype for block in buffers.blocks] == [torch.float32, torch.bfloat16]
-    assert [tuple(block.shape) for block in buffers.blocks] == [(2, 8), (2, 8)]
+    assert [tuple(block.shape) for block in buffers.blocks] == [(2, 16), (2, 16)]
 
 
 def test_gram_sums_over_blocks_and_ignores_what_is_stale() -> None:

@@ -361,7 +361,7 @@ def test_result_types() -> None:
     assert (result.weights.shape, result.gap.shape, result.status.shape) == ((3,), (), ())
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (3,), (2, 3), (2, 2, 2), ()])
+@pytest.mark.parametrize("shape", [(0, 0), (3,), (2, 3), (2, 2, 3), ()])
 def test_a_wrong_shape_is_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"gram.*" + str(shape).replace("(", r"\(").replace(")", r"\)")):
         mogeo.min_norm_weights(torch.zeros(shape))

@@ -534,7 +534,7 @@ def poisoned(net: Net, x: Tensor, name: str, how: str) -> dict[str, Tensor]:
 def test_skip_leaves_out_what_is_not_finite(weighting: str, how: str) -> None:
     net, x = Net(), inputs()
     optimizer = wrapped(net, weighting)
-    with pytest.warns(RuntimeWarning, match="left objective 'honesty' out of this step"):
+    with pytest.warns(RuntimeWarning, match="left objective 'honesty' out of a step"):
         optimizer.backward(poisoned(net, x, "honesty", how))
         report = optimizer.combine()
     rows = gradient_rows(net, x)

@@ -1,0 +1,106 @@
+"""From captured rows and losses to one direction without asking the host: a GPU decides what `mogeo.direction` does.
+
+Knows rows (`GradientBuffers`) and weightings; no optimizer. Nothing here waits for the device, and nothing reads a
+number from it. So who is left out, how far to clip and whether to discard are kernels' decisions; what would raise on
+a CPU leaves its objective out, or makes the direction zero, and is told afterwards, through `mogeo.mailbox`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mogeo.buffers import GradientBuffers
+from mogeo.constants import constant_tensor
+from mogeo.direction import Direction, Rules, constant_weights, weights_of
+from mogeo.weightings import MGDA
+
+
+def find_direction(
+    buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
+) -> Direction:
+    """Weigh the rows, or what constant weights summed during backward, and put the clipped direction into row 0.
+
+    Args:
+        buffers: settled rows on one device; one row of weighted gradients where weights are constant.
+        losses: fp64 [K], NaN where absent.
+        absent: K flags.
+        rules: of the optimizer; `nonfinite` is "skip" or "propagate".
+        contributed: under constant weights, indices of the objectives that row 0 holds gradients of.
+    """
+    if constant_weights(rules.weighting, len(losses)) is not None:
+        return _summed(buffers, losses, absent, rules, contributed)
+    gram = buffers.gram() if getattr(rules.weighting, "needs_gram", True) else None
+    gap = status = None
+    if type(rules.weighting) is MGDA:
+        assert gram is not None
+        weights, gap, status, nonfinite = _min_norm(buffers, gram, losses, absent, rules)
+    else:
+        weights, status, nonfinite = _weigh(buffers, gram, losses, absent, rules)
+    squared_norm, clip = buffers.direct(weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
+    if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
+        # A row, or an overflow, that only the direction tells of: that counts for all who are present.
+        nonfinite = nonfinite | (_present(absent, losses.device) & _failed(squared_norm, clip))
+    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status)
+
+
+def _min_norm(
+    buffers: GradientBuffers, gram: Tensor, losses: Tensor, absent: tuple[bool, ...], rules: Rules
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, gap, status, and which objectives are not finite, in one launch."""
+    weighting, code = rules.weighting, buffers.device_code
+    assert isinstance(weighting, MGDA)
+    assert code is not None
+    nonfinite = torch.empty(len(losses), dtype=torch.bool, device=losses.device)
+    flags = constant_tensor(absent, torch.bool, losses.device) if any(absent) else None
+    weights, gap, status = code.min_norm(
+        gram,
+        losses,
+        weighting.normalize,
+        weighting.power,
+        weighting.apply_to,
+        absent=flags,
+        propagate=rules.nonfinite == "propagate",
+        nonfinite=nonfinite,
+    )
+    return weights, gap, status, nonfinite
+
+
+def _weigh(
+    buffers: GradientBuffers, gram: Tensor | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of any other weighting, whether they are finite (0) or not (1), and which objectives are not."""
+    finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
+    nonfinite = _present(absent, losses.device) & ~finite
+    left_out = ~_present(absent, losses.device) | nonfinite
+    weights = weights_of(gram, losses, left_out, rules).to(device=losses.device, non_blocking=True)
+    status = (~weights.isfinite()).any().to(torch.int64)
+    if rules.nonfinite == "propagate":
+        weights = weights.masked_fill(nonfinite.any(), torch.nan)
+    return weights, status, nonfinite
+
+
+def _summed(
+    buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
+) -> Direction:
+    """Constant weights: gradients are summed by now, so where one is not finite it is all or nothing."""
+    constant = constant_weights(rules.weighting, len(losses))
+    assert constant is not None
+    present = _present(absent, losses.device)
+    weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(~present, 0.0)
+    nonfinite = present & ~losses.isfinite()
+    summed = constant_tensor(tuple(k in contributed for k in range(len(losses))), torch.bool, losses.device)
+    # Zero, or NaN where a summed loss is not finite: its gradient is not to be trusted either.
+    squared_norm = buffers.gram(1).reshape(1) + (losses.masked_fill(~summed, 0.0) * 0.0).sum()
+    squared_norm, clip = buffers.finish(squared_norm, rules.max_grad_norm, discard=rules.nonfinite == "skip")
+    nonfinite = nonfinite | (present & _failed(squared_norm, clip))
+    return Direction(weights, None, squared_norm, clip, nonfinite, True)
+
+
+def _failed(squared_norm: Tensor, clip: Tensor) -> Tensor:
+    """Whether the direction was not finite; a clip factor of 0 says that it was discarded for that."""
+    return ~squared_norm.isfinite() | (clip == 0)
+
+
+def _present(absent: tuple[bool, ...], device: torch.device) -> Tensor:
+    return constant_tensor(tuple(not flag for flag in absent), torch.bool, device)
