@@ -177,7 +177,8 @@ class GradientBuffers:
         assert self.device_code is not None
         direction = self.device_code.direction_(self.blocks, weights, gram=gram, max_norm=max_norm, discard=discard)
         self._mark_combined()
-        if not discard:
+        if not discard:  # then weights may be NaN, and NaN · 0 stands where no gradient ever was
+            self._dirty[0][:] = b"\1" * len(self.parameters)
             self._clean_padding()
         return direction
 

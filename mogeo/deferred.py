@@ -31,17 +31,17 @@ def find_direction(
     if constant_weights(rules.weighting, len(losses)) is not None:
         return _summed(buffers, losses, absent, rules, contributed)
     gram = buffers.gram() if getattr(rules.weighting, "needs_gram", True) else None
-    gap = status = None
+    gap = status = bad_weights = None
     if type(rules.weighting) is MGDA:
         assert gram is not None
         weights, gap, status, nonfinite = _min_norm(buffers, gram, losses, absent, rules)
     else:
-        weights, status, nonfinite = _weigh(buffers, gram, losses, absent, rules)
+        weights, bad_weights, nonfinite = _weigh(gram, losses, absent, rules)
     squared_norm, clip = buffers.direct(weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
         nonfinite = nonfinite | (_present(absent, losses.device) & _failed(squared_norm, clip))
-    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status)
+    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status, bad_weights)
 
 
 def _min_norm(
@@ -67,17 +67,17 @@ def _min_norm(
 
 
 def _weigh(
-    buffers: GradientBuffers, gram: Tensor | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules
+    gram: Tensor | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of any other weighting, whether they are finite (0) or not (1), and which objectives are not."""
+    """Weights of any other weighting, whether they are not finite, and which objectives are not."""
     finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
     nonfinite = _present(absent, losses.device) & ~finite
     left_out = ~_present(absent, losses.device) | nonfinite
     weights = weights_of(gram, losses, left_out, rules).to(device=losses.device, non_blocking=True)
-    status = (~weights.isfinite()).any().to(torch.int64)
+    bad_weights = (~weights.isfinite()).any()
     if rules.nonfinite == "propagate":
         weights = weights.masked_fill(nonfinite.any(), torch.nan)
-    return weights, status, nonfinite
+    return weights, bad_weights, nonfinite
 
 
 def _summed(

@@ -41,6 +41,7 @@ class Direction(NamedTuple):
     usable: bool  # False: no objective could take part, and row 0 means nothing
     gap: Tensor | None = None
     status: Tensor | None = None
+    bad_weights: Tensor | None = None  # bool []: a weighting of the user's returned weights that are not finite
 
 
 class NonFiniteError(RuntimeError):

@@ -290,24 +290,22 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _tell(self, found: Direction, losses: Tensor, *, on_device: bool) -> None:
         """Warn of objectives left out: at once, or by a letter that `_read_mail` reads once it is here."""
         if on_device:
-            status = [] if found.status is None else [found.status.reshape(1)]
-            if status or not self._warned:
-                self._mailbox.post([found.nonfinite, *status], (self._names, self.weighting, losses))
+            verdict = found.status if found.bad_weights is None else found.bad_weights
+            numbers = [found.nonfinite] if verdict is None else [found.nonfinite, verdict.reshape(1)]
+            if verdict is not None or not self._warned:
+                self._mailbox.post(numbers, (self._names, self.weighting, losses))
         elif not self._warned and self.nonfinite == "skip":
             self._warn(found.nonfinite.tolist(), self._names)
 
     def _read_mail(self) -> None:
         """Warn, or raise, over what the device decided in earlier steps."""
-        for (nonfinite, *status), (names, weighting, losses) in self._mailbox.arrived():
+        for (nonfinite, *verdict), (names, weighting, losses) in self._mailbox.arrived():
             if not self._warned and self.nonfinite == "skip":
                 self._warn(nonfinite, names)
-            if not status:
-                continue
-            if isinstance(weighting, MGDA):
-                if status[0][0] == Status.NONPOSITIVE_LOSS:
-                    raise nonpositive_loss(names, losses.tolist(), weighting)
-            elif status[0][0]:
+            if verdict == [[True]] and not isinstance(weighting, MGDA):
                 raise bad_weights(weighting, "values that are not finite", len(names))
+            if verdict == [[Status.NONPOSITIVE_LOSS]]:
+                raise nonpositive_loss(names, losses.tolist(), weighting)
 
     def _warn(self, nonfinite: list[bool], names: tuple[str, ...]) -> None:
         if any(nonfinite):

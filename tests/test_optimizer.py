@@ -12,87 +12,34 @@ from typing import ClassVar
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import mogeo
 from mogeo import MultiObjectiveOptimizer
+from tests.deciders import DECIDERS, let_decide
+from tests.nets import (
+    NAMES,
+    WEIGHTINGS,
+    Net,
+    assert_direction,
+    callables,
+    flat_grad,
+    gradient_rows,
+    inputs,
+    poisoned,
+    separate_losses,
+    shared_losses,
+    wrapped,
+)
 
-NAMES = ("help", "honesty", "truth")
-WEIGHTINGS = ["uniform", "linear(1, 2, 3)", "group-dro", "mgda", "mgda-normalized", "mgda-decoupled", "gapo(0.5)"]
-
-
-class Net(nn.Module):
-    """A trunk and three heads, some parameters shared by all losses and some by one."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.trunk = nn.Linear(4, 5, dtype=dtype)
-        self.heads = nn.ModuleList([nn.Linear(5, 2, dtype=dtype) for _ in NAMES])
-        self.unused = nn.Linear(2, 2, dtype=dtype)
-
-    def features(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.trunk(x))
-
-
-def inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+pytestmark = pytest.mark.parametrize("decider", DECIDERS, indirect=True)
 
 
-def head_loss(net: Net, features: Tensor, k: int) -> Tensor:
-    return (net.heads[k](features) - k).square().mean() * (k + 1)
-
-
-def shared_losses(net: Net, x: Tensor) -> dict[str, Tensor]:
-    """One forward, three losses."""
-    features = net.features(x)
-    return {name: head_loss(net, features, k) for k, name in enumerate(NAMES)}
-
-
-def separate_losses(net: Net, x: Tensor) -> dict[str, Tensor]:
-    """A forward each."""
-    return {name: head_loss(net, net.features(x), k) for k, name in enumerate(NAMES)}
-
-
-def callables(net: Net, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    return {name: (lambda k=k: head_loss(net, net.features(x), k)) for k, name in enumerate(NAMES)}
-
-
-def gradient_rows(net: Net, *batches: Tensor) -> Tensor:
-    """[3, N]: the gradient of each objective's loss summed over batches, by autograd.grad; zeros where untouched."""
-    parameters = list(net.parameters())
-    rows = []
-    for name in NAMES:
-        total = sum(shared_losses(net, x)[name] for x in batches)
-        grads = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
-        rows.append(
-            torch.cat(
-                [
-                    torch.zeros_like(p).flatten() if g is None else g.flatten()
-                    for p, g in zip(parameters, grads, strict=True)
-                ]
-            )
-        )
-    return torch.stack(rows)
-
-
-def flat_grad(net: nn.Module) -> Tensor:
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in net.parameters()])
-
-
-def wrapped(net: nn.Module, weighting: object = "mgda-decoupled", **options: object) -> MultiObjectiveOptimizer:
-    base = torch.optim.SGD(net.parameters(), lr=0.1)
-    return MultiObjectiveOptimizer(base, weighting, **options)  # type: ignore[arg-type]
-
-
-def assert_direction(net: Net, report: mogeo.StepReport, rows: Tensor) -> None:
-    """`p.grad` is wᵀ rows, the report's Gram is theirs, and what no objective touched has no gradient."""
-    torch.testing.assert_close(flat_grad(net), report.weights @ rows, rtol=1e-10, atol=1e-12)
-    if report.gram is not None:
-        torch.testing.assert_close(report.gram, rows @ rows.T, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(report.direction_norm, (report.weights @ rows).norm(), rtol=1e-6, atol=1e-9)
-    assert net.unused.weight.grad is None
+@pytest.fixture(autouse=True)
+def decider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds whoever decides."""
+    let_decide(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -116,7 +63,7 @@ def test_every_form_gives_the_weighted_sum_of_the_gradients(form: Callable[..., 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @given(order=st.permutations([(name, seed) for name in NAMES for seed in (0, 1)]))
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_accumulation_is_one_solve_over_the_sums(weighting: str, order: list[tuple[str, int]]) -> None:
     """Micro-batches of single objectives, in any order, give what their sums give in one call."""
     net = Net()
@@ -519,67 +466,6 @@ def test_an_objective_absent_from_the_whole_window_has_no_weight() -> None:
         torch.testing.assert_close(flat_grad(net), report.weights @ gradient_rows(net, x))
 
 
-def poisoned(net: Net, x: Tensor, name: str, how: str) -> dict[str, Tensor]:
-    losses = shared_losses(net, x)
-    if how == "loss":
-        losses[name] = losses[name] * math.nan
-    else:  # a finite loss whose gradient is infinite
-        zero = (net.trunk.weight[0, 0] - net.trunk.weight[0, 0].detach()).abs()
-        losses[name] = losses[name] + zero.sqrt()
-    return losses
-
-
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-@pytest.mark.parametrize("weighting", ["mgda", "mgda-normalized", "mgda-decoupled", "gapo(0.5)"])
-def test_skip_leaves_out_what_is_not_finite(weighting: str, how: str) -> None:
-    net, x = Net(), inputs()
-    optimizer = wrapped(net, weighting)
-    with pytest.warns(RuntimeWarning, match="left objective 'honesty' out of a step"):
-        optimizer.backward(poisoned(net, x, "honesty", how))
-        report = optimizer.combine()
-    rows = gradient_rows(net, x)
-    torch.testing.assert_close(flat_grad(net), report.weights[[0, 2]] @ rows[[0, 2]])
-    assert report.skipped == ("honesty",)
-    assert report.weights[1] == 0
-    assert report.direction_norm.isfinite()
-    assert report.alignment[[0, 2]].isfinite().all()  # type: ignore[index]
-    # the second time it only counts, and the row recovers
-    optimizer.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.backward(poisoned(net, x, "honesty", how))
-        assert optimizer.combine().nonfinite_counts.tolist() == [0, 2, 0]
-    optimizer.zero_grad()
-    optimizer.backward(shared_losses(net, x))
-    assert_direction(net, optimizer.combine(), rows)
-
-
-@pytest.mark.parametrize("weighting", ["uniform", "group-dro"])
-def test_without_a_gram_skip_leaves_out_losses_one_by_one_and_gradients_all_at_once(weighting: str) -> None:
-    net, x = Net(), inputs()
-    optimizer = wrapped(net, weighting)
-    with pytest.warns(RuntimeWarning, match="left objective 'honesty' out"):
-        optimizer.backward(poisoned(net, x, "honesty", "loss"))
-        report = optimizer.combine()
-    torch.testing.assert_close(flat_grad(net), report.weights[[0, 2]] @ gradient_rows(net, x)[[0, 2]])
-    before = flat_grad(net).clone()
-    optimizer.backward(poisoned(net, x, "honesty", "gradient"))
-    assert optimizer.combine().skipped == NAMES
-    assert torch.equal(flat_grad(net), before)
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_when_nothing_is_finite_nothing_moves(weighting: str) -> None:
-    net = Net()
-    optimizer = MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters(), weight_decay=0.5), weighting)
-    before = [p.detach().clone() for p in net.parameters()]
-    with pytest.warns(RuntimeWarning, match="left objective"):
-        optimizer.backward({name: loss * math.inf for name, loss in shared_losses(net, inputs()).items()})
-        optimizer.step()
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
-    assert optimizer.report.skipped == NAMES  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform", "group-dro"])
 def test_raise_names_the_objective_and_leaves_the_parameters(weighting: str, how: str) -> None:
@@ -650,11 +536,6 @@ def test_weighting_of_the_user() -> None:
     assert report.optimality_gap is None
     assert report.status is None
     assert torch.equal(seen[0][0], report.gram)  # type: ignore[arg-type]
-    for bad in ([1.0, 2.0], [math.nan, 0.0, 0.0]):
-        optimizer = wrapped(net, lambda gram, losses, bad=bad: bad)
-        optimizer.backward(shared_losses(net, x))
-        with pytest.raises(RuntimeError, match="must return one finite weight per objective"):
-            optimizer.combine()
 
 
 def test_create_graph_leaves_no_graph_in_the_rows() -> None:
@@ -766,15 +647,6 @@ def with_grad(make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: loss.bfloat16() for name, loss in make().items()}
 
 
-def test_a_direction_that_overflows_fp16_is_not_finite() -> None:
-    parameter = nn.Parameter(torch.zeros(4, dtype=torch.float16))
-    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter], lr=0.1), lambda gram, losses: [1.0, 1.0])
-    with pytest.warns(RuntimeWarning, match="left objective '0', '1'"):
-        optimizer.backward([(parameter.float() * 5e4).sum() + 1, (parameter.float() * 4e4).sum() + 1])
-        assert optimizer.combine().skipped == ("0", "1")
-    assert parameter.grad is None
-
-
 def test_a_backward_inside_a_callable_belongs_to_its_objective() -> None:
     net, x = Net(), inputs()
     optimizer = wrapped(net)
@@ -801,18 +673,6 @@ def test_the_weighting_changes_between_steps_only() -> None:
     optimizer.weighting = "uniform"
     optimizer.backward(shared_losses(net, x))
     assert_direction(net, optimizer.combine(), gradient_rows(net, x))
-
-
-def test_a_loss_that_fails_later_in_the_window_takes_a_sum_with_it() -> None:
-    """Constant weights sum during backward: what is in cannot be taken out again."""
-    net, x = Net(), inputs()
-    optimizer = wrapped(net, "uniform")
-    optimizer.backward(shared_losses(net, x))
-    optimizer.backward(poisoned(net, x, "honesty", "loss"))
-    with pytest.warns(RuntimeWarning, match="left objective"):
-        report = optimizer.combine()
-    assert report.skipped == NAMES
-    assert flat_grad(net).abs().max() == 0
 
 
 def test_a_weighting_may_spoil_its_arguments() -> None:
@@ -968,19 +828,6 @@ def test_a_first_call_with_one_objective_asks_for_the_names() -> None:
     net = Net()
     with pytest.raises(ValueError, match=r"objectives=\[\.\.\.\]"):
         wrapped(net).backward(shared_losses(net, inputs())["help"], objective="help")
-
-
-def test_a_nonpositive_loss_names_the_objective_and_loses_nothing() -> None:
-    net, x = Net(), inputs()
-    optimizer = wrapped(net)
-    losses = shared_losses(net, x)
-    losses["honesty"] = losses["honesty"] - 100
-    optimizer.backward(losses)
-    with pytest.raises(ValueError, match=r"objective 'honesty' has loss -.*; mgda-decoupled divides by the loss"):
-        optimizer.step()
-    assert flat_grad(net).abs().max() == 0
-    optimizer.weighting = mogeo.weightings.resolve("mgda-normalized")  # the cure it names works on what was captured
-    assert_direction(net, optimizer.combine(), gradient_rows(net, x))
 
 
 def test_a_graph_freed_by_an_earlier_call_says_what_to_do() -> None:
