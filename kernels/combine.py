@@ -212,6 +212,9 @@ def combine_(rows: Tensor, weights: Tensor, *, gram: Tensor | None = None, max_n
 
     Returns:
         Row 0.
+
+    Raises:
+        ValueError: other dtypes, or more rows: `mogeo.combine` takes those.
     """
     return combine_into(rows, weights, rows[0], gram=gram, max_norm=max_norm)
 
@@ -220,6 +223,7 @@ def combine_into(
     rows: Tensor, weights: Tensor, out: Tensor, *, gram: Tensor | None = None, max_norm: float | None = None
 ) -> Tensor:
     """As `combine_`, into `out` [N], which is row 0 or overlaps no row."""
+    _check(rows, weights)
     if out.numel():
         _run(launch(rows, weights, out, gram, max_norm, None))
     return out
@@ -242,9 +246,10 @@ def direction_(
         max_norm: the length to clip to, over all blocks together; None for no clipping.
         discard: where a direction is not finite (fp16 that overflows), write zeros in its place.
     """
-    grids = [_grid(block) for block in blocks]
-    squares = torch.zeros(sum(grids), dtype=torch.float64, device=weights.device)
+    grids = [_grid(block) if block.shape[1] else 0 for block in blocks]
+    squares = torch.empty(sum(grids), dtype=torch.float64, device=weights.device)
     for block, part in zip(blocks, squares.split(grids), strict=True):
+        _check(block, weights)
         if block.shape[1]:
             _run(launch(block, weights, block[0], gram, max_norm, part))
     return finish_([block[0] for block in blocks], squares, weights, gram, max_norm, discard=discard)
@@ -311,6 +316,19 @@ def launch_scale(part: Tensor, settled: Tensor) -> tuple[Any, tuple[int], list[A
         "num_warps": _THREADS // threads_per_warp(),
     }
     return _scale, (grid,), [part, settled, part.numel(), part.stride(0)], options
+
+
+def _check(rows: Tensor, weights: Tensor) -> None:
+    if rows.dtype not in DTYPES or not 1 <= len(rows) <= MAX_ROWS:
+        raise ValueError(
+            f"rows [{len(rows)}, …] of {rows.dtype}: this kernel takes 1 to {MAX_ROWS} rows of fp64, fp32, bf16 or "
+            "fp16; mogeo.combine takes more"
+        )
+    if weights.dtype != torch.float64 or weights.shape != (len(rows),) or not weights.is_contiguous():
+        raise ValueError(
+            f"weights {tuple(weights.shape)} of {weights.dtype}: pass fp64 [{len(rows)}], contiguous; mogeo.combine "
+            "takes any real dtype"
+        )
 
 
 def _run(launched: tuple[Any, tuple[int], list[Any], dict[str, Any]]) -> None:

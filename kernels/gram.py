@@ -283,7 +283,11 @@ def gram(rows: Tensor, *, add_to: Tensor | None = None) -> Tensor:
     Args:
         rows: 128-bit loads need a first element and a row stride at multiples of 16 bytes, and unit stride in a row.
         add_to: fp64 [K, K], contiguous: add the Gram to this tensor, and return it. For models of several dtypes.
+
+    Raises:
+        ValueError: another dtype, or more rows: `mogeo.gram` takes those.
     """
+    _check(rows)
     count, columns = rows.shape
     if columns == 0:
         return torch.zeros(count, count, dtype=torch.float64, device=rows.device) if add_to is None else add_to
@@ -304,6 +308,7 @@ def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
     Returns:
         fp64 [S + 1, K, K]: segment by segment, and last the Gram of all columns.
     """
+    _check(rows)
     count, columns = rows.shape
     out = torch.zeros(len(boundaries), count, count, dtype=torch.float64, device=rows.device)
     if columns:
@@ -311,6 +316,14 @@ def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
         cuts, ranges = _cuts(tuple(boundaries), length, rows.device)
         _reduce(_partials(rows, cuts, length, len(cuts) - 1), ranges, out, add=False)
     return out
+
+
+def _check(rows: Tensor) -> None:
+    if rows.dtype not in DTYPES or not 1 <= len(rows) <= MAX_ROWS:
+        raise ValueError(
+            f"rows [{len(rows)}, …] of {rows.dtype}: this kernel takes 1 to {MAX_ROWS} rows of fp32, bf16 or fp16; "
+            "mogeo.gram takes all others too"
+        )
 
 
 def _chunk_length(columns: int, chosen: Variant) -> int:

@@ -463,8 +463,21 @@ def min_norm(
     Returns:
         weights, fp64 [..., K]; the duality gap, fp64 [...], in units of the normalised Gram matrix; status, int64
         [...], a `mogeo.Status`. A loss ≤ 0 that would divide gives `NONPOSITIVE_LOSS`, and its objective weight 0.
+
+    Raises:
+        ValueError: another dtype or shape, more objectives, or a normalisation without its losses.
     """
     batch, count = gram.shape[:-2], gram.shape[-1]
+    if gram.dtype != torch.float64 or gram.shape[-2:] != (count, count) or not 1 <= count <= MAX_OBJECTIVES:
+        raise ValueError(
+            f"gram {tuple(gram.shape)} of {gram.dtype}: this kernel takes fp64 [..., K, K], K ≤ {MAX_OBJECTIVES}; "
+            "mogeo.min_norm_weights takes all others too"
+        )
+    if losses is None and normalize in ("loss", "loss+"):
+        raise ValueError(f"normalize={normalize!r} divides by the losses: pass them")
+    for name, given in (("gram", gram), ("losses", losses), ("absent", absent)):
+        if given is not None and not given.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: pass {name}.contiguous()")
     weights = torch.empty(*batch, count, dtype=torch.float64, device=gram.device)
     gap = torch.empty(batch, dtype=torch.float64, device=gram.device)
     status = torch.empty(batch, dtype=torch.int64, device=gram.device)
