@@ -8,6 +8,9 @@ and `select` fill rows (again and again under gradient accumulation), `settle` m
 Capture by post-accumulate hooks: autograd finishes the gradient of one parameter, the hook moves it into its row and
 drops it. So beside the rows never more than one parameter's gradient exists, and a row costs one copy of a gradient
 still in cache; views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
+
+With several ranks an engine reads `p.grad` after autograd and writes it again, so gradients are moved once a backward
+is done (`collect`). A rank keeps its own part of a sharded parameter, and counts what others hold too by its share.
 """
 
 from __future__ import annotations
@@ -15,16 +18,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mogeo import ops
 from mogeo.constants import constant_tensor
+from mogeo.distributed import Ranks, gradient_of, is_sharded, like_parameter, local_of
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
+
+
+class _Kind(NamedTuple):
+    """What parameters of one block have in common."""
+
+    dtype: torch.dtype  # of their gradients
+    device: torch.device
+    share: float  # with which this rank counts what it holds of them
+    sharded: bool  # DTensors
 
 
 class GradientBuffers:
@@ -33,52 +46,64 @@ class GradientBuffers:
     Args:
         parameters: leaves that require grad, in the order of the optimizer's groups.
         n_rows: K.
+        ranks: the processes that hold the parameters between them, if there are several.
 
     Attributes:
-        blocks: one tensor [K, N_b] per (dtype, device) among the parameters.
+        blocks: one tensor [K, N_b] per (dtype, device, share) among the parameters.
         device: where the Gram and everything that follows from it lives: that of the first block.
         device_code: `mogeo.cuda` where a whole step is decided on the device, else None: the host decides.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], n_rows: int) -> None:
+    def __init__(self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None = None) -> None:
         self.parameters = list(parameters)
         self.n_rows = n_rows
+        self.ranks = ranks
         self.signature = signature(parameters, n_rows)
         self.blocks: list[Tensor] = []
         # views[k][i]: row k of parameter i, with the parameter's shape and strides
         self._views: list[list[Tensor]] = [[torch.empty(0)] * len(self.parameters) for _ in range(n_rows)]
         self._allocate()
         self.device = self.blocks[0].device
-        self.device_code = ops.device_code(self.blocks)
+        self.device_code = ops.device_code(self.blocks) if ranks is None else None
+        # p.grad of each parameter, over row 0: built once, for a DTensor takes a while to make
+        self._grads: list[Tensor | None] = [None] * len(self.parameters)
         # Per row and parameter: written in this window; holding anything but zeros.
         self._written = [bytearray(len(self.parameters)) for _ in range(n_rows)]
         self._dirty = [bytearray(len(self.parameters)) for _ in range(n_rows)]
         self._row, self._weight = 0, 1.0
 
     def _allocate(self) -> None:
-        offsets: dict[tuple[torch.dtype, torch.device], int] = {}
+        offsets: dict[_Kind, int] = {}
         places: list[int] = []
-        for parameter in self.parameters:
-            _check(parameter)
-            key = (_grad_dtype(parameter), parameter.device)
-            places.append(offsets.setdefault(key, 0))
-            quantum = max(1, _ALIGNMENT // key[0].itemsize)
-            offsets[key] += -(-parameter.numel() // quantum) * quantum
+        kinds = [self._kind_of(parameter) for parameter in self.parameters]
+        for parameter, kind in zip(self.parameters, kinds, strict=True):
+            places.append(offsets.setdefault(kind, 0))
+            quantum = max(1, _ALIGNMENT // kind.dtype.itemsize)
+            offsets[kind] += -(-local_of(parameter).numel() // quantum) * quantum
         blocks = {
-            (dtype, device): torch.zeros(
-                self.n_rows, -(-columns // _ROW_QUANTUM) * _ROW_QUANTUM, dtype=dtype, device=device
+            kind: torch.zeros(
+                self.n_rows, -(-columns // _ROW_QUANTUM) * _ROW_QUANTUM, dtype=kind.dtype, device=kind.device
             )
-            for (dtype, device), columns in offsets.items()
+            for kind, columns in offsets.items()
         }
         self.blocks = list(blocks.values())
+        self._kinds = list(blocks)
         used = {key: torch.zeros(block.shape[1], dtype=torch.bool) for key, block in blocks.items()}
-        for i, (parameter, start) in enumerate(zip(self.parameters, places, strict=True)):
-            key = (_grad_dtype(parameter), parameter.device)
-            block = blocks[key]
-            used[key][start : start + parameter.numel()] = True
+        for i, (parameter, kind, start) in enumerate(zip(self.parameters, kinds, places, strict=True)):
+            local = local_of(parameter)
+            used[kind][start : start + local.numel()] = True
             for k in range(self.n_rows):
-                self._views[k][i] = _strided_like(block[k, start : start + parameter.numel()], parameter)
-        self._padding = [(~flags).nonzero().flatten().to(key[1]) for key, flags in used.items()]
+                self._views[k][i] = _strided_like(blocks[kind][k, start : start + local.numel()], local)
+        self._padding = [(~flags).nonzero().flatten().to(kind.device) for kind, flags in used.items()]
+
+    def _kind_of(self, parameter: Tensor) -> _Kind:
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}: gradients must be real floating "
+                "point (view a complex parameter as real)"
+            )
+        share = 1.0 if self.ranks is None else self.ranks.share_of(parameter)
+        return _Kind(_grad_dtype(parameter), parameter.device, share, is_sharded(parameter))
 
     def migrate(self, old: GradientBuffers) -> None:
         """Take over the open window of `old`, for the parameters both have."""
@@ -103,7 +128,7 @@ class GradientBuffers:
                 held.append((parameter, parameter.grad))
                 held[-1] = (parameter, self._withhold(parameter))
             for i, parameter in enumerate(self.parameters):
-                if parameter.requires_grad:
+                if parameter.requires_grad and self.ranks is None:
                     hook = partial(self._collect, i)
                     handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             yield
@@ -117,6 +142,12 @@ class GradientBuffers:
         """Send gradients to this row from now on, multiplied by `weight`."""
         self._row, self._weight = row, weight
 
+    def collect(self) -> None:
+        """A backward is done: move its gradients to the selected row, where no hooks have done so."""
+        if self.ranks is not None:
+            for i, parameter in enumerate(self.parameters):
+                self._collect(i, parameter)
+
     def _withhold(self, parameter: Tensor) -> Tensor | None:
         grad = parameter.grad
         parameter.grad = None
@@ -125,7 +156,7 @@ class GradientBuffers:
         return grad
 
     def _owns(self, grad: Tensor) -> bool:
-        storage = grad.untyped_storage().data_ptr()
+        storage = local_of(grad).untyped_storage().data_ptr()
         return any(storage == block.untyped_storage().data_ptr() for block in self.blocks)
 
     def _collect(self, index: int, parameter: Tensor) -> None:
@@ -135,6 +166,7 @@ class GradientBuffers:
         parameter.grad = None
         if grad.requires_grad:  # under create_graph=True: its graph stays out of the row
             grad = grad.detach()
+        grad = gradient_of(parameter, grad)
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         view = self._views[self._row][index]
@@ -155,12 +187,44 @@ class GradientBuffers:
                     dirty[i] = 0
 
     def gram(self, n_rows: int | None = None) -> Tensor:
-        """G Gᵀ of the first `n_rows` rows (by default all), fp64 [n_rows, n_rows], on `device`."""
+        """This rank's part of G Gᵀ of the first `n_rows` rows (by default all), fp64 [n_rows, n_rows], on `device`.
+
+        With one process that is G Gᵀ; else the sum over ranks is.
+        """
         blocks = [block[:n_rows] for block in self.blocks]
         if self.device_code is not None:
             gram: Tensor = self.device_code.gram_of_blocks(blocks)
             return gram
-        return torch.stack([ops.gram(block).to(self.device) for block in blocks]).sum(0)
+        return torch.stack(
+            [ops.gram(block).to(self.device) * kind.share for block, kind in zip(blocks, self._kinds, strict=True)]
+        ).sum(0)
+
+    def squared_norm(self) -> Tensor:
+        """‖row 0‖² over all ranks, fp64 []."""
+        squared_norm = self.gram(1).squeeze()
+        return squared_norm if self.ranks is None else self.ranks.sum_(squared_norm)
+
+    def average_replicas(self) -> None:
+        """Average rows of plain parameters over ranks, unless they are the same on all: an engine did so already.
+
+        An average that is averaged again stays, so it does not matter which of the backwards an engine reduced, or
+        which micro-batches: none (`no_sync`), the first of several, or the last.
+        """
+        plain = [block for block, kind in zip(self.blocks, self._kinds, strict=True) if not kind.sharded]
+        if self.ranks is None or not plain:
+            return
+        squares = torch.stack([ops.gram(block).diagonal().to(self.device) for block in plain]).sum(0)
+        if not self.ranks.differ(squares):
+            return
+        for block in plain:
+            self.ranks.mean_(block)
+        # A parameter that some rank did not touch has a gradient now.
+        written = torch.tensor([list(flags) for flags in self._written], dtype=torch.uint8, device=self.device)
+        self.ranks.sum_(written)
+        for row, flags in enumerate(written.tolist()):
+            for i, parameter in enumerate(self.parameters):
+                if flags[i] and not is_sharded(parameter):
+                    self._written[row][i] = self._dirty[row][i] = 1
 
     def combine(self, weights: Tensor) -> None:
         """Overwrite row 0 with wᵀ rows, for weights of the first rows."""
@@ -205,8 +269,11 @@ class GradientBuffers:
         self._dirty[0][:] = b"\1" * len(self.parameters)
 
     def direction_overflowed(self) -> bool:
-        """Whether finite fp16 rows were combined into something fp16 cannot hold."""
-        return any(block.dtype == torch.float16 and not bool(block[0].isfinite().all()) for block in self.blocks)
+        """Whether finite fp16 rows were combined into something fp16 cannot hold, on any rank."""
+        overflowed = any(b.dtype == torch.float16 and not bool(b[0].isfinite().all()) for b in self.blocks)
+        if self.ranks is not None:
+            overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
+        return overflowed
 
     def touched(self) -> set[Tensor]:
         """Parameters that some row was written for in this window."""
@@ -217,12 +284,16 @@ class GradientBuffers:
 
         `p.grad` then is a view of row 0: it lasts until the next window is filled. Other parameters keep theirs.
         """
-        for parameter, view, *written in zip(self.parameters, self._views[0], *self._written, strict=True):
+        for i, (parameter, view, *written) in enumerate(
+            zip(self.parameters, self._views[0], *self._written, strict=True)
+        ):
             if not any(written):
                 continue
             if parameter.grad is not None:
-                view.add_(parameter.grad)
-            parameter.grad = view
+                view.add_(gradient_of(parameter, parameter.grad))
+            if self._grads[i] is None:
+                self._grads[i] = like_parameter(view, parameter)
+            parameter.grad = self._grads[i]
         self.drop()
 
     def drop(self) -> None:
@@ -233,25 +304,12 @@ class GradientBuffers:
 
 def signature(parameters: Sequence[Tensor], n_rows: int) -> tuple[object, ...]:
     """What a layout depends on. Compare it only while the parameters are alive: it holds their ids."""
-    return (n_rows, *((id(p), p.shape, p.stride(), _grad_dtype(p), p.device) for p in parameters))
+    return (n_rows, *((id(p), local_of(p).shape, local_of(p).stride(), _grad_dtype(p), p.device) for p in parameters))
 
 
 def _grad_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype that autograd gives this parameter's gradient: from torch 2.10 on it may be chosen."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
-
-
-def _check(parameter: Tensor) -> None:
-    if not parameter.is_floating_point():
-        raise TypeError(
-            f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}: gradients must be real floating "
-            "point (view a complex parameter as real)"
-        )
-    if hasattr(parameter, "placements"):
-        raise NotImplementedError(
-            f"a parameter of shape {tuple(parameter.shape)} is a DTensor: this version of mogeo takes no sharded "
-            f"parameters"
-        )
 
 
 def _strided_like(flat: Tensor, parameter: Tensor) -> Tensor:

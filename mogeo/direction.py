@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
 from mogeo.constants import constant_tensor
+from mogeo.distributed import packed
 from mogeo.weightings import MGDA, Weighting, require_positive_losses
 
 # Below this share of (Σ w_k ‖g_k‖)², ‖d‖² = wᵀMw has cancelled down to the rounding of an fp32 Gram: measure it
@@ -42,6 +43,7 @@ class Direction(NamedTuple):
     gap: Tensor | None = None
     status: Tensor | None = None
     bad_weights: Tensor | None = None  # bool []: a weighting of the user's returned weights that are not finite
+    losses: Tensor | None = None  # averaged over ranks, if there are several
 
 
 class NonFiniteError(RuntimeError):
@@ -77,7 +79,7 @@ def find_direction(
 
 
 def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules) -> Direction:
-    gram = buffers.gram()
+    gram, losses = _over_ranks(buffers, buffers.gram(), losses, absent, rules)
     nonfinite = ~absent & ~(losses.isfinite() & gram.diagonal().isfinite())
     if bool(nonfinite.any()) and rules.nonfinite != "skip":
         return _poisoned(buffers, losses, gram, nonfinite, rules)
@@ -91,7 +93,7 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
     reach = weights[used].abs() @ gram.diagonal()[used].sqrt()
     if squared_norm < _CANCELLED * reach**2:
         buffers.combine(weights)
-        squared_norm = buffers.gram(1).squeeze()
+        squared_norm = buffers.squared_norm()
         clip = _clip(buffers, squared_norm, rules)
     else:
         clip = _clip_factor(squared_norm, rules)
@@ -101,12 +103,35 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
         if rules.nonfinite == "raise":
             raise NonFiniteError(f"the direction of {_quoted(rules, nonfinite)} overflows fp16: scale the losses down")
         return _unusable(losses, gram, nonfinite)
-    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status)
+    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status, losses=losses)
+
+
+def _over_ranks(
+    buffers: GradientBuffers, gram: Tensor, losses: Tensor, absent: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor]:
+    """The Gram matrix summed and the losses averaged over ranks, in one all-reduce, from which all decide alike.
+
+    Raises:
+        RuntimeError: some ranks have a loss of an objective in this step, and some have not.
+    """
+    ranks = buffers.ranks
+    if ranks is None:
+        return gram, losses
+    pack = ranks.sum_(packed([gram, losses.masked_fill(absent, 0.0) / ranks.size, absent.to(torch.float64)]))
+    summed, mean, missing = torch.split(pack, [gram.numel(), len(losses), len(losses)])
+    partly = (missing > 0) & (missing < ranks.size)
+    if bool(partly.any()):
+        raise RuntimeError(
+            f"objective {_quoted(rules, partly)} has a loss on some ranks of this step and none on others: every rank "
+            "must hand over the same objectives"
+        )
+    return summed.reshape(gram.shape), mean.masked_fill(absent, torch.nan)
 
 
 def _from_losses(
     buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules, contributed: set[int]
 ) -> Direction:
+    _, losses = _over_ranks(buffers, losses.new_zeros(0), losses, absent, rules)
     nonfinite = ~absent & ~losses.isfinite()
     if bool(nonfinite.any()) and rules.nonfinite != "skip":
         return _poisoned(buffers, losses, None, nonfinite, rules)
@@ -119,7 +144,7 @@ def _from_losses(
         buffers.combine(weights)
     else:
         weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(left_out, 0.0)
-    squared_norm = buffers.gram(1).squeeze()
+    squared_norm = buffers.squared_norm()
     # Gradients are summed by now: where one is not finite, or belongs to an objective that became so later in the
     # window, it is all or nothing.
     mixed = constant is not None and any(nonfinite[k] for k in contributed)
@@ -133,7 +158,7 @@ def _from_losses(
         if rules.nonfinite == "skip":
             return _unusable(losses, None, nonfinite)
     clip = _clip(buffers, squared_norm, rules)
-    return Direction(weights, None, squared_norm, clip, nonfinite, True)
+    return Direction(weights, None, squared_norm, clip, nonfinite, True, losses=losses)
 
 
 def _weigh(
@@ -194,12 +219,12 @@ def _poisoned(
         raise NonFiniteError(f"objective {names}: loss or gradient not finite; nonfinite='skip' would leave it out")
     buffers.poison()
     weights = torch.full_like(losses, torch.nan)
-    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, True)
+    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, True, losses=losses)
 
 
 def _unusable(losses: Tensor, gram: Tensor | None, nonfinite: Tensor) -> Direction:
     weights = torch.zeros_like(losses)
-    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False)
+    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False, losses=losses)
 
 
 def _clip(buffers: GradientBuffers, squared_norm: Tensor, rules: Rules) -> Tensor:

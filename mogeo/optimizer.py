@@ -18,6 +18,7 @@ from mogeo import deferred, direction
 from mogeo.buffers import GradientBuffers, signature
 from mogeo.constants import constant_tensor
 from mogeo.direction import Direction, NonFiniteError, Rules, bad_weights, constant_weights
+from mogeo.distributed import Group, ranks_of, value_of
 from mogeo.graphs import shared_with_later
 from mogeo.mailbox import Mailbox
 from mogeo.min_norm import Status
@@ -80,6 +81,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         objectives: Sequence[str] | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        process_group: Group | None = None,
     ) -> None:
         super().__init__(base)
         if nonfinite not in ("skip", "raise", "propagate"):
@@ -90,6 +92,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self.objectives = None if objectives is None else checked_names(objectives)
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
+        self.process_group = process_group
         self.report: StepReport | None = None
         self._nonfinite_counts = torch.zeros(len(self.objectives or ()), dtype=torch.int64)
         self._warned = False
@@ -150,7 +153,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         If anything raises while gradients are captured, the window is dropped: `p.grad` and the parameters stay as they
         were. On a GPU this may raise for an earlier step as well, as `combine` does, before anything is captured.
         """
-        _refuse_distributed()
         self._read_mail()
         known = self.objectives
         try:
@@ -160,6 +162,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             with buffers.capturing():
                 if constant is not None and all(_adds_exactly(term) for _, _, term in terms):
                     self._backward_sum(terms, constant, backward, bool(retain_graph))
+                    buffers.collect()
                 else:
                     self._backward_each(buffers, terms, constant, backward, bool(retain_graph))
             if not buffers.touched() and (constant is None or self._contributed):
@@ -194,6 +197,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             value = self._add_loss(index, loss)
             if constant is None or self._can_be_summed(index, value, constant[index]):
                 run_backward(name, loss, backward, retain_graph or needed_later)
+            buffers.collect()
             del loss  # or the next callable runs while this graph is still alive
 
     def _backward_sum(
@@ -218,14 +222,15 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _can_be_summed(self, index: int, value: Tensor, weight: float) -> bool:
         """Note that an objective contributes to the one row; not if its loss is not finite, for it would stay in."""
         assert self._buffers is not None
-        asks = self.nonfinite != "propagate" and not self._decided_on_device(self._buffers)
+        # Nor where other ranks would wait for this one's backward.
+        asks = self.nonfinite != "propagate" and not (self._decided_on_device(self._buffers) or self._buffers.ranks)
         if weight == 0 or (asks and not bool(value.isfinite())):
             return False
         self._contributed.add(index)
         return True
 
     def _add_loss(self, index: int, loss: Tensor) -> Tensor:
-        value = loss.detach().to(torch.float64).reshape(())
+        value = value_of(loss.detach()).to(torch.float64).reshape(())
         self._loss_sums[index] = self._loss_sums[index] + value if index in self._loss_sums else value
         return value
 
@@ -250,6 +255,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         assert buffers is not None
         self._read_mail()
         buffers.settle()
+        buffers.average_replicas()
         count, device = len(self._names), buffers.device
         nan = constant_tensor((torch.nan,), torch.float64, device)[0]
         losses = torch.stack([self._loss_sums.get(k, nan).to(device, non_blocking=True) for k in range(count)])
@@ -269,7 +275,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._nonfinite_counts += found.nonfinite
         self.report = StepReport(
             objectives=self._names,
-            losses=losses,
+            losses=losses if found.losses is None else found.losses,
             weights=found.weights,
             gram=found.gram,
             squared_norm=found.squared_norm,
@@ -329,6 +335,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if self.objectives is None:
             self.objectives = checked_names(list(named))
             self._nonfinite_counts = torch.zeros(len(named), dtype=torch.int64)
+            ranks = ranks_of(self.process_group)
+            if ranks is not None:
+                ranks.agreed("the names or the order of the objectives", list(named))
         return [(k, name, named[name]) for k, name in enumerate(self.objectives) if name in named]
 
     def _current_buffers(self, n_rows: int) -> GradientBuffers:
@@ -342,7 +351,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             raise ValueError("no parameter of the base optimizer requires grad: nothing to optimize")
         if self._buffers is None or self._buffers.signature != signature(parameters, n_rows):
             old, self._buffers = self._buffers if self._due else None, None  # freed first, unless it holds a window
-            self._buffers = GradientBuffers(parameters, n_rows)
+            self._buffers = GradientBuffers(parameters, n_rows, ranks_of(self.process_group))
             if old is not None:
                 self._buffers.migrate(old)
         return self._buffers
@@ -411,12 +420,3 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 def _adds_exactly(term: Loss) -> bool:
     """Whether a weighted sum of such losses has exact enough gradients: a weight in bf16 is off by 0.2 %."""
     return isinstance(term, Tensor) and term.dtype in (torch.float32, torch.float64)
-
-
-def _refuse_distributed() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            "this version of mogeo runs in one process: with several, each would solve for its own weights, and the "
-            "replicas would drift apart in silence"
-        )

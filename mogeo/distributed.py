@@ -1,0 +1,129 @@
+"""What counts once, what is reduced, and what is identical on every rank.
+
+Knows process groups and DTensors; no weighting and no optimizer. Engines reduce gradients as they always do; mogeo adds
+one small all-reduce of the Gram matrix and the losses, from which every rank decides alike. Plain tensors are replicas:
+where an engine did not reduce them, mogeo does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any  # dist.ProcessGroup, which is no type where torch was built without distributed
+
+
+class Ranks:
+    """The processes that hold one model between them.
+
+    Args:
+        group: their process group; by default all processes.
+    """
+
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group
+        self.size: int = dist.get_world_size(group)
+
+    def share_of(self, parameter: Tensor) -> float:
+        """1 / number of ranks that hold the same part of a parameter: with it, a sum over ranks counts each part once.
+
+        Raises:
+            NotImplementedError: the parameter is a DTensor with partial sums.
+        """
+        if not is_sharded(parameter):
+            return 1 / self.size
+        parts: int = 1
+        for dimension, placement in enumerate(sharded(parameter).placements):
+            if placement.is_partial():
+                raise NotImplementedError(
+                    f"a parameter of shape {tuple(parameter.shape)} holds partial sums: redistribute it"
+                )
+            if not placement.is_replicate():
+                parts *= sharded(parameter).device_mesh.size(dimension)
+        return parts / self.size
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place; the same bits on each."""
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def mean_(self, values: Tensor) -> Tensor:
+        """Mean over ranks, in place. Where all ranks hold the same already, it stays."""
+        return self.sum_(values).div_(self.size)
+
+    def differ(self, values: Tensor) -> bool:
+        """Whether `values` is not the same on every rank, bit for bit. NaN differs from nothing."""
+        both = torch.cat([values, -values]).nan_to_num(0.0)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        return bool((both[: len(values)] != -both[len(values) :]).any())
+
+    def agreed(self, what: str, value: Any) -> None:
+        """Raise ValueError, on every rank, if they do not all hold the same value."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        if any(other != values[0] for other in values):
+            listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
+            raise ValueError(f"{what} differ between ranks: {listed}")
+
+
+def ranks_of(group: Group | None) -> Ranks | None:
+    """The ranks of a process group, or of all processes; None where there is only one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    ranks = Ranks(group)
+    return ranks if ranks.size > 1 else None
+
+
+def sharded(tensor: Tensor) -> Any:
+    """A DTensor as what it is: `Tensor` has no placements."""
+    return tensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor: a tensor over a mesh of devices, of which this rank holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: itself, if it is no DTensor."""
+    if not is_sharded(tensor):
+        return tensor
+    local: Any = sharded(tensor).to_local()
+    part: Tensor = local.wait() if hasattr(local, "wait") else local  # a collective that is still under way
+    return part
+
+
+def gradient_of(parameter: Tensor, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient, placed as its parameter is: partial sums are reduced first."""
+    if is_sharded(grad) and is_sharded(parameter):
+        placements = tuple(sharded(parameter).placements)
+        if tuple(sharded(grad).placements) != placements:
+            grad = sharded(grad).redistribute(placements=placements)
+    return local_of(grad)
+
+
+def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
+    """A local part as a gradient of its parameter: a DTensor over the same mesh, without a copy."""
+    if not is_sharded(parameter):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = sharded(parameter).device_mesh, sharded(parameter).placements
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def value_of(loss: Tensor) -> Tensor:
+    """A loss as a plain scalar; a DTensor (loss parallelism) is gathered."""
+    full: Tensor = sharded(loss).full_tensor() if is_sharded(loss) else loss
+    return full
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """Several fp64 tensors in one, [n], so that one all-reduce carries them."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
