@@ -26,6 +26,7 @@ from torch import Tensor
 from mogeo import ops
 from mogeo.constants import constant_tensor
 from mogeo.distributed import Ranks, gradient_of, is_sharded, like_parameter, local_of
+from mogeo.shards import Shards
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
@@ -47,6 +48,8 @@ class GradientBuffers:
         parameters: leaves that require grad, in the order of the optimizer's groups.
         n_rows: K.
         ranks: the processes that hold the parameters between them, if there are several.
+        shard_rows: reduce every gradient of plain parameters as soon as it is complete, and keep a piece of it per
+            rank: N + K·N/ranks elements of memory instead of K·N.
 
     Attributes:
         blocks: one tensor [K, N_b] per (dtype, device, share) among the parameters.
@@ -54,10 +57,13 @@ class GradientBuffers:
         device_code: `mogeo.cuda` where a whole step is decided on the device, else None: the host decides.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None = None, *, shard_rows: bool = False
+    ) -> None:
         self.parameters = list(parameters)
         self.n_rows = n_rows
         self.ranks = ranks
+        self.shard_rows = shard_rows and ranks is not None
         self.signature = signature(parameters, n_rows)
         self.blocks: list[Tensor] = []
         # views[k][i]: row k of parameter i, with the parameter's shape and strides
@@ -70,6 +76,7 @@ class GradientBuffers:
         # Per row and parameter: written in this window; holding anything but zeros.
         self._written = [bytearray(len(self.parameters)) for _ in range(n_rows)]
         self._dirty = [bytearray(len(self.parameters)) for _ in range(n_rows)]
+        self._captured = bytearray(len(self.parameters))  # with shard_rows: what the row of all objectives holds
         self._row, self._weight = 0, 1.0
 
     def _allocate(self) -> None:
@@ -80,20 +87,30 @@ class GradientBuffers:
             places.append(offsets.setdefault(kind, 0))
             quantum = max(1, _ALIGNMENT // kind.dtype.itemsize)
             offsets[kind] += -(-local_of(parameter).numel() // quantum) * quantum
+        quantum = _ROW_QUANTUM * (1 if self.ranks is None else self.ranks.size)  # pieces start aligned, too
         blocks = {
             kind: torch.zeros(
-                self.n_rows, -(-columns // _ROW_QUANTUM) * _ROW_QUANTUM, dtype=kind.dtype, device=kind.device
+                1 if self.shard_rows and not kind.sharded else self.n_rows,
+                -(-columns // quantum) * quantum,
+                dtype=kind.dtype,
+                device=kind.device,
             )
             for kind, columns in offsets.items()
         }
         self.blocks = list(blocks.values())
         self._kinds = list(blocks)
+        self._shards: list[Shards | None] = [None] * len(self.blocks)
+        if self.shard_rows and self.ranks is not None:
+            for b, (block, kind) in enumerate(zip(self.blocks, self._kinds, strict=True)):
+                if not kind.sharded:
+                    self._shards[b] = Shards(self.n_rows, block.shape[1], block, self.ranks)
         used = {key: torch.zeros(block.shape[1], dtype=torch.bool) for key, block in blocks.items()}
         for i, (parameter, kind, start) in enumerate(zip(self.parameters, kinds, places, strict=True)):
             local = local_of(parameter)
             used[kind][start : start + local.numel()] = True
             for k in range(self.n_rows):
-                self._views[k][i] = _strided_like(blocks[kind][k, start : start + local.numel()], local)
+                row = blocks[kind][min(k, len(blocks[kind]) - 1)]
+                self._views[k][i] = _strided_like(row[start : start + local.numel()], local)
         self._padding = [(~flags).nonzero().flatten().to(kind.device) for kind, flags in used.items()]
 
     def _kind_of(self, parameter: Tensor) -> _Kind:
@@ -106,7 +123,16 @@ class GradientBuffers:
         return _Kind(_grad_dtype(parameter), parameter.device, share, is_sharded(parameter))
 
     def migrate(self, old: GradientBuffers) -> None:
-        """Take over the open window of `old`, for the parameters both have."""
+        """Take over the open window of `old`, for the parameters both have.
+
+        Raises:
+            RuntimeError: its rows are shared out over ranks.
+        """
+        if old.shard_rows:
+            raise RuntimeError(
+                "the parameters changed between backward() and step(), and with shard_rows=True the gradients captured "
+                "so far cannot move: change them after step() or zero_grad()"
+            )
         places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         for k in range(self.n_rows):
             for j, parameter in enumerate(old.parameters):
@@ -129,7 +155,7 @@ class GradientBuffers:
                 held[-1] = (parameter, self._withhold(parameter))
             for i, parameter in enumerate(self.parameters):
                 if parameter.requires_grad and self.ranks is None:
-                    hook = partial(self._collect, i)
+                    hook = partial(self._take, i)
                     handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             yield
         finally:
@@ -143,10 +169,26 @@ class GradientBuffers:
         self._row, self._weight = row, weight
 
     def collect(self) -> None:
-        """A backward is done: move its gradients to the selected row, where no hooks have done so."""
-        if self.ranks is not None:
-            for i, parameter in enumerate(self.parameters):
-                self._collect(i, parameter)
+        """A backward is done: move its gradients to the selected row, where no hooks have done so.
+
+        With `shard_rows` that row is the one that all objectives share, and is scattered at once: a collective.
+        """
+        if self.ranks is None:
+            return
+        captured = bytearray(len(self.parameters))
+        for i, parameter in enumerate(self.parameters):
+            captured[i] = self._collect(i, parameter)
+        if self.shard_rows:
+            for i, stale in enumerate(self._captured):
+                if stale and not captured[i] and not is_sharded(self.parameters[i]):
+                    self._views[0][i].zero_()  # left there by the objective before, or by the last direction
+            self._captured = captured
+            for block, shards in zip(self.blocks, self._shards, strict=True):
+                if shards is not None:
+                    shards.put(self._row, block[0])
+
+    def _take(self, index: int, parameter: Tensor) -> None:
+        self._collect(index, parameter)
 
     def _withhold(self, parameter: Tensor) -> Tensor | None:
         grad = parameter.grad
@@ -159,10 +201,11 @@ class GradientBuffers:
         storage = local_of(grad).untyped_storage().data_ptr()
         return any(storage == block.untyped_storage().data_ptr() for block in self.blocks)
 
-    def _collect(self, index: int, parameter: Tensor) -> None:
+    def _collect(self, index: int, parameter: Tensor) -> bool:
+        """Move a gradient to the selected row; returns whether there was one."""
         grad = parameter.grad
         if grad is None:
-            return
+            return False
         parameter.grad = None
         if grad.requires_grad:  # under create_graph=True: its graph stays out of the row
             grad = grad.detach()
@@ -170,11 +213,14 @@ class GradientBuffers:
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         view = self._views[self._row][index]
-        if self._written[self._row][index]:
+        shared = self.shard_rows and not is_sharded(parameter)  # with all objectives, and scattered after each
+        if self._written[self._row][index] and not shared:
             view.add_(grad, alpha=self._weight)
         else:
             view.copy_(grad) if self._weight == 1.0 else torch.mul(grad, self._weight, out=view)
-            self._written[self._row][index] = self._dirty[self._row][index] = 1
+            self._written[self._row][index] = 1
+            self._dirty[self._row][index] = not shared
+        return True
 
     def settle(self) -> None:
         """Zero what this window did not write: rows are then the gradients of this window, complete."""
@@ -191,13 +237,11 @@ class GradientBuffers:
 
         With one process that is G Gᵀ; else the sum over ranks is.
         """
-        blocks = [block[:n_rows] for block in self.blocks]
         if self.device_code is not None:
-            gram: Tensor = self.device_code.gram_of_blocks(blocks)
+            gram: Tensor = self.device_code.gram_of_blocks([block[:n_rows] for block in self.blocks])
             return gram
-        return torch.stack(
-            [ops.gram(block).to(self.device) * kind.share for block, kind in zip(blocks, self._kinds, strict=True)]
-        ).sum(0)
+        parts = [self._rows_of(b) for b in range(len(self.blocks))]
+        return torch.stack([ops.gram(rows[:n_rows]).to(self.device) * share for rows, share in parts]).sum(0)
 
     def squared_norm(self) -> Tensor:
         """‖row 0‖² over all ranks, fp64 []."""
@@ -210,26 +254,38 @@ class GradientBuffers:
         An average that is averaged again stays, so it does not matter which of the backwards an engine reduced, or
         which micro-batches: none (`no_sync`), the first of several, or the last.
         """
-        plain = [block for block, kind in zip(self.blocks, self._kinds, strict=True) if not kind.sharded]
+        plain = [b for b, kind in enumerate(self._kinds) if not kind.sharded]
         if self.ranks is None or not plain:
             return
-        squares = torch.stack([ops.gram(block).diagonal().to(self.device) for block in plain]).sum(0)
-        if not self.ranks.differ(squares):
-            return
-        for block in plain:
-            self.ranks.mean_(block)
-        # A parameter that some rank did not touch has a gradient now.
+        if not self.shard_rows:
+            squares = torch.stack([ops.gram(self.blocks[b]).diagonal().to(self.device) for b in plain]).sum(0)
+            if not self.ranks.differ(squares):
+                return
+            for b in plain:
+                block = self.blocks[b]
+                self._shards[b] = shards = self._shards[b] or Shards(len(block), block.shape[1], block, self.ranks)
+                for k, row in enumerate(block):
+                    shards.put(k, row)
+        for shard in self._shards:
+            if shard is not None:
+                shard.settle()
+        # A parameter that this rank did not touch, but another did, has a gradient now.
         written = torch.tensor([list(flags) for flags in self._written], dtype=torch.uint8, device=self.device)
-        self.ranks.sum_(written)
-        for row, flags in enumerate(written.tolist()):
-            for i, parameter in enumerate(self.parameters):
-                if flags[i] and not is_sharded(parameter):
-                    self._written[row][i] = self._dirty[row][i] = 1
+        for flags, union in zip(self._written, self.ranks.max_(written).tolist(), strict=True):
+            flags[:] = bytes(union)
+
+    def _rows_of(self, block: int) -> tuple[Tensor, float]:
+        """The rows that count now, [K, n], and with which share."""
+        shards = self._shards[block]
+        if shards is not None and shards.active:
+            return shards.rows, 1.0
+        return self.blocks[block], self._kinds[block].share
 
     def combine(self, weights: Tensor) -> None:
         """Overwrite row 0 with wᵀ rows, for weights of the first rows."""
-        for block in self.blocks:
-            ops.combine(block[: len(weights)], weights, out=block[0])
+        for b in range(len(self.blocks)):
+            rows, _ = self._rows_of(b)
+            ops.combine(rows[: len(weights)], weights, out=rows[0])
         self._mark_combined()
 
     def direct(self, weights: Tensor, gram: Tensor | None, max_norm: float | None, *, discard: bool) -> Any:
@@ -264,13 +320,18 @@ class GradientBuffers:
 
     def poison(self) -> None:
         """Overwrite row 0 with NaN. Not by NaN weights: they would reach the padding, which nothing ever zeroes."""
+        for shards in self._shards:
+            if shards is not None:
+                shards.active = False
         for view in self._views[0]:
             view.fill_(torch.nan)
+        self._captured[:] = b"\1" * len(self.parameters)
         self._dirty[0][:] = b"\1" * len(self.parameters)
 
     def direction_overflowed(self) -> bool:
         """Whether finite fp16 rows were combined into something fp16 cannot hold, on any rank."""
-        overflowed = any(b.dtype == torch.float16 and not bool(b[0].isfinite().all()) for b in self.blocks)
+        firsts = [self._rows_of(b)[0][0] for b in range(len(self.blocks))]
+        overflowed = any(row.dtype == torch.float16 and not bool(row.isfinite().all()) for row in firsts)
         if self.ranks is not None:
             overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
         return overflowed
@@ -280,10 +341,15 @@ class GradientBuffers:
         return {p for p, *written in zip(self.parameters, *self._written, strict=True) if any(written)}
 
     def publish(self) -> None:
-        """Add row 0 to `p.grad` of every parameter that some row was written for, and close the window.
+        """Add row 0 to `p.grad` of every parameter that some row was written for, and close the window. A collective.
 
         `p.grad` then is a view of row 0: it lasts until the next window is filled. Other parameters keep theirs.
         """
+        for block, shards in zip(self.blocks, self._shards, strict=True):
+            if shards is not None and shards.active:
+                shards.gather(block[0])
+                self._captured[:] = b"\1" * len(self.parameters)
+                self._dirty[0][:] = b"\1" * len(self.parameters)
         for i, (parameter, view, *written) in enumerate(
             zip(self.parameters, self._views[0], *self._written, strict=True)
         ):
@@ -300,6 +366,9 @@ class GradientBuffers:
         """Close the window without handing anything out."""
         for written in self._written:
             written[:] = bytes(len(written))
+        for shards in self._shards:
+            if shards is not None:
+                shards.drop()
 
 
 def signature(parameters: Sequence[Tensor], n_rows: int) -> tuple[object, ...]:

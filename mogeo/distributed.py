@@ -55,10 +55,30 @@ class Ranks:
         """Mean over ranks, in place. Where all ranks hold the same already, it stays."""
         return self.sum_(values).div_(self.size)
 
+    def max_(self, values: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def scattered_mean(self, row: Tensor) -> Tensor:
+        """This rank's piece [N / n] of the mean over ranks of `row` [N], n dividing N."""
+        if dist.get_backend(self.group) == "nccl":
+            piece = row.new_empty(row.numel() // self.size)
+            dist.reduce_scatter_tensor(piece, row, group=self.group)
+            return piece.div_(self.size)
+        # gloo's reduce_scatter moves as much as an all-reduce; this moves each piece once, to its owner.
+        pieces = torch.empty_like(row)
+        dist.all_to_all_single(pieces, row, group=self.group)
+        return pieces.view(self.size, -1).sum(0).div_(self.size)
+
+    def gather(self, out: Tensor, piece: Tensor) -> None:
+        """The pieces [N / n] of all ranks into `out` [N]."""
+        dist.all_gather_into_tensor(out, piece, group=self.group)
+
     def differ(self, values: Tensor) -> bool:
         """Whether `values` is not the same on every rank, bit for bit. NaN differs from nothing."""
         both = torch.cat([values, -values]).nan_to_num(0.0)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        self.max_(both)
         return bool((both[: len(values)] != -both[len(values) :]).any())
 
     def agreed(self, what: str, value: Any) -> None:

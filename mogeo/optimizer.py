@@ -82,6 +82,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         max_grad_norm: float | None = None,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
         process_group: Group | None = None,
+        shard_rows: bool = False,
     ) -> None:
         super().__init__(base)
         if nonfinite not in ("skip", "raise", "propagate"):
@@ -93,6 +94,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.process_group = process_group
+        self.shard_rows = shard_rows
         self.report: StepReport | None = None
         self._nonfinite_counts = torch.zeros(len(self.objectives or ()), dtype=torch.int64)
         self._warned = False
@@ -335,9 +337,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if self.objectives is None:
             self.objectives = checked_names(list(named))
             self._nonfinite_counts = torch.zeros(len(named), dtype=torch.int64)
-            ranks = ranks_of(self.process_group)
-            if ranks is not None:
-                ranks.agreed("the names or the order of the objectives", list(named))
         return [(k, name, named[name]) for k, name in enumerate(self.objectives) if name in named]
 
     def _current_buffers(self, n_rows: int) -> GradientBuffers:
@@ -350,8 +349,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if not parameters:
             raise ValueError("no parameter of the base optimizer requires grad: nothing to optimize")
         if self._buffers is None or self._buffers.signature != signature(parameters, n_rows):
+            ranks = ranks_of(self.process_group)
+            if ranks is not None:
+                ranks.agreed("the names or the order of the objectives", self._names)
             old, self._buffers = self._buffers if self._due else None, None  # freed first, unless it holds a window
-            self._buffers = GradientBuffers(parameters, n_rows, ranks_of(self.process_group))
+            self._buffers = GradientBuffers(parameters, n_rows, ranks, shard_rows=self.shard_rows)
             if old is not None:
                 self._buffers.migrate(old)
         return self._buffers

@@ -169,7 +169,7 @@ def train(
     weights, losses, norms = [], [], []
     for step in range(steps):
         data = {name: share_of(batch, replicas, replica) for name, batch in batches(step).items()}
-        terms: dict[str, Any] = {name: (lambda n=name, k=k: loss_of(model, data[n], k)) for k, name in enumerate(NAMES)}
+        terms: dict[str, Any] = {name: (lambda x=data[name], k=k: loss_of(model, x, k)) for k, name in enumerate(NAMES)}
         optimizer.zero_grad()
         optimizer.backward({name: term() for name, term in terms.items()} if form == "tensors" else terms)
         optimizer.step()

@@ -1,0 +1,192 @@
+"""Replicas whose gradients no engine has reduced, or only some: mogeo reduces them, and says what it cannot mend."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mogeo import MultiObjectiveOptimizer
+from tests.distributed import engines
+from tests.distributed.engines import NAMES, alone, batches, full, loss_of, make_net, share_of, train
+from tests.distributed.runner import RankFailedError, run
+from tests.distributed.test_same_answer import assert_same
+
+
+@pytest.mark.parametrize("shard_rows", [False, True])
+@pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform", "group-dro(0.5)"])
+@pytest.mark.parametrize("how", ["no_sync", "plain", "synced"])
+def test_gradients_are_reduced_once_or_twice_or_by_mogeo_alone(how: str, weighting: str, shard_rows: bool) -> None:
+    """In `no_sync`, with no engine at all, and where DDP did it already."""
+    options = {"max_grad_norm": 0.3}
+    expected = train(alone, torch.float64, weighting, **options)
+    results = run(3, train_replicas, how, weighting, {**options, "shard_rows": shard_rows})
+    assert_same(results, expected, 1e-12)
+
+
+def train_replicas(how: str, weighting: str, options: dict[str, Any]) -> dict[str, Any]:
+    if how == "synced":
+        return train(engines.ddp, torch.float64, weighting, **options)
+    if how == "plain":
+        return train(lambda net: (net, dist.get_world_size(), dist.get_rank()), torch.float64, weighting, **options)
+
+    def unsynced(net: engines.Net) -> engines.Spread:
+        model, replicas, replica = engines.ddp(net)
+        contextlib.ExitStack().enter_context(model.no_sync())
+        return model, replicas, replica
+
+    return train(unsynced, torch.float64, weighting, **options)
+
+
+@pytest.mark.parametrize("shard_rows", [False, True])
+def test_memory_of_rows(shard_rows: bool) -> None:
+    (own, rows), *_ = run(3, row_memory, shard_rows)
+    assert rows == pytest.approx(own * (1 + 3 / 3 if shard_rows else 3), rel=0.15)  # padding of a small net
+
+
+def row_memory(shard_rows: bool) -> tuple[int, int]:
+    net = make_net(torch.float32)
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters()), shard_rows=shard_rows)
+    optimizer.backward({name: loss_of(net, batches(0)[name], k) for k, name in enumerate(NAMES)})
+    buffers = optimizer._buffers
+    assert buffers is not None
+    held = sum(block.numel() for block in buffers.blocks) + sum(s.rows.numel() for s in buffers._shards if s)
+    return sum(p.numel() for p in net.parameters() if p.requires_grad), held
+
+
+@pytest.mark.parametrize("shard_rows", [False, True])
+@pytest.mark.parametrize("last_synced", [False, True])
+def test_accumulation(last_synced: bool, shard_rows: bool) -> None:
+    """Micro-batches without a reduction and then one with it, as Accelerate's `accumulate` does: nothing is lost."""
+    expected = accumulate(False, False, spread=False)
+    for result in run(2, accumulate, last_synced, shard_rows):
+        for name, parameter in expected.items():
+            torch.testing.assert_close(result[name], parameter, rtol=0, atol=1e-12)
+
+
+def accumulate(last_synced: bool, shard_rows: bool, spread: bool = True) -> dict[str, Tensor]:
+    net = make_net(torch.float64)
+    model, replicas, replica = engines.ddp(net) if spread else (net, 1, 0)
+    base = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = MultiObjectiveOptimizer(base, shard_rows=shard_rows)
+    for step in range(2):
+        optimizer.zero_grad()
+        for micro in range(3):
+            unsynced = spread and not (last_synced and micro == 2)
+            with model.no_sync() if unsynced else contextlib.nullcontext():
+                data = {n: share_of(b, replicas, replica) for n, b in batches(3 * step + micro).items()}
+                optimizer.backward({n: (lambda x=data[n], k=k: loss_of(model, x, k) / 3) for k, n in enumerate(NAMES)})
+        optimizer.step()
+    return {name: full(p) for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("shard_rows", [False, True])
+def test_a_parameter_that_only_one_rank_touches(shard_rows: bool) -> None:
+    for weight, untouched in run(2, one_sided, shard_rows):
+        torch.testing.assert_close(weight, torch.full((3,), -0.05, dtype=torch.float64))
+        assert untouched is None
+
+
+def one_sided(shard_rows: bool) -> tuple[Tensor, Any]:
+    both, one, none = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(3))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([both, one, none], lr=0.1), "uniform", shard_rows=shard_rows)
+    term = both.sum() + (one.sum() if dist.get_rank() == 0 else 0.0)
+    optimizer.backward({"a": term + 1, "b": term + 1})
+    optimizer.step()
+    return one.detach(), none.grad
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All ranks decide alike
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform", "group-dro"])
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all(weighting: str, engine: str) -> None:
+    results = run(2, one_bad_rank, engine, weighting)
+    for skipped, weights, parameters in results:
+        assert skipped == results[0][0] != ()
+        assert torch.equal(weights, results[0][1])
+        for p, q in zip(parameters, results[0][2], strict=True):
+            assert p.isfinite().all()
+            assert torch.equal(p, q)
+
+
+def one_bad_rank(engine: str, weighting: str) -> tuple[tuple[str, ...], Tensor, list[Tensor]]:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    model, replicas, replica = getattr(engines, engine)(make_net(torch.float64))
+    optimizer = MultiObjectiveOptimizer(
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), weighting
+    )
+    skipped: tuple[str, ...] = ()
+    for step in range(3):
+        data = {n: share_of(b, replicas, replica) for n, b in batches(step).items()}
+        factor = math.nan if step == 1 and dist.get_rank() == 1 else 1.0
+        optimizer.zero_grad()
+        optimizer.backward(
+            {
+                n: (lambda x=data[n], k=k, f=factor if k == 1 else 1.0: loss_of(model, x, k) * f)
+                for k, n in enumerate(NAMES)
+            }
+        )
+        optimizer.step()
+        assert optimizer.report is not None
+        skipped = skipped or optimizer.report.skipped
+    assert optimizer.report is not None
+    return skipped, optimizer.report.weights, [full(p) for p in model.parameters()]
+
+
+def test_other_objectives_or_another_order_are_named_on_every_rank() -> None:
+    with pytest.raises(RankFailedError, match=r"(?s)rank 0 of 2.*differ between ranks.*rank 1 of 2.*differ between"):
+        run(2, disagree)
+
+
+def disagree() -> None:
+    net = make_net(torch.float64)
+    names = NAMES if dist.get_rank() == 0 else NAMES[::-1]
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters()), objectives=names)
+    optimizer.backward({name: (lambda k=k: loss_of(net, batches(0)[NAMES[0]], k)) for k, name in enumerate(names)})
+
+
+def test_an_objective_that_only_some_ranks_have_is_named() -> None:
+    with pytest.raises(RankFailedError, match="objective 'honesty' has a loss on some ranks of this step and none on"):
+        run(2, partly)
+
+
+def partly() -> None:
+    net = make_net(torch.float64)
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters()), objectives=NAMES)
+    for k, name in enumerate(NAMES):
+        if name != "honesty" or dist.get_rank() == 0:
+            optimizer.backward(loss_of(net, batches(0)[name], k), objective=name)
+    optimizer.combine()
+
+
+def test_a_process_group_of_its_own() -> None:
+    """Two groups of two ranks train two models: each pair agrees, and the pairs do not mix."""
+    first = train(alone, torch.float64, "mgda-decoupled")
+    results = run(4, two_models)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["weights"], results[rank % 2]["weights"])
+    torch.testing.assert_close(results[0]["weights"], first["weights"], rtol=0, atol=1e-12)
+    assert not torch.equal(results[0]["weights"], results[1]["weights"])
+
+
+def two_models() -> dict[str, Any]:
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    which = dist.get_rank() % 2
+
+    def pair(net: engines.Net) -> engines.Spread:
+        if which == 1:
+            with torch.no_grad():
+                net.embed.weight.mul_(2)
+        return nn.parallel.DistributedDataParallel(net, process_group=groups[which]), 2, dist.get_rank() // 2
+
+    return train(pair, torch.float64, "mgda-decoupled", process_group=groups[which])
