@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
+    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -61,9 +62,9 @@ def make_net(dtype: torch.dtype) -> Net:
 
 
 def batches(step: int) -> dict[str, Tensor]:
-    """Per objective [12, 5] tokens: the batch of all ranks together."""
+    """Per objective [12, 6] tokens: the batch of all ranks together."""
     generator = torch.Generator().manual_seed(step)
-    return {name: torch.randint(11, (12, 5), generator=generator) for name in NAMES}
+    return {name: torch.randint(11, (12, 6), generator=generator) for name in NAMES}
 
 
 def share_of(batch: Tensor, replicas: int, replica: int) -> Tensor:
@@ -72,7 +73,8 @@ def share_of(batch: Tensor, replicas: int, replica: int) -> Tensor:
 
 def loss_of(net: nn.Module, tokens: Tensor, objective: int) -> Tensor:
     """A loss for each objective; they pull the same parameters to different places."""
-    scores = net(tokens).float() if next(net.parameters()).dtype == torch.bfloat16 else net(tokens)
+    scores = net(tokens)
+    scores = scores.float() if scores.dtype == torch.bfloat16 else scores
     targets = (tokens * (objective + 2) + objective) % 11
     return nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten()) * (1 + objective)
 
@@ -96,6 +98,28 @@ def ddp_bucket_view(net: Net) -> Spread:
 def fsdp(net: Net, **options: Any) -> Spread:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return sharded(net, mesh, **options), dist.get_world_size(), dist.get_rank()
+
+
+def fsdp_bf16(net: Net) -> Spread:
+    return fsdp(net, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+class Autocast(nn.Module):
+    """A model that computes in bf16 over fp32 parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores: Tensor = self.model(tokens)
+        return scores.float()
+
+
+def ddp_bf16(net: Net) -> Spread:
+    model, replicas, replica = ddp(net)
+    return Autocast(model), replicas, replica
 
 
 def fsdp_keeping(net: Net) -> Spread:
@@ -123,13 +147,17 @@ def tensor_parallel(net: Net, mesh: Any = None, sequence: bool = False) -> Sprea
             plan = {
                 "norm": SequenceParallel(),
                 "up": ColwiseParallel(input_layouts=Shard(1)),
-                "down": RowwiseParallel(output_layouts=Shard(1)),
+                "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
             }
-            parallelize_module(
-                block, mesh, PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
-            )
+            into = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=False)
+            out_of = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
+            parallelize_module(parallelize_module(block, mesh, into), mesh, out_of)
         parallelize_module(block, mesh, plan)
     return net, 1, 0
+
+
+def sequence_parallel(net: Net) -> Spread:
+    return tensor_parallel(net, sequence=True)
 
 
 def fsdp_and_tp(net: Net) -> Spread:
@@ -145,6 +173,7 @@ ENGINES: dict[str, tuple[int, Callable[[Net], Spread]]] = {
     "fsdp, no reshard": (2, fsdp_keeping),
     "hsdp": (4, hsdp),
     "tp": (2, tensor_parallel),
+    "tp, sequence": (2, sequence_parallel),
     "fsdp × tp": (4, fsdp_and_tp),
 }
 

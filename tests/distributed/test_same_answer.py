@@ -43,3 +43,16 @@ def test_every_weighting_in_every_form(weighting: str, form: str) -> None:
 
 def case(spread: Any, dtype: torch.dtype, weighting: str, options: dict[str, Any]) -> dict[str, Any]:
     return train(spread, dtype, weighting, **options)
+
+
+@pytest.mark.parametrize("shape", ["fsdp", "ddp"])
+def test_bf16_computation(shape: str) -> None:
+    """Mixed precision rounds per rank: the answer is that of one process to what bf16 keeps."""
+    expected = train(alone, torch.float32, "mgda-decoupled")
+    results = run(
+        2, case, engines.fsdp_bf16 if shape == "fsdp" else engines.ddp_bf16, torch.float32, "mgda-decoupled", {}
+    )
+    for result in results:
+        assert torch.equal(result["weights"], results[0]["weights"])
+        torch.testing.assert_close(result["weights"], expected["weights"], rtol=0, atol=0.05)
+        torch.testing.assert_close(result["losses"], expected["losses"], rtol=0.02, atol=0.02)
