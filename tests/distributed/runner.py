@@ -56,7 +56,9 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def _main(rank: int, ranks: int, folder: str, case: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    # As a launcher would; the ranks meet in a file, so nobody listens at that address.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT)
