@@ -9,11 +9,14 @@ A model of `--width` squared times 8 parameters on `--ranks` CPU processes over 
 - FSDP2: `fully_shard` per layer and at the root, resharded after the forward.
 - FSDP2 plain: the same with one forward of all batches and one backward.
 
-Bytes are what the loopback interface of this machine counted meanwhile, all ranks together, divided by their number: gloo
-talks over it, and so does anything else that happens to run. They are given in units of N elements per rank, beside the
-formula of docs/distributed.md. Time is that of the slowest rank, contestants in rotating order, round by round.
+Bytes are what the loopback interface of this machine counted meanwhile, all ranks together, divided by their number:
+gloo talks over it, and so does anything else that happens to run. They are given in units of N elements per rank,
+beside the formula of docs/distributed.md. Time is that of the slowest rank, contestants in rotating order, round by
+round.
 
-Run: python benchmarks/communication.py [--ranks 4] [--objectives 4] [--width 512] [--rounds 7] [--json PATH]
+`--scale` measures nothing: it prints what the formula gives for larger models and more ranks.
+
+Run: python benchmarks/communication.py [--ranks 4] [--objectives 4] [--width 512] [--rounds 7] [--json PATH] [--scale]
 """
 
 from __future__ import annotations
@@ -133,6 +136,23 @@ def measure(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> 
     dist.destroy_process_group()
 
 
+def print_scale(objectives: int) -> None:
+    """GB of bf16 gradients that a rank sends per step, and GB of rows that it holds: the formula, no measurement.
+
+    FSDP2 is counted with a reduce-scatter that moves each element once, as NCCL's does.
+    """
+    columns = ("DDP, plain", "DDP", "no_sync, shard_rows", "FSDP2, plain", "FSDP2")
+    print(f"K = {objectives}, bf16; GB sent per rank and step / GB of gradients held per rank\n")
+    print(f"{'N':>5} {'ranks':>6}", *(f"{name:>22}" for name in columns), sep="")
+    for parameters in (0.5e9, 7e9, 70e9):
+        for ranks in (8, 64, 1024):
+            share, size = (ranks - 1) / ranks, 2 * parameters / 1e9
+            sent = (2, 2 * objectives, objectives + 1, 3, 3 * objectives)
+            held = (1, objectives, 1 + objectives / ranks, 1 / ranks, objectives / ranks)
+            cells = [f"{s * share * size:.3g} / {h * size:.3g}" for s, h in zip(sent, held, strict=True)]
+            print(f"{parameters / 1e9:4g}B {ranks:6d}", *(f"{cell:>22}" for cell in cells), sep="")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4, help="processes (default 4)")
@@ -140,7 +160,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="of the layers (default 512: N = 2.1 million)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--scale", action="store_true", help="print the formula for 0.5B to 70B, and 8 to 1,024 ranks")
     options = parser.parse_args()
+    if options.scale:
+        print_scale(options.objectives)
+        return
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -158,9 +182,7 @@ def main() -> None:
     facts = describe("mogeo")
     size = options.width**2 * LAYERS
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(
-        f"N = {size:,} fp32 parameters, K = {options.objectives}, {options.ranks} ranks on gloo, {options.rounds} rounds"
-    )
+    print(f"N = {size:,} fp32, K = {options.objectives}, {options.ranks} ranks on gloo, {options.rounds} rounds")
     print(f"\n{'':22}{'N sent per rank (lowest … highest)':>36}{'formula':>9}   {'ms a step, median (quartiles)':>32}")
     results = []
     for name in CONTESTANTS:
