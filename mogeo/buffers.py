@@ -340,6 +340,15 @@ class GradientBuffers:
         """Parameters that some row was written for in this window."""
         return {p for p, *written in zip(self.parameters, *self._written, strict=True) if any(written)}
 
+    def ranks_hint(self) -> str:
+        """What else may be why sharded parameters have no gradient."""
+        if not any(kind.sharded for kind in self._kinds):
+            return ""
+        return (
+            " Or was set_requires_gradient_sync(False) called? FSDP2 then keeps gradients to itself, and adds them to "
+            "those of the next objective: leave it on, and call backward() several times before step() to accumulate"
+        )
+
     def publish(self) -> None:
         """Add row 0 to `p.grad` of every parameter that some row was written for, and close the window. A collective.
 

@@ -170,7 +170,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             if not buffers.touched() and (constant is None or self._contributed):
                 raise ValueError(
                     "no loss reached a parameter of the base optimizer: was the model copied, or its parameters "
-                    "replaced, after the optimizer was made?"
+                    "replaced, after the optimizer was made?" + buffers.ranks_hint()
                 )
         except BaseException:
             self._drop_window()

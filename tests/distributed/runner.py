@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = 60.0  # seconds
 _PRELOAD = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "mogeo.optimizer"]
 
 
@@ -25,12 +25,13 @@ class RankFailedError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
 
-def run(ranks: int, case: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run(ranks: int, case: Callable[..., Any], *arguments: Any, timeout: float = _TIMEOUT) -> list[Any]:
     """Call `case(*arguments)` on every rank of a new process group; returns the results, by rank.
 
     Args:
         ranks: number of processes.
         case: a function of a test module, at its top level. Its result must be something that torch.save takes.
+        timeout: of every collective, in seconds.
 
     Raises:
         RankFailedError: a rank raised, died, or did not end in a minute.
@@ -39,13 +40,13 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any) -> list[Any]:
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_main, args=(rank, ranks, folder, case, arguments), daemon=True)
+            context.Process(target=_main, args=(rank, ranks, folder, timeout, case, arguments), daemon=True)
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
         for process in processes:
-            process.join(_TIMEOUT.total_seconds())
+            process.join(_TIMEOUT)
         for process in processes:
             process.kill()
         failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
@@ -55,13 +56,15 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(ranks)]
 
 
-def _main(rank: int, ranks: int, folder: str, case: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _main(
+    rank: int, ranks: int, folder: str, timeout: float, case: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     # As a launcher would; the ranks meet in a file, so nobody listens at that address.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
     try:
         result = case(*arguments)
         torch.save(result, f"{folder}/{rank}.part")

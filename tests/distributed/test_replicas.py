@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from typing import Any
 
 import pytest
@@ -167,6 +168,39 @@ def partly() -> None:
         if name != "honesty" or dist.get_rank() == 0:
             optimizer.backward(loss_of(net, batches(0)[name], k), objective=name)
     optimizer.combine()
+
+
+def test_gradients_that_fsdp_keeps_to_itself_are_asked_for() -> None:
+    with pytest.raises(RankFailedError, match=r"set_requires_gradient_sync\(False\) called.*leave it on"):
+        run(2, unsynchronised)
+
+
+def unsynchronised() -> None:
+    model, replicas, replica = engines.fsdp(make_net(torch.float64))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    model.set_requires_gradient_sync(False)
+    optimizer.backward(
+        {
+            n: (lambda n=n, k=k: loss_of(model, share_of(batches(0)[n], replicas, replica), k))
+            for k, n in enumerate(NAMES)
+        }
+    )
+
+
+def test_a_rank_that_dies_leaves_no_one_waiting_for_long() -> None:
+    """The others end in the process group's own timeout."""
+    with pytest.raises(RankFailedError, match="rank 0 of 2") as failure:
+        run(2, die, timeout=3.0)
+    assert "rank 1 of 2" not in str(failure.value)
+
+
+def die() -> None:
+    net = make_net(torch.float64)
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters()))
+    optimizer.backward({n: loss_of(net, batches(0)[n], k) for k, n in enumerate(NAMES)})
+    if dist.get_rank() == 1:
+        os._exit(7)
+    optimizer.step()
 
 
 def test_a_process_group_of_its_own() -> None:
