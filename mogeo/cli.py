@@ -9,6 +9,7 @@ import argparse
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -74,5 +75,6 @@ def _module(name: str) -> Any:
 
 
 def _refuse(error: InputError) -> int:
-    print(f"mogeo: error: {error}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # set by a launcher of several processes, each of which may have its own error
+    print(f"mogeo: error: {error}" if rank == "0" else f"mogeo: rank {rank}: error: {error}", file=sys.stderr)
     return 2

@@ -18,6 +18,7 @@ from mogeo.dpo.errors import InputError
 
 if TYPE_CHECKING:
     from mogeo.dpo.figures import Table
+    from mogeo.dpo.ranks import Ranks
     from mogeo.dpo.train import AlignResult
 
 logger = logging.getLogger("mogeo")
@@ -45,6 +46,11 @@ examples
   mogeo align --model SmolLM2.gguf --data rated.jsonl --weighting uniform --lr 1e-5 --max-steps 200 --output runs/u
   mogeo align --model SmolLM2.gguf --data rated.jsonl --weighting uniform --lr 1e-5 --max-steps 200 --output runs/u \\
               --resume
+
+several GPUs, or processes
+  torchrun --nproc-per-node 2 -m mogeo align --model ...
+  accelerate launch --num_processes 2 -m mogeo align --model ...
+  Each rank takes its share of every step's pairs; the result is that of one process. The first rank prints and writes.
 
 written to --output
   metrics.jsonl (a record a step)   model/ (transformers' format)   report.html and pictures
@@ -108,13 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
     train.add_argument(
         "--pairs", type=int, default=default.pairs_per_objective, metavar="N",
-        help="pairs of each objective in a step (default: %(default)s)",
+        help="pairs of each objective in a step, over all ranks (default: %(default)s)",
     )  # fmt: skip
     train.add_argument(
         "--micro-batch",
         type=int,
         metavar="N",
-        help="of these, pairs at once: lower it if memory runs out (default: all)",
+        help="of these, pairs at once on a rank: lower it if memory runs out (default: all of the rank's)",
     )
     train.add_argument("--seed", type=int, default=0, help="of split, pairing, order and dropout (default: 0)")
 
@@ -134,6 +140,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--device", default=default.device, help="cpu, cuda, cuda:1, ... (default: CUDA if there is one)"
     )
+    model.add_argument(
+        "--fsdp", action="store_true",
+        help="of several ranks (see below), let each hold a shard of the model, by FSDP2, instead of all of it, by DDP",
+    )  # fmt: skip
 
     habits = parser.add_argument_group("measuring and saving")
     habits.add_argument(
@@ -156,6 +166,17 @@ def run(args: argparse.Namespace) -> int:
     # Everything that can be wrong is found before the model is loaded, the cheapest first.
     config = _config(args)
     config.check()
+    from mogeo.dpo.ranks import joined, launched
+    from mogeo.dpo.train import check_weighting
+
+    config.check_ranks(launched().size)
+    check_weighting(config)
+    with joined(args.device) as ranks:
+        return _run(args, config, ranks)
+
+
+def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
+    """The command, on each of the ranks that have joined."""
     import torch
     import transformers
 
@@ -163,15 +184,15 @@ def run(args: argparse.Namespace) -> int:
     from mogeo.dpo.run_folder import check_output
     from mogeo.dpo.train import Interrupted, align, check_weighting
 
-    check_output(args.output, args.resume)
-    check_weighting(config)
+    ranks.on_first(lambda: check_output(args.output, args.resume))
     models.check_model_source(args.model)
     rows = read_rows(args.data)
     train, held_out = _preferences(rows, args)
     check_weighting(config, len(train.objectives))
-    print(_data_table(train, held_out).text(), end="\n\n", flush=True)
+    if ranks.first:
+        print(_data_table(train, held_out).text(), end="\n\n", flush=True)
 
-    if args.quiet:
+    if args.quiet or not ranks.first:
         transformers.utils.logging.disable_progress_bar()
     model, tokenizer = models.load_model(args.model)
     try:
@@ -189,14 +210,22 @@ def run(args: argparse.Namespace) -> int:
         cure = "fewer pairs at once (--micro-batch), or shorter ones (--max-length)"
         raise InputError(f"{args.device}: out of memory; try {cure}") from error
     except Interrupted as stop:
-        again = shlex.join(["mogeo", "align", *(a for a in args.argv[1:] if a != "--resume"), "--resume"])
-        print(f"mogeo: {stop}\nresume with: {again}", file=sys.stderr)
+        if ranks.first:
+            print(f"mogeo: {stop}\nresume with: {_again(args, ranks)}", file=sys.stderr)
         return 130
+    if not ranks.first:
+        return 0
     table = result_table(result)
     print("\n" + table.text())
     _write_report(args, result, [table, _data_table(train, held_out)])
     print(f"\nmodel, metrics and report are in {args.output}")
     return 0
+
+
+def _again(args: argparse.Namespace, ranks: Ranks) -> str:
+    """The command line that goes on with this run."""
+    launch = ["mogeo"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size), "-m", "mogeo"]
+    return shlex.join([*launch, "align", *(a for a in args.argv[1:] if a != "--resume"), "--resume"])
 
 
 def _config(args: argparse.Namespace) -> AlignConfig:
@@ -220,6 +249,7 @@ def _config(args: argparse.Namespace) -> AlignConfig:
         save_every=args.save_every,
         autocast=args.autocast,
         device=args.device,
+        fsdp=args.fsdp,
         max_length=args.max_length,
         prompt_format=args.prompt_format,
     )

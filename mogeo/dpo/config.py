@@ -41,9 +41,9 @@ class AlignConfig:
     epochs: float = 1.0
     """Passes over the objective with the most pairs (smaller ones are seen more often); ignored with `max_steps`."""
     pairs_per_objective: int = 8
-    """Pairs of each objective in a step."""
+    """Pairs of each objective in a step, over all ranks."""
     micro_batch: int | None = None
-    """Pairs that go through the model at once (memory); None: all of a step. The result differs by rounding only."""
+    """Pairs that go through the model at once (memory); None: all of a rank's. The result differs by rounding only."""
     max_grad_norm: float | None = None
     """Clip the combined direction to this norm; None: no clipping."""
     seed: int = 0
@@ -55,7 +55,9 @@ class AlignConfig:
     autocast: str = "bf16"
     """Precision of the forward pass; weights and optimizer state keep their own (fp32 in a model that we load)."""
     device: str = "auto"
-    """A torch device; auto: CUDA where there is one, else the CPU."""
+    """A torch device; auto: CUDA where there is one, else the CPU. Of several ranks, each takes a GPU of its own."""
+    fsdp: bool = False
+    """Of several ranks, let each hold a shard of the model (FSDP2) instead of all of it (DDP)."""
     max_length: int | None = None
     """Tokens of prompt and completion together; longer pairs are left out. None: the model's context."""
     prompt_format: str = "chat"
@@ -87,6 +89,22 @@ class AlignConfig:
         _require(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "at least 2")
         formats = ", ".join(PROMPT_FORMATS)
         _require(self.prompt_format in PROMPT_FORMATS, "prompt_format", self.prompt_format, f"one of {formats}")
+
+    def check_ranks(self, size: int) -> None:
+        """Raise InputError if this many ranks cannot share a step out."""
+        if size == 1 and self.fsdp:
+            raise InputError(
+                "fsdp shards the model over several ranks, and this process is alone: start it with torchrun "
+                "--nproc-per-node N -m mogeo align ..., or leave fsdp out"
+            )
+        pairs = self.pairs_per_objective
+        if pairs % size:
+            below, above = pairs // size * size, -(-pairs // size) * size
+            cure = f"{below} or {above}" if below else str(above)
+            raise InputError(
+                f"{pairs} pairs of each objective in a step cannot be shared out equally over {size} ranks: take "
+                f"{cure} (--pairs), or another number of ranks"
+            )
 
     def steps(self, most_pairs: int) -> int:
         """Optimizer steps of the run, given the number of pairs of the objective that has the most."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mogeo.dpo.batches import TokenizedPreferences, TokenSequence, by_length, collate
 from mogeo.dpo.losses import sequence_log_probs
+from mogeo.dpo.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def score(
     pad: int,
     precision: AbstractContextManager[Any],
     on_batch: Callable[[int], object] | None = None,
+    log_probs: Callable[..., Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Log-probability of every completion under the model in evaluation mode: fp32 [len(sequences)], on the CPU.
 
@@ -55,22 +59,31 @@ def score(
         pad: token id to pad with.
         precision: autocast context of the forward pass; entered once a batch, so it has to be reusable.
         on_batch: called with the number of sequences done, for a progress bar.
+        log_probs: what to call with the tensors of a batch; by default `sequence_log_probs` of the model.
+        ranks: processes that share the batches out, all of them in this call; each gets all scores.
     """
+    log_probs, ranks = log_probs or partial(sequence_log_probs, model), ranks or Ranks()
     device = next(model.parameters()).device
-    scores = torch.empty(len(sequences), dtype=torch.float32)
+    scores = torch.zeros(len(sequences), dtype=torch.float32)
+    batches = list(by_length(sequences, batch_size))
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for indices in by_length(sequences, batch_size):
+            for start in range(0, len(batches), ranks.size):
+                together = batches[start : start + ranks.size]
+                # Where none is left for this rank, it still takes part in the forward, and forgets the result.
+                indices = together[min(ranks.rank, len(together) - 1)]
                 batch = collate([sequences[i] for i in indices], pad).to(device)
                 with precision:
-                    scores[indices] = sequence_log_probs(model, *batch).cpu()
+                    result = log_probs(*batch).cpu()
+                if ranks.rank < len(together):
+                    scores[indices] = result
                 if on_batch is not None:
-                    on_batch(len(indices))
+                    on_batch(sum(map(len, together)))
     finally:
         model.train(training)
-    return scores
+    return ranks.sum_(scores)
 
 
 def evaluate(policy: Tensor, reference: Tensor, preferences: TokenizedPreferences, beta: float) -> Evaluation:

@@ -32,6 +32,7 @@ class RunFolder:
         self.path = path
         self.model = path / "model"
         self._metrics, self._checkpoint = path / "metrics.jsonl", path / "checkpoint.pt"
+        self._reference = path / "reference.pt"
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Write run.json."""
@@ -95,15 +96,23 @@ class RunFolder:
 
     def reference(self, fingerprint: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The cached log-probabilities of the reference, else those of `compute`, cached under `fingerprint`."""
-        path = self.path / "reference.pt"
-        if path.is_file():
-            cached = torch.load(path, weights_only=True)
-            if cached["fingerprint"] == fingerprint:
-                scores: list[Tensor] = cached["scores"]
-                return scores
+        cached = self._cached_reference(fingerprint)
+        if cached is not None:
+            return cached
         scores = compute()
-        _replace(path, lambda at: torch.save({"fingerprint": fingerprint, "scores": scores}, at))
+        _replace(self._reference, lambda at: torch.save({"fingerprint": fingerprint, "scores": scores}, at))
         return scores
+
+    def has_reference(self, fingerprint: str) -> bool:
+        """Whether `reference` has nothing to compute."""
+        return self._cached_reference(fingerprint) is not None
+
+    def _cached_reference(self, fingerprint: str) -> list[Tensor] | None:
+        if not self._reference.is_file():
+            return None
+        cached = torch.load(self._reference, weights_only=True)
+        scores: list[Tensor] = cached["scores"]
+        return scores if cached["fingerprint"] == fingerprint else None
 
 
 def check_output(path: Path, resume: bool) -> None:

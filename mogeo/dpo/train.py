@@ -1,7 +1,8 @@
 """Align a language model with several preference objectives: the training loop, written as a user would write it.
 
 One step: for every objective, the DPO loss of its next pairs; `MultiObjectiveOptimizer` turns their gradients into one
-direction; AdamW takes it. Files are the business of `run_folder`, the numbers on held-out pairs that of `evaluate`.
+direction; AdamW takes it. Files are the business of `run_folder`, the numbers on held-out pairs that of `evaluate`, how
+a model lies on several ranks that of `engines`. Every rank runs this loop, on its share of each step's pairs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +22,20 @@ import mogeo
 from mogeo.dpo.batches import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
 from mogeo.dpo.config import AlignConfig as AlignConfig
 from mogeo.dpo.data import Preferences
+from mogeo.dpo.engines import Alone, engine_of
 from mogeo.dpo.errors import InputError
 from mogeo.dpo.evaluate import Evaluation, evaluate, score
 from mogeo.dpo.interrupt import Interrupted as Interrupted
 from mogeo.dpo.interrupt import stop_requests
-from mogeo.dpo.losses import dpo_loss, sequence_log_probs
+from mogeo.dpo.losses import dpo_loss
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
+from mogeo.dpo.ranks import Ranks, current_ranks, device_of_rank
+from mogeo.dpo.ranks import resolve_device as resolve_device
 from mogeo.dpo.run_folder import Record, RunFolder, fingerprint
 
 logger = logging.getLogger("mogeo")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class AlignResult:
     """An aligned model, and what happened on the way."""
 
     model: Any
+    """The model that came in; with fsdp its parameters are DTensors."""
     history: list[Record]
     """The records of metrics.jsonl: {"kind": "train" | "eval", "step": ..., ...}."""
     before: Evaluation
@@ -75,6 +82,9 @@ def align(
 
     The model as it comes in is the reference; its log-probabilities are computed once, before the first step.
 
+    With a `torch.distributed` process group of several ranks, call this on each of them, with the same arguments: they
+    share every step's pairs out, and the first rank writes to `output`.
+
     Args:
         model: a causal language model of transformers; fp32 parameters, unless updates may be rounded away.
         tokenizer: its tokenizer.
@@ -82,21 +92,23 @@ def align(
         held_out: preferences to measure on, with the same objectives.
         config: everything else.
         output: folder for metrics, checkpoints and the final model; None: nothing is written.
-        resume: go on from the checkpoint in `output`; the result is bit-identical to that of an uninterrupted run.
+        resume: go on from the checkpoint in `output`; the result is bit-identical to that of an uninterrupted run (on
+            another number of ranks: equal but for rounding, and for dropout).
         progress: show progress bars on stderr.
 
     Raises:
         InputError: settings, data or folder cannot be used.
         Interrupted: Ctrl-C or SIGTERM, with an `output`; without one, KeyboardInterrupt comes through.
     """
+    ranks = current_ranks()
     config.check()
+    config.check_ranks(ranks.size)
     check_weighting(config, len(train.objectives))
     if set(train.objectives) != set(held_out.objectives):
         raise InputError(f"training pairs have objectives {train.objectives}, held-out pairs {held_out.objectives}")
     if resume and output is None:
         raise InputError("resume needs the output folder of the run to go on with")
-    folder = None if output is None else RunFolder(output, resume)
-    run = _Run(model, tokenizer, train, held_out, config, folder, progress)
+    run = _Run(model, tokenizer, train, held_out, config, ranks, output, resume, progress)
     if resume:
         run.restore()
     else:
@@ -114,12 +126,16 @@ class _Run:
         train: Preferences,
         held_out: Preferences,
         config: AlignConfig,
-        folder: RunFolder | None,
+        ranks: Ranks,
+        output: Path | None,
+        resume: bool,
         progress: bool,
     ) -> None:
-        self.config, self.folder, self.progress, self.tokenizer = config, folder, progress, tokenizer
-        self.device = torch.device(resolve_device(config.device))
-        self.model = model.to(self.device)
+        self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
+        self.output, self.progress = output, progress and ranks.first
+        self.folder = self._open_folder(resume)
+        self.device = device_of_rank(config.device, ranks)
+        self.model = model
         self.notes: list[str] = []
         self.pad = pad_token(tokenizer)
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast == "bf16")
@@ -132,6 +148,26 @@ class _Run:
             for name, pairs in self.train_set.pairs.items()
         }
         self.settings = self._settings()
+        ranks.check_agreed(self.settings)
+        self.done = 0
+        self.history: list[Record] = []
+
+    # ---- preparation -------------------------------------------------------------------------------------------------
+
+    def _open_folder(self, resume: bool) -> RunFolder | None:
+        """The output folder, for the rank that writes."""
+        opened: list[RunFolder] = []
+        if self.output is not None:
+            output = self.output
+            self.ranks.on_first(lambda: opened.append(RunFolder(output, resume)))
+        return opened[0] if opened else None
+
+    def _spread(self) -> None:
+        """Put the model in its place, score the reference with it, and make the optimizer of what lies there."""
+        config = self.config
+        key = "" if self.folder is None else self._reference_key()  # of the whole model
+        self.engine: Alone = engine_of(self.model, self.device, self.ranks, config.fsdp)
+        self._score_reference(key)
         self.optimizer = mogeo.MultiObjectiveOptimizer(
             torch.optim.AdamW(
                 [p for p in self.model.parameters() if p.requires_grad],
@@ -145,14 +181,11 @@ class _Run:
             objectives=self.objectives,
             max_grad_norm=config.max_grad_norm,
         )
-        self.done = 0
-        self.history: list[Record] = []
-
-    # ---- preparation -------------------------------------------------------------------------------------------------
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
-        logger.warning(text)
+        if self.ranks.first:
+            logger.warning(text)
 
     def _check_precision(self) -> None:
         low = {p.dtype for p in self.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
@@ -179,29 +212,34 @@ class _Run:
     def _settings(self) -> Record:
         """What has to be the same for a run to be resumed."""
         # Where it runs and how often it saves do not change what is computed.
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in ("device", "save_every")}
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in ("device", "fsdp", "save_every")}
         parts: list[Any] = []
         for tokens in (self.train_set, self.held_out):
             parts += [tokens.sequences, *(pairs.tolist() for pairs in tokens.pairs.values())]
         return {**settings, "objectives": list(self.objectives), "steps": self.steps, "data": fingerprint(*parts)}
 
-    def _score_reference(self) -> None:
+    def _reference_key(self) -> str:
+        """Fingerprint of all that the reference's scores depend on; the number of ranks is not among it."""
+        settings = [self.config.autocast, self._score_batch, resolve_device(self.config.device)]
+        return fingerprint(self.model, *self._scored(), settings)
+
+    def _score_reference(self, key: str) -> None:
         """Score what the run will see with the model as it came in; from the cache where nothing relevant changed."""
-        visited = self._visited()
-        parts = ("training", "held-out")
-        sets = ([self.train_set.sequences[i] for i in visited], self.held_out.sequences)
+        parts, sets, folder = ("training", "held-out"), self._scored(), self.folder
 
         def compute() -> list[Tensor]:
             return [self._score(sequences, f"reference, {part}") for part, sequences in zip(parts, sets, strict=True)]
 
-        if self.folder is None:
-            scores = compute()
-        else:
-            key = fingerprint(self.model, *sets, [self.config.autocast, self._score_batch, str(self.device)])
-            scores = self.folder.reference(key, compute)
+        cached = self.ranks.on_first(lambda: folder is not None and folder.has_reference(key))
+        scores = folder.reference(key, compute) if folder is not None else [] if cached else compute()
+        scores = self.ranks.on_first(lambda: scores)
         self.reference = torch.full((len(self.train_set.sequences),), torch.nan)
-        self.reference[visited] = scores[0]
+        self.reference[self._visited()] = scores[0]
         self.held_out_reference = scores[1]
+
+    def _scored(self) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """What the reference has to score: training and held-out sequences."""
+        return [self.train_set.sequences[i] for i in self._visited()], self.held_out.sequences
 
     def _visited(self) -> list[int]:
         """Training sequences that come up in the run: in a short one, far from all."""
@@ -218,12 +256,16 @@ class _Run:
         rate = config.learning_rate_at(step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        drawn = {name: order(step) for name, order in self.order.items()}
+        drawn = {
+            name: torch.split(self.ranks.share(order(step)), self._micro_batch) for name, order in self.order.items()
+        }
         self.optimizer.zero_grad()
-        for start in range(0, config.pairs_per_objective, self._micro_batch):
-            part = slice(start, start + self._micro_batch)
+        micro_batches = [dict(zip(drawn, parts, strict=True)) for parts in zip(*drawn.values(), strict=True)]
+        for micro_batch in micro_batches:
             # Callables: the optimizer runs them one at a time, so one objective's activations are in memory at once.
-            self.optimizer.backward({name: self._loss_of(name, indices[part]) for name, indices in drawn.items()})
+            losses = {name: self._loss_of(name, indices) for name, indices in micro_batch.items()}
+            with self.engine.reducing(len(micro_batches)):
+                self.optimizer.backward(losses)
         report = self.optimizer.combine()
         self.optimizer.step()
         told = report.to_dict()
@@ -243,28 +285,38 @@ class _Run:
         }
 
     def _loss_of(self, name: str, indices: Tensor) -> Callable[[], Tensor]:
-        """The share of these pairs in the objective's mean loss over the step: micro-batches add up to the mean."""
+        """The share of these pairs in the objective's mean loss over the step.
+
+        Micro-batches add up to the mean over this rank's pairs, and the optimizer averages over ranks.
+        """
 
         def loss() -> Tensor:
             flat = self.train_set.pairs[name][indices].T.flatten()  # all chosen, then all rejected
             batch = collate([self.train_set.sequences[i] for i in flat.tolist()], self.pad).to(self.device)
             with self.precision:
-                scores = sequence_log_probs(self.model, *batch)
+                scores = self.engine.log_probs(*batch)
             chosen, rejected = (scores - self.reference[flat].to(self.device)).chunk(2)
             losses = dpo_loss(chosen - rejected, self.config.beta, self.config.loss, self.config.label_smoothing)
-            return losses.sum() / self.config.pairs_per_objective
+            return losses.sum() / self._pairs
 
         return loss
 
     @property
+    def _pairs(self) -> int:
+        """Pairs of an objective in a step, on this rank."""
+        return self.config.pairs_per_objective // self.ranks.size
+
+    @property
     def _micro_batch(self) -> int:
-        return self.config.micro_batch or self.config.pairs_per_objective
+        return self.config.micro_batch or self._pairs
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     @property
     def _score_batch(self) -> int:
-        return 2 * self._micro_batch  # sequences; without gradients they take less memory than in training
+        # Sequences; without gradients they take less memory than in training. However many ranks there are, the batches
+        # are the same, and with them the scores, bit for bit.
+        return 2 * (self.config.micro_batch or self.config.pairs_per_objective)
 
     def _score(self, sequences: list[TokenSequence], label: str) -> Tensor:
         with self._bar(label, len(sequences), "seq", leave=False) as bar:
@@ -275,6 +327,8 @@ class _Run:
                 pad=self.pad,
                 precision=self.precision,
                 on_batch=bar.update,
+                log_probs=self.engine.log_probs,
+                ranks=self.ranks,
             )
 
     def _bar(self, label: str, total: int, unit: str, **options: Any) -> Any:
@@ -302,37 +356,56 @@ class _Run:
 
     def begin(self) -> None:
         """Start from step 0."""
-        self._score_reference()
-        torch.manual_seed(self.config.seed)  # dropout, the one thing that draws from torch's generator
+        self._spread()
+        self._seed()
         if self.folder is not None:
             self.folder.write_settings(self.settings)
         self._record(self._evaluate(0))
 
     def restore(self) -> None:
         """Go back to the last checkpoint."""
-        assert self.folder is not None
-        self.folder.check_settings(self.settings)
-        self._score_reference()
-        state = self.folder.load_checkpoint()
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        self.done = state["step"]
-        self.history = self.folder.rewind(self.done)
+        self._on_folder(lambda folder: folder.check_settings(self.settings))
+        self._spread()
+        read: Record = {"model": {}, "optimizer": {}}
+
+        def begin_reading(folder: RunFolder) -> tuple[int, list[Any], list[Record]]:
+            read.update(folder.load_checkpoint())
+            return read["step"], read["random"], folder.rewind(read["step"])
+
+        self.done, random, self.history = self._on_folder(begin_reading)
+        self.engine.load(self.optimizer, read["model"], read["optimizer"])
+        if self.ranks.rank < len(random):
+            cpu, cuda = random[self.ranks.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+        else:  # there are more ranks than before
+            self._seed()
+
+    def _on_folder(self, act: Callable[[RunFolder], T]) -> T:
+        """Let the rank that has the folder do something with it; all get the result, or the InputError."""
+
+        def on_mine() -> T:
+            assert self.folder is not None
+            return act(self.folder)
+
+        return self.ranks.on_first(on_mine)
+
+    def _seed(self) -> None:
+        """Seed dropout, the one thing that draws from torch's generator: other masks on every rank."""
+        torch.manual_seed(self.config.seed + 1_000_003 * self.ranks.rank)
 
     def _save(self) -> None:
-        assert self.folder is not None
-        self.folder.save_checkpoint(
-            {
-                "step": self.done,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            }
-        )
+        """Write a checkpoint. Every rank holds a part of it."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state = {
+            "step": self.done,
+            "model": self.engine.weights(),
+            "optimizer": self.engine.optimizer_state(self.optimizer),
+            "random": self.ranks.gather([torch.get_rng_state(), cuda]),
+        }
+        if self.folder is not None:
+            self.folder.save_checkpoint(state)
 
     def _record(self, record: Record) -> None:
         self.history.append(record)
@@ -346,7 +419,7 @@ class _Run:
         save_every = tenth if self.config.save_every is None else self.config.save_every
         self.model.train()
         bar = self._bar(_name(self.config), self.steps, "step", initial=self.done)
-        with bar, stop_requests(deferred=self.folder is not None) as stop_requested:
+        with bar, stop_requests(deferred=self.output is not None) as stop_requested:
             while self.done < self.steps:
                 record = self._step(self.done + 1)
                 self.done += 1
@@ -355,30 +428,23 @@ class _Run:
                 bar.update()
                 if self.done == self.steps or (eval_every and self.done % eval_every == 0):
                     self._record(self._evaluate(self.done))
-                if self.folder is None or self.done == self.steps:
+                if self.output is None or self.done == self.steps:
                     continue
-                if stop_requested() or (save_every and self.done % save_every == 0):
+                # A launcher tells its ranks one after the other: all stop once one has heard of it.
+                stop = self.ranks.any(stop_requested())
+                if stop or (save_every and self.done % save_every == 0):
                     self._save()
-                if stop_requested():
-                    raise Interrupted(self.done, self.folder.path)
+                    stop = self.ranks.any(stop_requested())
+                if stop:
+                    raise Interrupted(self.done, self.output)
         self.model.eval()
+        weights = self.engine.weights()
         if self.folder is not None:
-            self.model.save_pretrained(self.folder.model)
+            self.model.save_pretrained(self.folder.model, state_dict=weights)
             self.tokenizer.save_pretrained(self.folder.model)
             self.folder.finish()
         evaluations = [_evaluation(record) for record in self.history if record["kind"] == "eval"]
         return AlignResult(self.model, self.history, evaluations[0], evaluations[-1], self.notes)
-
-
-def resolve_device(name: str) -> str:
-    """The device that "auto" means, or `name`; InputError where torch cannot use it."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise InputError(f"device '{name}' cannot be used ({str(error).splitlines()[0]})") from None
-    return name
 
 
 def _name(config: AlignConfig) -> str:
