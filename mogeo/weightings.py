@@ -37,7 +37,7 @@ class Weighting:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step: tensors, numbers, strings, lists and dicts only."""
+        """What changes from step to step: small tensors, numbers, strings, None, lists, and dicts by strings."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,7 +106,6 @@ class GroupDRO(Weighting):
 
     def state_dict(self) -> dict[str, Any]:
         """log q, K numbers; none before the first step."""
-        # A list, not a tensor: a distributed checkpoint loads tensors only into tensors of their shape.
         return {"log_weights": [] if self._log_weights is None else self._log_weights.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -7,14 +7,18 @@ second reference to them would go stale, and with it every learning-rate schedul
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-_STATE_KEY = "mogeo"  # inside param_groups[0]: the one place of a state_dict that distributed checkpoints carry along
+# The entry of every group that holds our state: nothing else of a state_dict survives in torch.distributed.checkpoint.
+# Flattened checkpoints ask the live groups which entries there are, so these have one too: {}, which is never written.
+_STATE_KEY = "mogeo"
 
 
 class OptimizerWrapper(Optimizer):
@@ -47,14 +51,14 @@ class OptimizerWrapper(Optimizer):
         """Called when the base is about to use gradients: before it steps, and after each evaluation of a closure."""
 
     def own_state(self) -> dict[str, Any]:
-        """What to save besides the base's state: tensors, numbers, strings, lists and dicts."""
+        """What to save besides the base's state: dicts by strings, lists, strings, numbers, None, and small tensors."""
         return {}
 
     def check_own_state(self, own: dict[str, Any]) -> None:
         """Raise ValueError if `load_own_state` could not take this."""
 
     def load_own_state(self, own: dict[str, Any]) -> None:
-        """Restore what `own_state` returned; {} where the checkpoint is the bare base's."""
+        """Restore what `own_state` returned, tensors on the CPU; {} where the checkpoint is the bare base's."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step, once gradients are ready.
@@ -111,7 +115,9 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups, themselves."""
+        """The base optimizer's groups, themselves, each with an entry "mogeo" that announces `own_state`."""
+        for group in self.base.param_groups:
+            group.setdefault(_STATE_KEY, {})
         return self.base.param_groups
 
     @param_groups.setter
@@ -137,7 +143,7 @@ class OptimizerWrapper(Optimizer):
         self.base.defaults = value
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict, with `own_state` under `param_groups[0]["mogeo"]`.
+        """The base optimizer's state_dict, with `own_state` as JSON under "mogeo" in each of its groups.
 
         The bare base optimizer can load it, and `load_state_dict` accepts one of the bare base. Gradients are not part
         of it: save after a step, not in the middle of gradient accumulation.
@@ -145,8 +151,8 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base.state_dict()
-        first, *others = state_dict["param_groups"]
-        state_dict = {**state_dict, "param_groups": [{**first, _STATE_KEY: self.own_state()}, *others]}
+        own = _written(self.own_state())
+        state_dict = {**state_dict, "param_groups": [{**g, _STATE_KEY: own} for g in state_dict["param_groups"]]}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -161,7 +167,8 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = [dict(group) for group in state_dict["param_groups"]]
-        own = groups[0].pop(_STATE_KEY, {}) if groups else {}
+        entries = [group.pop(_STATE_KEY, {}) for group in groups]
+        own = next((_read(entry) for entry in entries if entry), {})
         self.check_own_state(own)
         self.base.load_state_dict({**state_dict, "param_groups": groups})
         self.load_own_state(own)
@@ -175,3 +182,32 @@ class OptimizerWrapper(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+# One string, because every way of torch to walk a checkpoint takes it whole. Dicts and lists it takes apart: empty ones
+# vanish, and of the others only entries are read, or broadcast, that the loading optimizer has too. A new optimizer
+# knows no objectives yet.
+
+
+def _written(own: dict[str, Any]) -> str:
+    def tensor_as_lists(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the weighting's state_dict holds a {type(value).__name__}: return dicts, lists, strings, numbers, "
+                "None and tensors"
+            )
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+
+    return json.dumps(own, default=tensor_as_lists)
+
+
+def _read(entry: str | dict[str, Any]) -> dict[str, Any]:
+    def lists_as_tensor(value: dict[str, Any]) -> Any:
+        if value.keys() != {"tensor", "dtype", "shape"}:
+            return value
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])).reshape(value["shape"])
+
+    if isinstance(entry, dict):  # as version 0.1 wrote it
+        return entry
+    own: dict[str, Any] = json.loads(entry, object_hook=lists_as_tensor)
+    return own

@@ -344,6 +344,6 @@ def test_counters_and_group_dro_advance_in_place() -> None:
         addresses.append((weighting._log_weights.data_ptr(), optimizer._nonfinite_counts.data_ptr()))
     assert len(set(addresses)) == 1
     assert isinstance(weighting, Weighting)
-    saved = optimizer.state_dict()["param_groups"][0]["mogeo"]
+    saved = optimizer.own_state()
     assert saved["nonfinite_counts"] == [0, 0, 0]
     assert len(saved["weighting"]["log_weights"]) == 3

@@ -418,29 +418,88 @@ def test_state_of_another_weighting_is_left_out_with_a_word() -> None:
         other.load_state_dict(optimizer.state_dict())
 
 
-def test_distributed_checkpoint_in_one_process(tmp_path: Path) -> None:
-    """torch.distributed.checkpoint brings back the weighting's state too."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+class Momentum:
+    """A weighting that somebody wrote, with tensors in its state."""
 
+    def __init__(self) -> None:
+        self.mean = torch.zeros((), dtype=torch.bfloat16)
+        self.seen: dict[str, Any] = {}
+
+    def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
+        self.mean = (0.9 * self.mean + losses.mean()).to(torch.bfloat16)
+        self.seen = {"losses": losses * torch.tensor([1.0, torch.inf]), "gram": gram.float(), "note": None}
+        return torch.full_like(losses, 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.seen = state["mean"], state["seen"]
+
+
+def test_tensors_in_a_weightings_state_are_saved() -> None:
     net = make_net()
-    optimizer = MultiObjectiveOptimizer(adamw(net), "group-dro(0.5)")
+    optimizer, other = MultiObjectiveOptimizer(adamw(net), Momentum()), MultiObjectiveOptimizer(adamw(net), Momentum())
     train(net, optimizer, range(2))
-    model_state, optimizer_state = get_state_dict(net, optimizer)
+    other.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(other.weighting.state_dict(), optimizer.weighting.state_dict(), rtol=0, atol=0)
+    optimizer.weighting.seen = {"net": net}
+    with pytest.raises(TypeError, match="the weighting's state_dict holds a Sequential: return dicts, lists"):
+        optimizer.state_dict()
+
+
+def test_loads_what_version_0_1_saved() -> None:
+    """There the entry was a dict, and only the first group had one."""
+    net = make_net()
+    optimizer, other = (MultiObjectiveOptimizer(two_groups(net), "group-dro(0.5)") for _ in range(2))
+    train(net, optimizer, range(2))
+    state = optimizer.state_dict()
+    state["param_groups"][0]["mogeo"] = optimizer.own_state()
+    del state["param_groups"][1]["mogeo"]
+    other.load_state_dict(state)
+    assert other.own_state() == optimizer.own_state()
+
+
+def two_groups(net: nn.Module) -> torch.optim.AdamW:
+    first, *others = net.parameters()
+    return torch.optim.AdamW([{"params": [first]}, {"params": others, "lr": 0.02}], lr=0.01)
+
+
+Side = Callable[[MultiObjectiveOptimizer], torch.optim.Optimizer]
+WRAPPED: Side = lambda optimizer: optimizer  # noqa: E731
+BARE: Side = lambda optimizer: optimizer.base  # noqa: E731
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize(("saved", "loaded"), [(WRAPPED, WRAPPED), (WRAPPED, BARE), (BARE, BARE)])
+def test_distributed_checkpoint_in_one_process(tmp_path: Path, flat: bool, saved: Side, loaded: Side) -> None:
+    """torch.distributed.checkpoint brings back the weighting's state too, from wrapper to wrapper."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    net, twin = make_net(), make_net()
+    optimizer = MultiObjectiveOptimizer(two_groups(net), "group-dro(0.5)")
+    other = MultiObjectiveOptimizer(two_groups(twin), "group-dro(0.5)")
+    train(net, optimizer, range(2))
+    assert len(other.param_groups) == 2  # where its entries are made, which a checkpoint of a bare base lacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
+        model_state, optimizer_state = get_state_dict(net, saved(optimizer), options=options)
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path, no_dist=True)
-    twin = make_net()
-    other = MultiObjectiveOptimizer(adamw(twin), "group-dro(0.5)")
-    model_state, optimizer_state = get_state_dict(twin, other)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        model_state, optimizer_state = get_state_dict(twin, loaded(other), options=options)
         dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path, no_dist=True)
-    set_state_dict(twin, other, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    assert other.own_state() == optimizer.own_state()
-    train(net, optimizer, range(2, 4))
-    train(twin, other, range(2, 4))
+    set_state_dict(twin, loaded(other), model_state_dict=model_state, optim_state_dict=optimizer_state, options=options)
     assert_equal_nets(net, twin)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[p], other.state[q], rtol=0, atol=0)
+    if saved is loaded is WRAPPED:
+        assert other.own_state() == optimizer.own_state()
+        train(net, optimizer, range(2, 4))
+        train(twin, other, range(2, 4))
+        assert_equal_nets(net, twin)
+    else:
+        assert other.objectives is None
 
 
 def test_what_else_the_base_can_do_is_reachable() -> None:
