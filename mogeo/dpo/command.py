@@ -184,6 +184,8 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     from mogeo.dpo.run_folder import check_output
     from mogeo.dpo.train import Interrupted, align, check_weighting
 
+    if not ranks.first:
+        logger.setLevel(logging.ERROR)  # the first rank says the same
     ranks.on_first(lambda: check_output(args.output, args.resume))
     models.check_model_source(args.model)
     rows = read_rows(args.data)

@@ -152,7 +152,15 @@ class Shards(Replicas):
 
     def weights(self) -> State:
         """The model's state, gathered from all ranks; on ranks but the first, None for tensors."""
-        return {name: self._whole(tensor) for name, tensor in super().weights().items()}
+        names: dict[int, str] = {}
+        tied_to = {
+            name: names.setdefault(id(p), name) for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
+        whole: State = {}
+        for name, tensor in super().weights().items():
+            first = tied_to.get(name, name)
+            whole[name] = whole[first] if first in whole else self._whole(tensor)
+        return whole
 
     def optimizer_state(self, optimizer: Optimizer) -> State:
         """The optimizer's state, gathered from all ranks; on ranks but the first, None for tensors."""
