@@ -18,9 +18,15 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/solver.py
-	$(BIN)/python benchmarks/gram.py
-	$(BIN)/python benchmarks/step_overhead.py
+	mkdir -p runs/bench
+	$(BIN)/python benchmarks/solver.py --json runs/bench/solver.json
+	$(BIN)/python benchmarks/kernels.py --json runs/bench/kernels.json --plot runs/bench/roofline.png
+	$(BIN)/python benchmarks/step_overhead.py --json runs/bench/step-cpu.json
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		set -x; $(BIN)/python benchmarks/step_overhead.py --device cuda --json runs/bench/step-gpu.json; \
+	else \
+		echo "left out: step_overhead.py --device cuda, the kernels and their bandwidth: no GPU"; \
+	fi
 
 # torch goes first and by its exact version, so that no other package's looser requirement picks another build.
 $(INSTALLED): setup.py pyproject.toml constraints.txt

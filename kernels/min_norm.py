@@ -186,11 +186,13 @@ def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE:
     iterations = tl.full([], 0, tl.int32)
     if FINE:
         multiplier_tolerance, pivot_tolerance = zero + _FINE_MULTIPLIER_TOLERANCE, zero + _FINE_PIVOT_TOLERANCE
-    else:
+        most = 16 * K + 64
+    else:  # rounding may send it in circles: more pivots than ever needed, and the other arithmetic takes over
         multiplier_tolerance, pivot_tolerance = zero + _MULTIPLIER_TOLERANCE, zero + _PIVOT_TOLERANCE
+        most = 4 * K + 16
     done = tl.full([], 0, tl.int32)
 
-    while (done == 0) & (iterations < 16 * K + 64):
+    while (done == 0) & (iterations < most):
         # Which w is most negative: its variable drives, unless one is on its way already.
         ratio = tl.where(support | dependent | (q >= -multiplier_tolerance * b), _INFINITY, q / b)
         worst = tl.min(ratio, axis=0)

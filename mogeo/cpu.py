@@ -108,7 +108,7 @@ def min_norm(
     if normalize != "none" and apply_to == "normalized":
         weights = weights / normalizers
     gap = torch.tensor([point[1] for point in points], dtype=torch.float64, device=gram.device)
-    status = torch.tensor([int(point[2]) for point in points], device=gram.device)
+    status = torch.tensor([int(point[2]) for point in points], dtype=torch.int64, device=gram.device)
     return weights, gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])
 
 

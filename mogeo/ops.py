@@ -110,9 +110,6 @@ def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tens
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, but the rows have {columns} columns on {rows.device}"
         )
-    # Under torch.compile there are no addresses to compare; there, an overlap is resolved by copies.
-    if not torch.compiler.is_compiling() and _overlaps_later_row(out, rows):
-        raise ValueError("out overlaps a row other than the first, and would overwrite it unread: use rows[0]")
     torch.ops.mogeo.combine_out(rows, weights, out)
     return out
 
@@ -225,6 +222,8 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         return result
 
     def combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        if _overlaps_later_row(out, rows):  # here and not before, for a compiler has no addresses to compare
+            raise ValueError("out overlaps a row other than the first, and would overwrite it unread: use rows[0]")
         code().combine(rows, weights, out)
 
     def min_norm(

@@ -1,8 +1,22 @@
-"""One thread for every test, and for the processes that tests start: on tensors this small a second one only waits.
+"""What must be set before torch and Triton are imported, since they read it once: threads, and who runs the kernels.
 
-Set before torch is imported, which reads it once. Beside another busy process, two threads take ten times as long.
+One thread for every test, and for the processes that tests start: on tensors this small a second one only waits, and
+beside another busy process two threads take ten times as long. Without a GPU, Triton's interpreter runs the kernels, on
+CPU tensors; with one, the GPU does. One process cannot do both.
 """
 
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from tests import triton_bf16, triton_speed
+
+    triton_bf16.install()
+    triton_speed.install()

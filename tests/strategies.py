@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -262,6 +263,13 @@ def lay_out(rows: Tensor, layout: str) -> Tensor:
     raise ValueError(f"unknown layout {layout!r}: use one of {LAYOUTS}")
 
 
+def spread_out(folder: Path, rows: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The same values [k, n] with any strides, in a file with holes: gigabytes apart, they take a few pages."""
+    size = sum((length - 1) * step for length, step in zip(rows.shape, stride, strict=True)) + 1
+    sparse = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=rows.dtype)
+    return sparse.as_strided(rows.shape, stride).copy_(rows)
+
+
 @st.composite
 def rows(draw: st.DrawFn, max_k: int = 32, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
     """Gaussian rows [k, n] of some dtype, length, layout, and scale between the rows."""
@@ -271,3 +279,11 @@ def rows(draw: st.DrawFn, max_k: int = 32, dtypes: Sequence[torch.dtype] = DTYPE
     values = torch.randn(k, n, dtype=torch.float64, generator=generator)
     values *= 10.0 ** draw(st.sampled_from([0, 2])) ** torch.rand(k, 1, dtype=torch.float64, generator=generator)
     return lay_out(values.to(dtype), layout)
+
+
+@st.composite
+def segmented_rows(draw: st.DrawFn, max_k: int = 32) -> tuple[Tensor, list[int]]:
+    """Rows [k, n], and boundaries 0 = b_0 ≤ … ≤ b_S = n anywhere: segments may be empty, and cut any block or tile."""
+    drawn = draw(rows(max_k))
+    n = drawn.shape[1]
+    return drawn, [0, *sorted(draw(st.lists(st.integers(0, n), max_size=6))), n]

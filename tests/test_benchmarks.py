@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,46 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def run(script: str, *options: str) -> str:
+    """What a script prints on a CPU, without a compiler: what torch.compile would do there takes half a minute."""
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *options]
+    environment = {**os.environ, "CXX": "false", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--only"]
+
+
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("gram.py", ["--columns", "3000", "--rounds", "1", "--objectives", "2"]),
+        ("kernels.py", ["--quick", "--columns", "3e3", "--rounds", "2", "--objectives", "2", "--dtypes", "fp64"]),
         ("solver.py", ["--samples", "1", "--repeats", "1"]),
-        ("step_overhead.py", ["--tokens", "128", "--rounds", "2", "--objectives", "2", "--only", "mogeo"]),
+        ("step_overhead.py", ["--tokens", "128", "--rounds", "2", "--objectives", "2", "--only", "plain"]),
+        ("step_overhead.py", [*QWEN, "torchjd best effort"]),
+        ("step_overhead.py", [*QWEN, "mogeo", "--weights", "bf16", "--alternate"]),
     ],
+    ids=["kernels", "solver", "llama", "qwen autocast", "qwen bf16, one at a time"],
 )
 def test_runs_and_writes_its_figures(script: str, options: list[str], tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *options, "--json", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    printed = run(script, *options, "--json", str(target))
     figures = json.loads(target.read_text())
-    assert figures["machine"]["torch"] in done.stdout
+    assert figures["machine"]["torch"] in printed
     assert figures.get("results") or figures.get("records")
+
+
+def test_kernels_are_drawn_and_what_cannot_run_is_left_out_aloud(tmp_path: Path) -> None:
+    drawn, target = tmp_path / "roofline.png", tmp_path / "figures.json"
+    sizes = ["--columns", "3000", "1e15", "--rounds", "1", "--objectives", "2"]
+    printed = run("kernels.py", *sizes, "--json", str(target), "--plot", str(drawn))
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(target.read_text())
+    assert {record["k"] for record in figures["solver"]} == {2}
+    assert {(record["n"], record["dtype"]) for record in figures["results"]} == {(3000, "bf16"), (3000, "fp32")}
+    left_out = "\n".join(f"left out: {what}: {why}" for what, why in figures["left_out"].items())
+    for what in ("graph replay", "N = 1,000,000 ", "N = 1,000,000,000,000,000", "compiled products"):
+        assert what in left_out
+    assert all(line in printed for line in left_out.splitlines())

@@ -12,11 +12,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor
 
 import mogeo
 from tests import strategies
+from tests.backends import FAST_BACKENDS, Backend, everywhere
 from tests.min_norm_asserts import (
     RELATIVE,
     assert_gap_is_true,
@@ -29,25 +29,27 @@ from tests.min_norm_asserts import (
     optimum_of,
 )
 from tests.reference import exact, published
-from tests.strategies import FAMILIES, REPRODUCIBLE, WELL_POSED
+from tests.strategies import FAMILIES, WELL_POSED
 
 # Diagonal entries of rows that take no part: solved objectives, rounding below zero, overflow.
 LEFT_OUT = (0.0, -1e-30, math.nan, math.inf, -math.inf)
 
-MANY = settings(REPRODUCIBLE, max_examples=150)
-SOME = settings(REPRODUCIBLE, max_examples=60)
+# Examples of a property.
+MANY = 150
+SOME = 60
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Every family, every size
 
 
+@everywhere
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_on_every_family(family: str, k: int) -> None:
-    for seed in range(5):
+def test_exact_on_every_family(backend: Backend, family: str, k: int) -> None:
+    for seed in range(backend.some(5)):
         gram = torch.from_numpy(FAMILIES[family](np.random.default_rng([seed, k]), k))
-        result = mogeo.min_norm_weights(gram)
+        result = backend.min_norm_weights(gram)
         assert_on_simplex(gram, result.weights)
         judged = judge(gram, result.weights)
         assert_kkt(judged)
@@ -56,21 +58,19 @@ def test_exact_on_every_family(family: str, k: int) -> None:
         assert int(result.status) == mogeo.Status.OPTIMAL
 
 
+@everywhere
 @pytest.mark.parametrize("k", [2, 4, 8, 16])
 @pytest.mark.parametrize("family", WELL_POSED)
-def test_well_posed_families_have_no_excuse(family: str, k: int) -> None:
-    for seed in range(10, 20):
+def test_well_posed_families_have_no_excuse(backend: Backend, family: str, k: int) -> None:
+    for seed in range(10, 10 + backend.some(10)):
         gram = torch.from_numpy(FAMILIES[family](np.random.default_rng([seed, k]), k))
         best, _ = optimum_of(gram)
         assert best > 0
-        assert judge(gram, mogeo.min_norm_weights(gram).weights).value - best <= RELATIVE * best
+        assert judge(gram, backend.min_norm_weights(gram).weights).value - best <= RELATIVE * best
 
 
-@pytest.mark.parametrize("k", [33, 64])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_many_objectives(family: str, k: int) -> None:
-    gram = torch.from_numpy(FAMILIES[family](np.random.default_rng(k), k))
-    result = mogeo.min_norm_weights(gram)
+def assert_solved(gram: Tensor, result: mogeo.MinNorm) -> None:
+    """As `test_exact_on_every_family`, but for the value of the optimum, which takes the oracles too long."""
     assert_on_simplex(gram, result.weights)
     judged = judge(gram, result.weights)
     assert_kkt(judged)
@@ -78,11 +78,27 @@ def test_many_objectives(family: str, k: int) -> None:
     assert int(result.status) == mogeo.Status.OPTIMAL
 
 
+@everywhere
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_objectives_as_the_kernels_take(backend: Backend, family: str) -> None:
+    gram = torch.from_numpy(FAMILIES[family](np.random.default_rng(32), 32))
+    assert_solved(gram, backend.min_norm_weights(gram))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("k", [33, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_objectives(backend: Backend, family: str, k: int) -> None:
+    gram = torch.from_numpy(FAMILIES[family](np.random.default_rng(k), k))
+    assert_solved(gram, backend.min_norm_weights(gram))
+
+
+@everywhere
 @pytest.mark.parametrize("family", ["gaussian, N = 1000", "gaussian, N = K + 1", "strong conflict"])
-def test_agrees_with_a_published_solver(family: str) -> None:
-    for seed in range(5):
+def test_agrees_with_a_published_solver(backend: Backend, family: str) -> None:
+    for seed in range(backend.some(5)):
         gram = FAMILIES[family](np.random.default_rng([seed, 12]), 12)
-        weights = mogeo.min_norm_weights(torch.from_numpy(gram)).weights.numpy()
+        weights = backend.min_norm_weights(torch.from_numpy(gram)).weights.numpy()
         np.testing.assert_allclose(weights, published.min_norm_weights(gram), rtol=0, atol=1e-9)
 
 
@@ -90,122 +106,135 @@ def test_agrees_with_a_published_solver(family: str) -> None:
 # Properties, on whatever hypothesis finds
 
 
-@MANY
-@given(strategies.any_grams())
-def test_kkt_and_gap(gram: Tensor) -> None:
-    result = mogeo.min_norm_weights(gram)
-    assert_on_simplex(gram, result.weights)
-    judged = judge(gram, result.weights)
-    assert_kkt(judged)
-    assert_gap_is_true(judged, result.gap)
+@everywhere
+def test_kkt_and_gap(backend: Backend) -> None:
+    @backend.check(MANY, strategies.any_grams())
+    def holds(gram: Tensor) -> None:
+        result = backend.min_norm_weights(gram)
+        assert_on_simplex(gram, result.weights)
+        judged = judge(gram, result.weights)
+        assert_kkt(judged)
+        assert_gap_is_true(judged, result.gap)
 
 
-@MANY
-@given(strategies.any_grams(max_k=4))
-def test_suboptimality(gram: Tensor) -> None:
-    assert_optimal(gram, mogeo.min_norm_weights(gram).weights)
+@everywhere
+def test_suboptimality(backend: Backend) -> None:
+    @backend.check(MANY, strategies.any_grams(max_k=4))
+    def holds(gram: Tensor) -> None:
+        assert_optimal(gram, backend.min_norm_weights(gram).weights)
 
 
-@SOME
-@given(strategies.grams(min_k=6, max_k=12))
-def test_suboptimality_beyond_enumeration(gram: Tensor) -> None:
-    assert_optimal(gram, mogeo.min_norm_weights(gram).weights)
+@everywhere
+def test_suboptimality_beyond_enumeration(backend: Backend) -> None:
+    @backend.check(SOME, strategies.grams(min_k=6, max_k=12))
+    def holds(gram: Tensor) -> None:
+        assert_optimal(gram, backend.min_norm_weights(gram).weights)
 
 
-@SOME
-@given(strategies.any_grams(max_k=24))
-def test_deterministic_to_the_bit(gram: Tensor) -> None:
-    before = gram.clone()
-    first, second = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(gram.clone())
-    assert torch.equal(first.weights, second.weights)
-    assert torch.equal(first.gap, second.gap)
-    assert torch.equal(first.status, second.status)
-    assert torch.equal(gram, before)
+@everywhere
+def test_deterministic_to_the_bit(backend: Backend) -> None:
+    @backend.check(SOME, strategies.any_grams(max_k=min(24, backend.max_k)))
+    def holds(gram: Tensor) -> None:
+        before = gram.clone()
+        first, second = backend.min_norm_weights(gram), backend.min_norm_weights(gram.clone())
+        assert torch.equal(first.weights, second.weights)
+        assert torch.equal(first.gap, second.gap)
+        assert torch.equal(first.status, second.status)
+        assert torch.equal(gram, before)
 
 
-@MANY
-@given(strategies.any_grams(), st.randoms(use_true_random=False))
-def test_permutation_leaves_the_direction(gram: Tensor, random: object) -> None:
-    order = list(range(len(gram)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    permuted = mogeo.min_norm_weights(gram[order][:, order]).weights
-    back = torch.empty_like(permuted)
-    back[order] = permuted
-    assert_same_direction(gram, mogeo.min_norm_weights(gram).weights, back)
+@everywhere
+def test_permutation_leaves_the_direction(backend: Backend) -> None:
+    @backend.check(MANY, strategies.any_grams(), st.randoms(use_true_random=False))
+    def holds(gram: Tensor, random: object) -> None:
+        order = list(range(len(gram)))
+        random.shuffle(order)  # type: ignore[attr-defined]
+        permuted = backend.min_norm_weights(gram[order][:, order]).weights
+        back = torch.empty_like(permuted)
+        back[order] = permuted
+        assert_same_direction(gram, backend.min_norm_weights(gram).weights, back)
 
 
-@MANY
-@given(strategies.any_grams(), st.integers(-800, 800))
-def test_common_power_of_two_changes_no_bit(gram: Tensor, exponent: int) -> None:
-    result, scaled = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(gram * 2.0**exponent)
-    assert torch.equal(result.weights, scaled.weights)
-    assert torch.equal(result.gap * 2.0**exponent, scaled.gap)
+@everywhere
+def test_common_power_of_two_changes_no_bit(backend: Backend) -> None:
+    @backend.check(MANY, strategies.any_grams(), st.integers(-800, 800))
+    def holds(gram: Tensor, exponent: int) -> None:
+        result, scaled = backend.min_norm_weights(gram), backend.min_norm_weights(gram * 2.0**exponent)
+        assert torch.equal(result.weights, scaled.weights)
+        assert torch.equal(result.gap * 2.0**exponent, scaled.gap)
 
 
-@SOME
-@given(strategies.any_grams(), st.floats(1e-30, 1e30))
-def test_common_scale_leaves_the_direction(gram: Tensor, scale: float) -> None:
-    assert_same_direction(gram, mogeo.min_norm_weights(gram).weights, mogeo.min_norm_weights(gram * scale).weights)
+@everywhere
+def test_common_scale_leaves_the_direction(backend: Backend) -> None:
+    @backend.check(SOME, strategies.any_grams(), st.floats(1e-30, 1e30))
+    def holds(gram: Tensor, scale: float) -> None:
+        assert_same_direction(
+            gram, backend.min_norm_weights(gram).weights, backend.min_norm_weights(gram * scale).weights
+        )
 
 
-@MANY
-@given(strategies.any_grams(max_k=4), st.data())
-def test_a_duplicate_leaves_the_direction(gram: Tensor, data: st.DataObject) -> None:
-    k = len(gram)
-    twin = data.draw(st.integers(0, k - 1))
-    order = [*range(k), twin]
-    weights = mogeo.min_norm_weights(gram[order][:, order]).weights
-    merged = weights[:k].clone()
-    merged[twin] += weights[k]
-    assert_same_direction(gram, mogeo.min_norm_weights(gram).weights, merged)
+@everywhere
+def test_a_duplicate_leaves_the_direction(backend: Backend) -> None:
+    @backend.check(MANY, strategies.any_grams(max_k=4), st.data())
+    def holds(gram: Tensor, data: st.DataObject) -> None:
+        k = len(gram)
+        twin = data.draw(st.integers(0, k - 1))
+        order = [*range(k), twin]
+        weights = backend.min_norm_weights(gram[order][:, order]).weights
+        merged = weights[:k].clone()
+        merged[twin] += weights[k]
+        assert_same_direction(gram, backend.min_norm_weights(gram).weights, merged)
 
 
-@SOME
-@given(strategies.any_grams(max_k=4), st.data(), st.sampled_from(LEFT_OUT), st.booleans())
-def test_zero_and_nonfinite_rows_are_left_out(gram: Tensor, data: st.DataObject, entry: float, spread: bool) -> None:
-    k = len(gram)
-    at = data.draw(st.integers(0, k))
-    kept = [i for i in range(k + 1) if i != at]
-    larger = torch.zeros(k + 1, k + 1, dtype=torch.float64)
-    larger[torch.tensor(kept)[:, None], torch.tensor(kept)] = gram
-    larger[at, at] = entry
-    if spread and not math.isfinite(entry):  # a NaN row spoils its whole row and column of the Gram
-        larger[at, :] = larger[:, at] = entry
-    alone, beside = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(larger)
-    assert beside.weights[at] == 0
-    assert torch.equal(beside.weights[kept], alone.weights)
-    assert torch.equal(beside.gap, alone.gap)
-    assert torch.equal(beside.status, alone.status)
+@everywhere
+def test_zero_and_nonfinite_rows_are_left_out(backend: Backend) -> None:
+    @backend.check(SOME, strategies.any_grams(max_k=4), st.data(), st.sampled_from(LEFT_OUT), st.booleans())
+    def holds(gram: Tensor, data: st.DataObject, entry: float, spread: bool) -> None:
+        k = len(gram)
+        at = data.draw(st.integers(0, k))
+        kept = [i for i in range(k + 1) if i != at]
+        larger = torch.zeros(k + 1, k + 1, dtype=torch.float64)
+        larger[torch.tensor(kept)[:, None], torch.tensor(kept)] = gram
+        larger[at, at] = entry
+        if spread and not math.isfinite(entry):  # a NaN row spoils its whole row and column of the Gram
+            larger[at, :] = larger[:, at] = entry
+        alone, beside = backend.min_norm_weights(gram), backend.min_norm_weights(larger)
+        assert beside.weights[at] == 0
+        assert torch.equal(beside.weights[kept], alone.weights)
+        assert torch.equal(beside.gap, alone.gap)
+        assert torch.equal(beside.status, alone.status)
 
 
-@MANY
-@given(st.integers(1, 6), st.integers(0, 2**20), st.sampled_from([1e-3, 1.0, 1e3]))
-def test_survives_what_is_no_gram_at_all(k: int, seed: int, spread: float) -> None:
+@everywhere
+def test_survives_what_is_no_gram_at_all(backend: Backend) -> None:
     """Any symmetric matrix, also with negative diagonals and |M_ij| > ‖g_i‖‖g_j‖: honest weights, gap and status."""
-    values = np.random.default_rng(seed).standard_normal((k, k)) * spread
-    gram = torch.from_numpy(values + values.T + np.diag(np.random.default_rng(seed + 1).standard_normal(k)))
-    result = mogeo.min_norm_weights(gram)
-    if not len(hull_of(gram)):
-        assert int(result.status) == mogeo.Status.ZERO
-        return
-    assert_on_simplex(gram, result.weights)
-    judged = judge(gram, result.weights)
-    true_gap = judged.value - min(judged.products)
-    largest = Fraction(gram.abs().max().item())
-    assert abs(Fraction(result.gap.item()) - true_gap) <= Fraction(1, 10**12) * largest
-    if int(result.status) == mogeo.Status.OPTIMAL:
-        assert true_gap <= Fraction(1, 10**9) * largest
-    else:
-        assert int(result.status) == mogeo.Status.STALLED
+
+    @backend.check(MANY, st.integers(1, 6), st.integers(0, 2**20), st.sampled_from([1e-3, 1.0, 1e3]))
+    def holds(k: int, seed: int, spread: float) -> None:
+        values = np.random.default_rng(seed).standard_normal((k, k)) * spread
+        gram = torch.from_numpy(values + values.T + np.diag(np.random.default_rng(seed + 1).standard_normal(k)))
+        result = backend.min_norm_weights(gram)
+        if not len(hull_of(gram)):
+            assert int(result.status) == mogeo.Status.ZERO
+            return
+        assert_on_simplex(gram, result.weights)
+        judged = judge(gram, result.weights)
+        true_gap = judged.value - min(judged.products)
+        largest = Fraction(gram.abs().max().item())
+        assert abs(Fraction(result.gap.item()) - true_gap) <= Fraction(1, 10**12) * largest
+        if int(result.status) == mogeo.Status.OPTIMAL:
+            assert true_gap <= Fraction(1, 10**9) * largest
+        else:
+            assert int(result.status) == mogeo.Status.STALLED
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Two objectives in closed form; and what the losses of mgda-decoupled do to its coefficients (docs/solver.md)
 
 
-def decoupled(gram: Tensor, losses: Tensor) -> Tensor:
+def decoupled(backend: Backend, gram: Tensor, losses: Tensor) -> Tensor:
     """The coefficients α of mgda-decoupled: the min-norm weights of M_ij / (L_i L_j)."""
-    return mogeo.min_norm_weights(gram / (losses[:, None] * losses)).weights
+    return backend.min_norm_weights(gram / (losses[:, None] * losses)).weights
 
 
 def loss_vectors(k: int) -> st.SearchStrategy[Tensor]:
@@ -214,50 +243,55 @@ def loss_vectors(k: int) -> st.SearchStrategy[Tensor]:
     return values.map(lambda losses: torch.tensor(losses, dtype=torch.float64))
 
 
-@MANY
-@given(strategies.any_grams(max_k=2))
-def test_two_objectives_closed_form(gram: Tensor) -> None:
-    if len(hull_of(gram)) < 2:
-        return
-    (a, b), (_, c) = exact.symmetric(gram.tolist())
-    if a + c - 2 * b <= Fraction(1, 10**6) * min(a, c):
-        return  # nearly equal gradients: every weight is a minimiser to rounding; the suboptimality tests judge those
-    first = min(max((c - b) / (a + c - 2 * b), Fraction(0)), Fraction(1))
-    assert abs(Fraction(mogeo.min_norm_weights(gram).weights[0].item()) - first) <= Fraction(1, 10**9)
+@everywhere
+def test_two_objectives_closed_form(backend: Backend) -> None:
+    @backend.check(MANY, strategies.any_grams(max_k=2))
+    def holds(gram: Tensor) -> None:
+        if len(hull_of(gram)) < 2:
+            return
+        (a, b), (_, c) = exact.symmetric(gram.tolist())
+        if a + c - 2 * b <= Fraction(1, 10**6) * min(a, c):
+            return  # nearly equal gradients: every weight is a minimiser to rounding, as the suboptimality tests judge
+        first = min(max((c - b) / (a + c - 2 * b), Fraction(0)), Fraction(1))
+        assert abs(Fraction(backend.min_norm_weights(gram).weights[0].item()) - first) <= Fraction(1, 10**9)
 
 
-@MANY
-@given(st.data(), st.integers(2, 6), st.floats(1.01, 1e2))
-def test_a_larger_loss_never_lowers_its_own_coefficient(data: st.DataObject, k: int, growth: float) -> None:
-    gram = data.draw(strategies.grams((*WELL_POSED, "gaussian, N = K + 1"), min_k=k, max_k=k))
-    losses, own = data.draw(loss_vectors(k)), data.draw(st.integers(0, k - 1))
-    grown = losses.clone()
-    grown[own] *= growth
-    assert decoupled(gram, grown)[own] >= decoupled(gram, losses)[own] - 1e-9
+@everywhere
+def test_a_larger_loss_never_lowers_its_own_coefficient(backend: Backend) -> None:
+    @backend.check(MANY, st.data(), st.integers(2, 6), st.floats(1.01, 1e2))
+    def holds(data: st.DataObject, k: int, growth: float) -> None:
+        gram = data.draw(strategies.grams((*WELL_POSED, "gaussian, N = K + 1"), min_k=k, max_k=k))
+        losses, own = data.draw(loss_vectors(k)), data.draw(st.integers(0, k - 1))
+        grown = losses.clone()
+        grown[own] *= growth
+        assert decoupled(backend, gram, grown)[own] >= decoupled(backend, gram, losses)[own] - 1e-9
 
 
-@MANY
-@given(st.data(), st.integers(2, 6))
-def test_coefficients_are_monotone_in_the_logarithms_of_the_losses(data: st.DataObject, k: int) -> None:
+@everywhere
+def test_coefficients_are_monotone_in_the_logarithms_of_the_losses(backend: Backend) -> None:
     """⟨α(L) - α(L'), log L - log L'⟩ ≥ 0, whatever changes: the losses that grow most gain coefficients on balance."""
-    gram = data.draw(strategies.grams((*WELL_POSED, "gaussian, N = K + 1"), min_k=k, max_k=k))
-    first, second = data.draw(loss_vectors(k)), data.draw(loss_vectors(k))
-    change = decoupled(gram, first) - decoupled(gram, second)
-    assert change @ (first.log() - second.log()) >= -1e-9
+
+    @backend.check(MANY, st.data(), st.integers(2, 6))
+    def holds(data: st.DataObject, k: int) -> None:
+        gram = data.draw(strategies.grams((*WELL_POSED, "gaussian, N = K + 1"), min_k=k, max_k=k))
+        first, second = data.draw(loss_vectors(k)), data.draw(loss_vectors(k))
+        change = decoupled(backend, gram, first) - decoupled(backend, gram, second)
+        assert change @ (first.log() - second.log()) >= -1e-9
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # From rows to direction
 
 
+@everywhere
 @pytest.mark.parametrize("k", [2, 4, 8])
 @pytest.mark.parametrize("conflict", [0.0, 0.9, 0.99])
-def test_mgda_direction_conflicts_with_no_gradient(k: int, conflict: float) -> None:
+def test_mgda_direction_conflicts_with_no_gradient(backend: Backend, k: int, conflict: float) -> None:
     """⟨d, g_i⟩ ≥ ‖d‖² > 0 for the gradients themselves, not only for their Gram."""
     generator = torch.Generator().manual_seed(k)
     rows = torch.randn(k, 5000, dtype=torch.float64, generator=generator)
     rows -= conflict * rows.mean(dim=0)
-    direction = mogeo.combine(rows, mogeo.min_norm_weights(mogeo.gram(rows)).weights)
+    direction = backend.combine(rows, backend.min_norm_weights(backend.gram(rows)).weights)
     inner = rows @ direction
     assert bool((inner >= direction @ direction * (1 - 1e-9)).all())
     assert bool((inner > 0).all())
@@ -267,43 +301,49 @@ def test_mgda_direction_conflicts_with_no_gradient(k: int, conflict: float) -> N
 # Edges
 
 
+@everywhere
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_all_zero(k: int) -> None:
-    result = mogeo.min_norm_weights(torch.zeros(k, k, dtype=torch.float64))
+def test_all_zero(backend: Backend, k: int) -> None:
+    result = backend.min_norm_weights(torch.zeros(k, k, dtype=torch.float64))
     assert int(result.status) == mogeo.Status.ZERO
     assert torch.equal(result.weights, torch.full((k,), 1 / k, dtype=torch.float64))
     assert result.gap.item() == 0
 
 
+@everywhere
 @pytest.mark.parametrize("entry", [math.nan, math.inf])
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_all_nonfinite(k: int, entry: float) -> None:
-    result = mogeo.min_norm_weights(torch.full((k, k), entry, dtype=torch.float64))
+def test_all_nonfinite(backend: Backend, k: int, entry: float) -> None:
+    result = backend.min_norm_weights(torch.full((k, k), entry, dtype=torch.float64))
     assert int(result.status) == mogeo.Status.NONFINITE
     assert bool(result.weights.isfinite().all())
     assert result.gap.item() == 0
 
 
-def test_a_nonfinite_row_among_zero_rows_gets_no_weight() -> None:
+@everywhere
+def test_a_nonfinite_row_among_zero_rows_gets_no_weight(backend: Backend) -> None:
     gram = torch.tensor([[0, math.nan, 0], [math.nan] * 3, [0, math.nan, 0]], dtype=torch.float64)
-    result = mogeo.min_norm_weights(gram)
+    result = backend.min_norm_weights(gram)
     assert int(result.status) == mogeo.Status.ZERO
     assert result.weights.tolist() == [0.5, 0.0, 0.5]
 
 
-def test_a_nonfinite_entry_between_finite_rows_gives_no_nan() -> None:
+@everywhere
+def test_a_nonfinite_entry_between_finite_rows_gives_no_nan(backend: Backend) -> None:
     gram = torch.tensor([[1, math.nan, 0.1], [math.nan, 1, 0.1], [0.1, 0.1, 2]], dtype=torch.float64)
-    result = mogeo.min_norm_weights(gram)
+    result = backend.min_norm_weights(gram)
     assert bool((result.weights >= 0).all())
     assert result.weights.sum().item() == pytest.approx(1)
     assert result.gap.isfinite()
 
 
-def test_one_objective() -> None:
-    result = mogeo.min_norm_weights(torch.tensor([[3.0]], dtype=torch.float64))
+@everywhere
+def test_one_objective(backend: Backend) -> None:
+    result = backend.min_norm_weights(torch.tensor([[3.0]], dtype=torch.float64))
     assert (result.weights.tolist(), result.gap.item(), int(result.status)) == ([1.0], 0.0, mogeo.Status.OPTIMAL)
 
 
+@everywhere
 @pytest.mark.parametrize(
     ("gram", "weights"),
     [
@@ -316,46 +356,74 @@ def test_one_objective() -> None:
     ],
     ids=["both ends", "both ends, opposed", "subnormal", "huge", "largest", "tiny"],
 )
-def test_the_ends_of_the_exponent_range(gram: list[list[float]], weights: list[float]) -> None:
-    result = mogeo.min_norm_weights(torch.tensor(gram, dtype=torch.float64))
+def test_the_ends_of_the_exponent_range(backend: Backend, gram: list[list[float]], weights: list[float]) -> None:
+    result = backend.min_norm_weights(torch.tensor(gram, dtype=torch.float64))
     assert result.weights.tolist() == pytest.approx(weights, abs=0.01)
     assert int(result.status) == mogeo.Status.OPTIMAL
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_grams_are_solved_in_fp64(dtype: torch.dtype) -> None:
-    for seed in range(5):
+def test_low_precision_grams_are_solved_in_fp64(backend: Backend, dtype: torch.dtype) -> None:
+    for seed in range(backend.some(5)):
         gram = torch.from_numpy(FAMILIES["gaussian, N = K + 1"](np.random.default_rng(seed), 6)).to(dtype)
-        narrow, wide = mogeo.min_norm_weights(gram), mogeo.min_norm_weights(gram.to(torch.float64))
+        narrow, wide = backend.min_norm_weights(gram), backend.min_norm_weights(gram.to(torch.float64))
         assert torch.equal(narrow.weights, wide.weights)
         assert torch.equal(narrow.gap, wide.gap)
         assert_kkt(judge(gram.to(torch.float64), narrow.weights))
 
 
-@SOME
-@given(strategies.any_grams(), st.integers(0, 2**20))
-def test_rounding_may_have_made_it_unsymmetric(gram: Tensor, seed: int) -> None:
-    noise = torch.randn(gram.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    skew = (noise - noise.T) * 2.0**-50 * gram.abs().max()  # exactly antisymmetric: the quadratic form does not see it
-    weights = mogeo.min_norm_weights(gram + skew).weights
-    seen = (gram + skew + (gram + skew).T) / 2
-    assert_on_simplex(seen, weights)
-    assert torch.equal(weights, mogeo.min_norm_weights(seen).weights)
+@everywhere
+def test_rounding_may_have_made_it_unsymmetric(backend: Backend) -> None:
+    @backend.check(SOME, strategies.any_grams(), st.integers(0, 2**20))
+    def holds(gram: Tensor, seed: int) -> None:
+        noise = torch.randn(gram.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        skew = (
+            (noise - noise.T) * 2.0**-50 * gram.abs().max()
+        )  # exactly antisymmetric: the quadratic form does not see it
+        weights = backend.min_norm_weights(gram + skew).weights
+        seen = (gram + skew + (gram + skew).T) / 2
+        assert_on_simplex(seen, weights)
+        assert torch.equal(weights, backend.min_norm_weights(seen).weights)
 
 
-def test_strides_and_autograd_do_not_matter() -> None:
+@everywhere
+def test_a_batch_is_solved_one_by_one(backend: Backend) -> None:
+    """[2, 3, K, K], every problem of another family, to the bit."""
+    families = ("gaussian, N = K + 1", "zero rows", "nearly opposed", "duplicates", "norms 1e±12", "tight cone")
+    grams = torch.stack([torch.from_numpy(FAMILIES[family](np.random.default_rng(1), 5)) for family in families])
+    result = backend.min_norm_weights(grams.view(2, 3, 5, 5))
+    assert (result.weights.shape, result.gap.shape, result.status.shape) == ((2, 3, 5), (2, 3), (2, 3))
+    for i, gram in enumerate(grams):
+        alone = backend.min_norm_weights(gram)
+        assert torch.equal(result.weights.view(6, 5)[i], alone.weights)
+        assert torch.equal(result.gap.view(6)[i], alone.gap)
+        assert torch.equal(result.status.view(6)[i], alone.status)
+
+
+@everywhere
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_an_empty_batch_is_empty(backend: Backend, batch: tuple[int, ...]) -> None:
+    result = backend.min_norm_weights(torch.zeros(*batch, 3, 3))
+    assert (result.weights.shape, result.gap.shape, result.status.shape) == ((*batch, 3), batch, batch)
+    assert (result.weights.dtype, result.gap.dtype, result.status.dtype) == (torch.float64, torch.float64, torch.int64)
+
+
+@everywhere
+def test_strides_and_autograd_do_not_matter(backend: Backend) -> None:
     gram = torch.from_numpy(FAMILIES["gaussian, N = K + 1"](np.random.default_rng(0), 4))
-    expected = mogeo.min_norm_weights(gram).weights
+    expected = backend.min_norm_weights(gram).weights
     strided = torch.full((8, 8), math.nan, dtype=torch.float64)
     strided[::2, ::2] = gram
-    assert torch.equal(mogeo.min_norm_weights(strided[::2, ::2]).weights, expected)
-    tracked = mogeo.min_norm_weights(gram.clone().requires_grad_()).weights
+    assert torch.equal(backend.min_norm_weights(strided[::2, ::2]).weights, expected)
+    tracked = backend.min_norm_weights(gram.clone().requires_grad_()).weights
     assert torch.equal(tracked, expected)
     assert not tracked.requires_grad
 
 
-def test_result_types() -> None:
-    result = mogeo.min_norm_weights(torch.eye(3))
+@everywhere
+def test_result_types(backend: Backend) -> None:
+    result = backend.min_norm_weights(torch.eye(3))
     assert result._fields == ("weights", "gap", "status")
     assert (result.weights.dtype, result.gap.dtype, result.status.dtype) == (torch.float64, torch.float64, torch.int64)
     assert (result.weights.shape, result.gap.shape, result.status.shape) == ((3,), (), ())

@@ -1,0 +1,231 @@
+"""The Gram kernels where tests/test_ops.py does not reach: chunks of several tiles, and what only a launch decides.
+
+A chunk is several tiles long from a million columns on. Here the tiles of a chunk, or the chunks, are few by decree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tests.backends import KERNEL_DEVICE, needs_kernels
+from tests.reference import rows as reference
+from tests.row_asserts import WORST_CASE, assert_gram, gaussian
+from tests.strategies import LAYOUTS, REPRODUCIBLE, lay_out, spread_out
+
+pytest.importorskip("triton")
+
+from mogeo.kernels import gram as kernels
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+# K and dtype on both sides of every choice that is made of them: rows or dot, a square of 16 or 32, full or not.
+SHAPES = [
+    *((k, FP32) for k in (1, 2, 10, 11, 16, 17, 32)),
+    *((k, BF16) for k in (1, 7, 8, 16, 31)),
+    *((k, FP16) for k in (3, 9)),
+]
+# Those that an interpreter is through with soon, of either kernel.
+SMALL_SHAPES = [(2, FP32), (7, BF16), (3, FP16), (11, FP32), (8, BF16), (9, FP16)]
+ROWS_AND_DOT = [(3, FP32), (3, BF16), (11, FP32), (9, BF16)]
+
+
+def gram(rows: Tensor) -> Tensor:
+    """The kernels' Gram of CPU rows."""
+    return kernels.gram(rows.to(KERNEL_DEVICE)).cpu()
+
+
+def gram_by_segment(rows: Tensor, boundaries: list[int]) -> Tensor:
+    """The kernels' Grams of CPU rows."""
+    return kernels.gram_by_segment(rows.to(KERNEL_DEVICE), boundaries).cpu()
+
+
+@pytest.fixture
+def three_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of three tiles, whatever the number of columns."""
+    variant = kernels.variant
+    monkeypatch.setattr(kernels, "variant", lambda count, dtype: variant(count, dtype)._replace(tiles=3))
+    monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 1)
+
+
+@pytest.fixture
+def few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks as long as they get."""
+    monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 1)
+
+
+def tile(k: int, dtype: torch.dtype) -> int:
+    """Columns of a tile."""
+    return kernels.variant(k, dtype).block
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cuts
+
+
+@settings(REPRODUCIBLE)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), st.integers(1, 4).map(lambda tiles: 128 * tiles))
+def test_chunks_are_cut_at_their_length_and_at_boundaries(places: list[int], length: int) -> None:
+    boundaries = (0, *sorted(places))
+    cuts, ranges = kernels._cuts(boundaries, length, torch.device("cpu"))
+    chunks = list(itertools.pairwise(cuts.tolist()))
+    assert all(0 < end - start <= length for start, end in chunks)
+    assert all(start % length == 0 or start in boundaries for start, _ in chunks)
+    *segments, whole = ranges.tolist()
+    assert whole == [0, len(chunks)]
+    for (start, end), (first, last) in zip(itertools.pairwise(boundaries), segments, strict=True):
+        assert sum(b - a for a, b in chunks[first:last]) == end - start
+        assert all(start <= a and b <= end for a, b in chunks[first:last])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chunks of several tiles
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), SHAPES)
+def test_chunks_of_several_tiles(three_tiles: None, k: int, dtype: torch.dtype) -> None:
+    """Two full chunks, one of a tile and a part of one; and a part of a tile alone."""
+    for columns in (7 * tile(k, dtype) + 17, tile(k, dtype) - 3):
+        rows = gaussian(k, columns, dtype)
+        assert_gram(rows, gram(rows))
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
+def test_chunks_of_several_tiles_in_any_layout(three_tiles: None, k: int, dtype: torch.dtype, layout: str) -> None:
+    rows = lay_out(gaussian(k, 4 * tile(k, dtype) + 5, dtype), layout)
+    assert_gram(rows, kernels.gram(rows.to(KERNEL_DEVICE)).cpu())
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), SMALL_SHAPES)
+def test_segments_within_chunks_of_several_tiles(three_tiles: None, k: int, dtype: torch.dtype) -> None:
+    """Chunks with a head, a tail, both, and both within one tile."""
+    t = tile(k, dtype)
+    rows = gaussian(k, 7 * t + 17, dtype)
+    boundaries = [0, t + 3, t + 3, t + 9, 3 * t, 5 * t - 1, 7 * t + 17]
+    *segments, total = gram_by_segment(rows, boundaries)
+    assert_gram(rows, total)
+    for (start, end), segment in zip(itertools.pairwise(boundaries), segments, strict=True):
+        assert_gram(rows[:, start:end], segment)
+    norms = total.diagonal().sqrt()
+    assert bool(((sum(segments) - total).abs() <= 1e-13 * norms[:, None] * norms).all())  # both are sums of the chunks
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), [(2, FP32), (1, BF16), (11, FP32), (8, BF16)])
+@pytest.mark.parametrize("first", [1.1, 2.0**13])
+def test_the_longest_chunks_sum_accurately(few_chunks: None, k: int, dtype: torch.dtype, first: float) -> None:
+    """Equal products, so that roundings of an fp32 sum have the same sign; and one entry that outweighs the rest.
+
+    Then a rounding may lose half a unit of the largest sum per tile: in a thread's own sum, or in that of all columns.
+    """
+    chosen = kernels.variant(k, dtype)
+    rows = torch.full((k, 2 * chosen.tiles * chosen.block + 5), 1.1).to(dtype)
+    rows[:, 0] = first
+    per_tile = 2.0**-24 if chosen.kernel == "dot" and first > 2 else 0.0
+    assert_gram(rows, gram(rows), max(WORST_CASE, per_tile * chosen.tiles))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
+def test_cuts_do_not_matter_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch, k: int, dtype: torch.dtype) -> None:
+    rows = torch.randint(-8, 9, (k, 400), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = reference.gram(rows)
+    variant = kernels.variant
+    for tiles, fewest, block in ((1, 1024, 1024), (2, 1, 1), (100, 1, 2)):
+        changed = variant(k, dtype)._replace(tiles=tiles)
+        monkeypatch.setattr(kernels, "variant", lambda count, dtype, changed=changed: changed)
+        monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", fewest)
+        monkeypatch.setattr(kernels, "_REDUCE_BLOCK", block)
+        assert torch.equal(gram(rows), expected)
+        assert torch.equal(gram_by_segment(rows, [0, 170, 400])[-1], expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chunks that are summed again in fp64
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
+@pytest.mark.parametrize(("scale", "beside"), [(1e25, "normal"), (1e-25, "normal"), (1e-40, "zero")])
+def test_some_chunks_leave_fp32(three_tiles: None, k: int, dtype: torch.dtype, scale: float, beside: str) -> None:
+    """Rows 0 and 2 do, in the second chunk; right to the digits of what each segment holds."""
+    t = tile(k, dtype)
+    rows = gaussian(k, 6 * t + 5, torch.float64)
+    if beside == "zero":
+        rows.zero_()
+    rows[::2, 3 * t : 6 * t] = gaussian(k, 3 * t, torch.float64, seed=1)[::2] * scale
+    rows = rows.to(dtype)
+    assert_gram(rows, gram(rows))
+    boundaries = [0, 3 * t + 4, 6 * t - 3, 6 * t + 5]
+    *segments, total = gram_by_segment(rows, boundaries)
+    assert_gram(rows, total)
+    for (start, end), segment in zip(itertools.pairwise(boundaries), segments, strict=True):
+        assert_gram(rows[:, start:end], segment)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), [*ROWS_AND_DOT, (3, FP16), (9, FP16)])
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+def test_a_nonfinite_entry_beside_values_that_leave_fp32(
+    three_tiles: None, k: int, dtype: torch.dtype, entry: float
+) -> None:
+    t = tile(k, dtype)
+    rows = gaussian(k, 4 * t, torch.float64) * (1.0 if dtype == FP16 else 1e22)
+    rows[1, t] = entry
+    rows = rows.to(dtype)
+    result = gram(rows)
+    assert not bool(result[1, 1].isfinite())
+    kept = torch.tensor([i for i in range(k) if i != 1])
+    assert_gram(rows[kept], result[kept][:, kept])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What else a launch decides
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
+def test_add_to(k: int, dtype: torch.dtype) -> None:
+    rows = gaussian(k, 700, dtype).to(KERNEL_DEVICE)
+    alone = kernels.gram(rows)
+    total = torch.arange(k * k, dtype=torch.float64, device=KERNEL_DEVICE).view(k, k)
+    total = total + total.T
+    expected = total + alone
+    result = kernels.gram(rows, add_to=total)
+    assert result.data_ptr() == total.data_ptr()
+    assert result.shape == total.shape
+    assert torch.equal(total, expected)
+    assert torch.equal(kernels.gram(rows[:, :0], add_to=total), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("k", "dtype"), [(3, BF16), (9, BF16)])
+def test_rows_further_apart_than_32_bits_count(tmp_path: Path, k: int, dtype: torch.dtype) -> None:
+    """Offsets in elements, beyond 2^31, into a sparse file of which a few pages are used."""
+    if KERNEL_DEVICE != "cpu":
+        pytest.skip("a GPU has no sparse memory")
+    apart = (2**31 + 2**20) // (k - 1) // 16 * 16
+    rows = spread_out(tmp_path, gaussian(k, 300, dtype), (apart, 1))
+    assert (k - 1) * rows.stride(0) > 2**31
+    assert_gram(rows, kernels.gram(rows))
+
+
+@needs_kernels
+@pytest.mark.parametrize("k", [1, 8])
+def test_columns_further_apart_than_32_bits_count(tmp_path: Path, k: int) -> None:
+    if KERNEL_DEVICE != "cpu":
+        pytest.skip("a GPU has no sparse memory")
+    rows = spread_out(tmp_path, gaussian(k, 5, BF16), (1, 2**29 + 9))
+    assert 4 * rows.stride(1) > 2**31
+    assert_gram(rows, kernels.gram(rows))

@@ -1,0 +1,147 @@
+"""Rules for the kernels' machine code, compiled without a GPU: nothing spills, accesses are wide, units well chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.machine_code import ENTRIES, PAGE, Code, Codes, Entry, page, read_json
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"
+)
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tests.kernels.machine_code"]
+
+# What may lie on the stack after all, with the Triton of docs/registers.md: bytes, and why.
+SPILLS = {
+    ("combine K=16 fp32", "sm_80"): (8, "one register, stored before the loop over tiles and read after it"),
+    ("combine K=32 fp32", "sm_100"): (8, "two registers; in the loop, one word is read per tile, beside 32 vectors"),
+}
+
+# Other versions bring another ptxas, which lacks a few registers elsewhere (3.6.0: up to 16 bytes; 3.9.0: up to 32). A
+# kernel that keeps too much costs kilobytes.
+OTHER_TRITONS = 32
+
+MOST_REGISTERS = 255  # NVIDIA has no more; on AMD's CDNA, from 257 on, no second wave fits on a SIMD unit
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[Codes, str]:
+    """The table compiled, and Triton's version. In a process of its own, since this one may interpret kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return read_json(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def codes(compiled: tuple[Codes, str]) -> Codes:
+    return compiled[0]
+
+
+@pytest.fixture(scope="module")
+def is_the_pages_triton(compiled: tuple[Codes, str]) -> bool:
+    found = re.search(r"Triton (\d+\.\d+\.\d+)", PAGE.read_text())
+    assert found, f"{PAGE} names no version of Triton"
+    return found[1] == compiled[1]
+
+
+def each(*kernels: str, but: str = "") -> pytest.MarkDecorator:
+    """A test of each entry of some kernels (of all, if none is named), but for one case."""
+    entries = [entry for entry in ENTRIES if not kernels or entry.kernel in kernels]
+    entries = [entry for entry in entries if not but or entry.case != but]
+    assert entries
+    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+
+
+def offenders(codes: Codes, entry: Entry, keeps_the_rule: Callable[[Code], bool]) -> dict[str, Code]:
+    assert tuple(codes[entry.name]) == entry.targets
+    return {target: code for target, code in codes[entry.name].items() if not keeps_the_rule(code)}
+
+
+def lanes(target: str) -> int:
+    return 64 if target.startswith("gfx") else 32
+
+
+@each()
+def test_nothing_spills(codes: Codes, entry: Entry, is_the_pages_triton: bool) -> None:
+    for target, code in codes[entry.name].items():
+        allowed = SPILLS.get((entry.name, target), (0, ""))[0] if is_the_pages_triton else OTHER_TRITONS
+        assert code.stack <= allowed, (target, code)
+        assert allowed or code.spills == 0, (target, code)
+
+
+def test_exceptions_are_needed(codes: Codes, is_the_pages_triton: bool) -> None:
+    if not is_the_pages_triton:
+        pytest.skip("another version of Triton than that of docs/registers.md spills elsewhere")
+    assert {key: codes[key[0]][key[1]].stack for key in SPILLS} == {key: size for key, (size, _) in SPILLS.items()}
+
+
+@each()
+def test_registers(codes: Codes, entry: Entry) -> None:
+    assert not offenders(codes, entry, lambda code: 0 < code.registers <= MOST_REGISTERS)
+
+
+@each("gram", but="any strides")
+def test_gram_loads_vectors(codes: Codes, entry: Entry) -> None:
+    """Of every tile, in the loop and in the tail behind it; with segments, whose ends lie anywhere, in the loop."""
+    from mogeo.kernels.gram import variant
+
+    by_segment = entry.case == "by segment"
+    chosen = variant(entry.count, entry.dtype)
+    for target, code in codes[entry.name].items():
+        assert code.function == f"gram_{chosen.kernel}"
+        threads = chosen.threads if chosen.kernel == "rows" else lanes(target)
+        vectors_of_tile = entry.count * chosen.block * entry.dtype.itemsize / 16 / threads
+        assert code.loads_128 >= vectors_of_tile * (1 if by_segment else 2), (target, code)
+        # Where the chunk is summed again in fp64, `dot` may load less at a time: that is as good as never.
+        if not by_segment and (chosen.kernel == "rows" or entry.dtype == torch.float16):
+            assert code.loads_other == 0, (target, code)
+
+
+@each("combine")
+def test_combine_loads_and_stores_vectors(codes: Codes, entry: Entry) -> None:
+    """In the loop and in the tail, with sums in fp32 and in fp64. The other loads are of weights and Gram matrix."""
+    loads = entry.count * (2 if entry.dtype == torch.float64 else 4)
+    assert not offenders(codes, entry, lambda code: code.loads_128 >= loads)
+    # The one narrow store is that of the sum of squares.
+    assert not offenders(codes, entry, lambda code: code.stores_128 >= 2 and code.stores_other == 1)
+
+
+@each("scale")
+def test_scale_loads_and_stores_vectors(codes: Codes, entry: Entry) -> None:
+    # The narrow load is that of the factor.
+    assert not offenders(codes, entry, lambda code: code.loads_128 >= 1 and code.loads_other <= 1)
+    assert not offenders(codes, entry, lambda code: code.stores_128 >= 1 and code.stores_other == 0)
+
+
+@each()
+def test_only_dot_uses_tensor_cores(codes: Codes, entry: Entry) -> None:
+    assert not offenders(codes, entry, lambda code: (code.tensor > 0) == (code.function == "gram_dot"))
+
+
+def test_both_variants_are_in_the_table(codes: Codes) -> None:
+    functions = {code.function for entry in ENTRIES for code in codes[entry.name].values()}
+    assert functions == {"gram_rows", "gram_dot", "gram_reduce", "combine", "settle", "scale", "min_norm"}
+
+
+@each("min_norm")
+def test_solver_computes_in_fp64(codes: Codes, entry: Entry) -> None:
+    assert not offenders(codes, entry, lambda code: code.fp64_fma > 0)
+
+
+def test_page_is_up_to_date(compiled: tuple[Codes, str], is_the_pages_triton: bool) -> None:
+    codes, version = compiled
+    if not is_the_pages_triton:
+        pytest.skip(f"Triton {version} is installed, docs/registers.md was made with another: not compared")
+    assert page(codes, version) == PAGE.read_text(), f"run: python {' '.join(COMMAND[1:])} --write"
