@@ -375,7 +375,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `p.grad`, and gradients that `backward` captured but no `combine` has used."""
-        self._drop_window()
+        if not self.waiting:
+            self._drop_window()
         self.base.zero_grad(set_to_none=set_to_none)
 
     def own_state(self) -> dict[str, Any]:

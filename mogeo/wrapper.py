@@ -69,6 +69,8 @@ class OptimizerWrapper(Optimizer):
         Returns:
             What the base optimizer's `step` returns: the closure's value, or None.
         """
+        if self.waiting:
+            return None
         arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         options: dict[str, Any] = {}
         for hook in list(self._optimizer_step_pre_hooks.values()):
@@ -81,6 +83,11 @@ class OptimizerWrapper(Optimizer):
         for post_hook in list(self._optimizer_step_post_hooks.values()):
             post_hook(self, arguments, options)
         return result
+
+    @property
+    def waiting(self) -> bool:
+        """Whether `step` and `zero_grad` do nothing, as Accelerate's, if that is the base, before the last batch."""
+        return not getattr(getattr(self.base, "gradient_state", None), "sync_gradients", True)
 
     # Optimizer wraps the step of every class to run hooks, the global ones among them. They run inside base.step()
     # already and would fire twice; so this step counts as wrapped, and runs the hooks of this instance itself.

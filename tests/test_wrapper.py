@@ -471,7 +471,11 @@ BARE: Side = lambda optimizer: optimizer.base  # noqa: E731
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize(("saved", "loaded"), [(WRAPPED, WRAPPED), (WRAPPED, BARE), (BARE, BARE)])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [(WRAPPED, WRAPPED), (WRAPPED, BARE), (BARE, BARE)],
+    ids=["wrapper to wrapper", "wrapper to base", "base to base"],
+)
 def test_distributed_checkpoint_in_one_process(tmp_path: Path, flat: bool, saved: Side, loaded: Side) -> None:
     """torch.distributed.checkpoint brings back the weighting's state too, from wrapper to wrapper."""
     import torch.distributed.checkpoint as dcp

@@ -33,6 +33,7 @@ class Plan:
         micro_batches: what surrounds them: "accumulate", or which of the two are in "no_sync": "first", "both", "none".
         form: of the losses: "callables" are evaluated one at a time, "tensors" are K forwards before K backwards.
         clip: None, "max_grad_norm", or "clip_grad_norm_": Accelerate's, after `combine`.
+        fsdp: with FSDP2 in place of DDP.
     """
 
     wrapped: str = "before"
@@ -41,9 +42,11 @@ class Plan:
     clip: str | None = None
     weighting: str = "mgda-decoupled"
     dtype: torch.dtype = torch.float64
+    fsdp: bool = False
 
     def __str__(self) -> str:
-        return ", ".join(str(value) for value in vars(self).values() if value)
+        engine = "FSDP2" if self.fsdp else "DDP"
+        return ", ".join([engine, *(str(value) for value in vars(self).values() if value and value is not True)])
 
 
 PLANS = [
@@ -56,6 +59,10 @@ PLANS = [
     Plan(weighting="uniform", micro_batches="first"),
     Plan(weighting="group-dro(0.5)", form="tensors"),
     *(Plan(form=form, clip="clip_grad_norm_", dtype=torch.float32) for form in ("callables", "tensors")),
+    *(Plan(wrapped, clip=clip, fsdp=True) for wrapped in ("before", "after") for clip in (None, "clip_grad_norm_")),
+    Plan(form="tensors", clip="max_grad_norm", fsdp=True),
+    Plan(weighting="uniform", form="tensors", fsdp=True),
+    Plan(clip="max_grad_norm", dtype=torch.float32, fsdp=True),
 ]
 
 
@@ -82,12 +89,11 @@ class Accelerated:
     """The same of an Accelerator.
 
     Args:
-        micro_batches: see `Plan`.
-        fsdp: with FSDP2 in place of DDP.
-        options: for Accelerate's GradientAccumulationPlugin.
+        plan: see there.
+        sync_each_batch: reduce gradients after every micro-batch, as mogeo needs it from FSDP2.
     """
 
-    def __init__(self, micro_batches: str, fsdp: bool = False, **options: Any) -> None:
+    def __init__(self, plan: Plan, sync_each_batch: bool) -> None:
         from accelerate import Accelerator, FullyShardedDataParallelPlugin
         from accelerate.state import AcceleratorState, GradientState, PartialState
         from accelerate.utils import DistributedType, GradientAccumulationPlugin
@@ -95,8 +101,8 @@ class Accelerated:
         AcceleratorState._reset_state(True)  # singletons: what an accelerator before this one was made with
         GradientState._reset_state()
         os.environ.pop("ACCELERATE_USE_FSDP", None)
-        plugin = GradientAccumulationPlugin(num_steps=MICRO_BATCHES, **options)
-        if fsdp:
+        plugin = GradientAccumulationPlugin(num_steps=MICRO_BATCHES, sync_each_batch=sync_each_batch)
+        if plan.fsdp:
             sharding = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
             self.accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin, fsdp_plugin=sharding)
             # Accelerate takes FSDP for accelerators only, and ignores the plugin on CPUs. Its code runs there, though.
@@ -105,7 +111,7 @@ class Accelerated:
             self.accelerator.state.fsdp_plugin = sharding
         else:
             self.accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
-        self.micro_batches = micro_batches
+        self.micro_batches = plan.micro_batches
         self.replicas, self.replica = self.accelerator.num_processes, self.accelerator.process_index
         self.backward = self.accelerator.backward
 
@@ -169,8 +175,7 @@ class Training:
         if self.engine.sync_gradients and self.plan.clip == "clip_grad_norm_":
             self.optimizer.combine()
             self.engine.clip(self.model)
-        # Accelerate's wrapper waits for the last micro-batch by itself; mogeo, outside of it, would combine each.
-        if self.plan.wrapped == "before" or self.engine.sync_gradients:
+        if self.engine.sync_gradients or isinstance(self.engine, Accelerated):  # which waits for the last by itself
             self.stepping.step()
             self.stepping.zero_grad()
 
@@ -183,8 +188,7 @@ def assert_same(results: list[dict[str, Any]], expected: dict[str, Any], toleran
 
 @lru_cache
 def reference(plan: Plan) -> dict[str, Any]:
-    wrapped = "after"  # which is the same without Accelerate, and waits for the last micro-batch
-    return Training(Plain(), Plan(wrapped, "none", plan.form, plan.clip, plan.weighting, plan.dtype)).run(range(STEPS))
+    return Training(Plain(), plan).run(range(STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -194,41 +198,12 @@ def results() -> list[dict[Plan, Any]]:
 
 
 def every_plan(plans: list[Plan]) -> dict[Plan, Any]:
-    return {plan: Training(Accelerated(plan.micro_batches), plan).run(range(STEPS)) for plan in plans}
+    return {plan: Training(Accelerated(plan, sync_each_batch=plan.fsdp), plan).run(range(STEPS)) for plan in plans}
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_ddp_is_one_process_on_the_same_batches(results: list[dict[Plan, Any]], plan: Plan) -> None:
+def test_two_processes_are_one_on_the_same_batches(results: list[dict[Plan, Any]], plan: Plan) -> None:
     assert_same([result[plan] for result in results], reference(plan), TOLERANCE[plan.dtype])
-
-
-FSDP_PLANS = [
-    Plan(),
-    Plan("after"),
-    Plan(form="tensors"),
-    Plan(clip="max_grad_norm"),
-    Plan(clip="clip_grad_norm_"),
-    Plan("after", clip="clip_grad_norm_"),
-    Plan(weighting="uniform", form="tensors"),
-    Plan(clip="max_grad_norm", dtype=torch.float32),
-]
-
-
-@pytest.fixture(scope="module")
-def fsdp_results() -> list[dict[Plan, Any]]:
-    return run(2, every_fsdp_plan, FSDP_PLANS)
-
-
-def every_fsdp_plan(plans: list[Plan]) -> dict[Plan, Any]:
-    def engine(plan: Plan) -> Accelerated:
-        return Accelerated(plan.micro_batches, fsdp=True, sync_each_batch=True)
-
-    return {plan: Training(engine(plan), plan).run(range(STEPS)) for plan in plans}
-
-
-@pytest.mark.parametrize("plan", FSDP_PLANS, ids=str)
-def test_fsdp2_is_one_process_on_the_same_batches(fsdp_results: list[dict[Plan, Any]], plan: Plan) -> None:
-    assert_same([result[plan] for result in fsdp_results], reference(plan), TOLERANCE[plan.dtype])
 
 
 def test_fsdp2_without_sync_each_batch_is_refused() -> None:
@@ -238,7 +213,8 @@ def test_fsdp2_without_sync_each_batch_is_refused() -> None:
 
 
 def accumulating_unsynced() -> str:
-    training = Training(Accelerated("accumulate", fsdp=True), Plan())
+    plan = Plan(fsdp=True)
+    training = Training(Accelerated(plan, sync_each_batch=False), plan)
     with pytest.raises(ValueError, match="no loss reached a parameter") as error:
         training.run(range(1))
     return str(error.value)
@@ -249,15 +225,15 @@ SAVED_AFTER = 2
 
 @pytest.mark.parametrize(("wrapped", "fsdp"), [("before", False), ("after", False), ("before", True)])
 def test_save_state_and_load_state(tmp_path: Path, wrapped: str, fsdp: bool) -> None:
-    plan = Plan(wrapped, weighting="group-dro(0.5)")
+    plan = Plan(wrapped, weighting="group-dro(0.5)", fsdp=fsdp)
     expected = reference(plan)
-    results = run(2, saving_and_resuming, plan, fsdp, tmp_path)
+    results = run(2, saving_and_resuming, plan, tmp_path)
     assert_same(results, {**expected, "weights": expected["weights"][SAVED_AFTER:]}, 1e-12)
 
 
-def saving_and_resuming(plan: Plan, fsdp: bool, folder: Path) -> dict[str, Any]:
+def saving_and_resuming(plan: Plan, folder: Path) -> dict[str, Any]:
     def training() -> Training:
-        engine = Accelerated("accumulate", fsdp, sync_each_batch=fsdp)
+        engine = Accelerated(plan, sync_each_batch=plan.fsdp)
         made = Training(engine, plan)
         if plan.wrapped == "after":  # what Accelerate has seen is the base only
             engine.accelerator.register_for_checkpointing(made.optimizer)
