@@ -101,8 +101,9 @@ class Replicas(Alone):
         """The first rank's tensor `whole`, as this rank holds it; `plan` is its outline."""
         if not isinstance(plan, Tensor):
             return plan
-        tensor = whole.to(self.device) if self.ranks.first else torch.empty_like(plan, device=self.device)
-        return self._part(tensor, like)
+        if self.ranks.first:
+            return self._part(whole.to(self.device).contiguous(), like)
+        return self._part(torch.empty(plan.shape, dtype=plan.dtype, device=self.device), like)
 
     def _part(self, whole: Tensor, like: Tensor) -> Tensor:
         dist.broadcast(whole, src=0)

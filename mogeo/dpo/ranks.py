@@ -84,9 +84,19 @@ class Ranks:
 
 
 def current_ranks() -> Ranks:
-    """The processes of the default process group; alone where there is none."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """The processes of the default process group; alone where there is none.
+
+    Raises:
+        InputError: the group cannot carry tensors on the CPU, as scores and stop requests are.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Ranks()
+    backends = dist.get_backend_config()
+    if "cpu:" not in backends:
+        raise InputError(
+            f"the process group has the backend {backends}, and nothing for the CPU: leave the backend out of "
+            "init_process_group, which then has gloo as well"
+        )
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
