@@ -214,7 +214,7 @@ def _read(entry: str | dict[str, Any]) -> dict[str, Any]:
             return value
         return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])).reshape(value["shape"])
 
-    if isinstance(entry, dict):  # as version 0.1 wrote it
+    if isinstance(entry, dict):  # as it was written at first
         return entry
     own: dict[str, Any] = json.loads(entry, object_hook=lists_as_tensor)
     return own

@@ -448,7 +448,7 @@ def test_tensors_in_a_weightings_state_are_saved() -> None:
         optimizer.state_dict()
 
 
-def test_loads_what_version_0_1_saved() -> None:
+def test_loads_the_form_that_was_saved_at_first() -> None:
     """There the entry was a dict, and only the first group had one."""
     net = make_net()
     optimizer, other = (MultiObjectiveOptimizer(two_groups(net), "group-dro(0.5)") for _ in range(2))
