@@ -7,7 +7,7 @@ where an engine did not reduce them, mogeo does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Ranks:
         """This rank's piece [N / n] of the mean over ranks of `row` [N], n dividing N."""
         if dist.get_backend(self.group) == "nccl":
             piece = row.new_empty(row.numel() // self.size)
-            dist.reduce_scatter_tensor(piece, row, group=self.group)
+            _collective("reduce_scatter_single", "reduce_scatter_tensor")(piece, row, group=self.group)
             return piece.div_(self.size)
         # gloo's reduce_scatter moves as much as an all-reduce; this moves each piece once, to its owner.
         pieces = torch.empty_like(row)
@@ -73,7 +73,7 @@ class Ranks:
 
     def gather(self, out: Tensor, piece: Tensor) -> None:
         """The pieces [N / n] of all ranks into `out` [N]."""
-        dist.all_gather_into_tensor(out, piece, group=self.group)
+        _collective("all_gather_single", "all_gather_into_tensor")(out, piece, group=self.group)
 
     def differ(self, values: Tensor) -> bool:
         """Whether `values` is not the same on every rank, bit for bit. NaN differs from nothing."""
@@ -96,6 +96,12 @@ def ranks_of(group: Group | None) -> Ranks | None:
         return None
     ranks = Ranks(group)
     return ranks if ranks.size > 1 else None
+
+
+def _collective(name: str, older: str) -> Callable[..., Any]:
+    """A collective by the name it has from torch 2.13 on, or by the one it had."""
+    collective: Callable[..., Any] = getattr(dist, name, None) or getattr(dist, older)
+    return collective
 
 
 def sharded(tensor: Tensor) -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT = 60.0  # seconds
-_PRELOAD = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "mogeo.optimizer"]
+_PRELOAD = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch._dynamo", "mogeo.optimizer"]
 
 
 class RankFailedError(AssertionError):

@@ -16,32 +16,29 @@ from mogeo import MultiObjectiveOptimizer
 from tests.distributed import engines
 from tests.distributed.engines import NAMES, alone, batches, full, loss_of, make_net, share_of, train
 from tests.distributed.runner import RankFailedError, run
-from tests.distributed.test_same_answer import assert_same
+from tests.distributed.test_same_answer import assert_all_same, train_all
 
 
-@pytest.mark.parametrize("shard_rows", [False, True])
-@pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform", "group-dro(0.5)"])
 @pytest.mark.parametrize("how", ["no_sync", "plain", "synced"])
-def test_gradients_are_reduced_once_or_twice_or_by_mogeo_alone(how: str, weighting: str, shard_rows: bool) -> None:
+def test_gradients_are_reduced_once_or_twice_or_by_mogeo_alone(how: str) -> None:
     """In `no_sync`, with no engine at all, and where DDP did it already."""
-    options = {"max_grad_norm": 0.3}
-    expected = train(alone, torch.float64, weighting, **options)
-    results = run(3, train_replicas, how, weighting, {**options, "shard_rows": shard_rows})
-    assert_same(results, expected, 1e-12)
+    cases = [
+        (torch.float64, weighting, {"max_grad_norm": 0.3, "shard_rows": shard_rows})
+        for weighting in ("mgda-decoupled", "uniform", "group-dro(0.5)")
+        for shard_rows in (False, True)
+    ]
+    spread = {"no_sync": unsynced, "plain": no_engine, "synced": engines.ddp}[how]
+    assert_all_same(run(3, train_all, spread, cases), cases)
 
 
-def train_replicas(how: str, weighting: str, options: dict[str, Any]) -> dict[str, Any]:
-    if how == "synced":
-        return train(engines.ddp, torch.float64, weighting, **options)
-    if how == "plain":
-        return train(lambda net: (net, dist.get_world_size(), dist.get_rank()), torch.float64, weighting, **options)
+def no_engine(net: engines.Net) -> engines.Spread:
+    return net, dist.get_world_size(), dist.get_rank()
 
-    def unsynced(net: engines.Net) -> engines.Spread:
-        model, replicas, replica = engines.ddp(net)
-        contextlib.ExitStack().enter_context(model.no_sync())
-        return model, replicas, replica
 
-    return train(unsynced, torch.float64, weighting, **options)
+def unsynced(net: engines.Net) -> engines.Spread:
+    model, replicas, replica = engines.ddp(net)
+    contextlib.ExitStack().enter_context(model.no_sync())
+    return model, replicas, replica
 
 
 @pytest.mark.parametrize("shard_rows", [False, True])
@@ -84,6 +81,21 @@ def accumulate(last_synced: bool, shard_rows: bool, spread: bool = True) -> dict
                 optimizer.backward({n: (lambda x=data[n], k=k: loss_of(model, x, k) / 3) for k, n in enumerate(NAMES)})
         optimizer.step()
     return {name: full(p) for name, p in net.named_parameters()}
+
+
+def test_gradients_that_mirror_each_other_are_seen_to_differ() -> None:
+    """g on one rank and −g on the other have one norm, and the mean zero."""
+    for weight in run(2, mirrored):
+        assert torch.equal(weight, torch.ones(3, dtype=torch.float64))
+
+
+def mirrored() -> Tensor:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter], lr=0.1), "uniform")
+    sign = 1 if dist.get_rank() == 0 else -1
+    optimizer.backward({"a": sign * parameter[0] + 5, "b": 2 * sign * parameter[1] + 5})
+    optimizer.step()
+    return parameter.detach()
 
 
 @pytest.mark.parametrize("shard_rows", [False, True])
