@@ -58,9 +58,10 @@ def _norm_from_gram(weights, gram, K: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def _clip_factor(squared_norm, known, max_norm):
-    """min(1, max_norm / ‖d‖); 1 where the norm is not known, zero, or NaN."""
-    factor = max_norm / tl.sqrt(tl.where(known & (squared_norm > 0.0), squared_norm, 1.0))
-    return tl.where(known & (squared_norm > 0.0) & (factor < 1.0), factor, 1.0)
+    """min(1, max_norm / ‖d‖); 1 where that is not known, zero, or not finite: clipping must not hide an overflow."""
+    usable = known & (squared_norm > 0.0) & (squared_norm < float("inf"))
+    factor = max_norm / tl.sqrt(tl.where(usable, squared_norm, 1.0))
+    return tl.where(usable & (factor < 1.0), factor, 1.0)
 
 
 @triton.jit
@@ -277,6 +278,7 @@ def finish_(
     _settle[(1,)](
         squares, squares.numel(), weights, gram, settled, max_norm or 0.0,
         K=count, SIDE=_side(count), BLOCK=_SETTLE_BLOCK, CLIP=clip, GRAM=gram is not None, DISCARD=discard, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     for part in parts:
         if part.numel() and (clip or discard):
@@ -301,6 +303,7 @@ def launch(
         "CLIP": clip,
         "MEASURE": squares is not None,
         "num_warps": _THREADS // threads_per_warp(),
+        "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
     return _combine, (_grid(rows),), arguments, options
 
@@ -314,6 +317,7 @@ def launch_scale(part: Tensor, settled: Tensor) -> tuple[Any, tuple[int], list[A
         "WIDTH": 16 // part.element_size(),
         "UNIT": part.stride(0) == 1,
         "num_warps": _THREADS // threads_per_warp(),
+        "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
     return _scale, (grid,), [part, settled, part.numel(), part.stride(0)], options
 

@@ -61,10 +61,10 @@ def variant(count: int, dtype: torch.dtype) -> Variant:
     if dtype == torch.float32:
         if count <= 10:
             return Variant("rows", threads=128, width=4, tiles=32, stages=1)
-        return Variant("dot", threads=1, width=32, tiles=256, stages=3)
+        return Variant("dot", threads=1, width=32, tiles=64, stages=3)
     if count < 8:
         return Variant("rows", threads=128, width=8, tiles=32, stages=1)
-    return Variant("dot", threads=1, width=128, tiles=128, stages=4)
+    return Variant("dot", threads=1, width=128, tiles=64, stages=4)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -354,6 +354,7 @@ def launch(
         "UNIT": rows.stride(1) == 1,
         "CUTS": cuts is not None,
         "RESCUE": rows.dtype != torch.float16,  # squares of fp16 lie between 4e-15 and 5e9
+        "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
     if chosen.kernel == "rows":
         options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "num_warps": chosen.threads // threads_per_warp()}
@@ -377,4 +378,5 @@ def _reduce(partials: Tensor, ranges: Tensor | None, out: Tensor, *, add: bool) 
     _gram_reduce[(segments, count, count)](
         partials, ranges, out, partials.shape[1],
         K=count, BLOCK=_REDUCE_BLOCK, RANGES=ranges is not None, ADD=add, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip

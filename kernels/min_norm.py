@@ -414,7 +414,7 @@ def _min_norm(
     if LOSS:
         status = tl.where(tl.max(bad_loss.to(tl.int32), axis=0) != 0, _NONPOSITIVE_LOSS, status)
     if NORMALIZED:
-        weights = weights / n
+        weights = tl.where(weights != 0.0, weights / n, 0.0)
     nonfinite = present & (finite == 0)
     if PROPAGATE:
         weights = tl.where(tl.max(nonfinite.to(tl.int32), axis=0) != 0, float("nan"), weights)

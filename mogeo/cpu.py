@@ -106,7 +106,7 @@ def min_norm(
     weights = torch.tensor([point[0] for point in points], dtype=torch.float64, device=gram.device)
     weights = weights.reshape(gram.shape[:-1])
     if normalize != "none" and apply_to == "normalized":
-        weights = weights / normalizers
+        weights = torch.where(weights != 0, weights / normalizers, 0.0)  # a normaliser may have underflowed
     gap = torch.tensor([point[1] for point in points], dtype=torch.float64, device=gram.device)
     status = torch.tensor([int(point[2]) for point in points], dtype=torch.int64, device=gram.device)
     return weights, gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])

@@ -238,7 +238,8 @@ def _clip(buffers: GradientBuffers, squared_norm: Tensor, rules: Rules) -> Tenso
 def _clip_factor(squared_norm: Tensor, rules: Rules) -> Tensor:
     if rules.max_grad_norm is None:
         return torch.ones_like(squared_norm)
-    return (rules.max_grad_norm / squared_norm.clamp(min=0).sqrt()).clamp(max=1.0).nan_to_num(nan=1.0)
+    factor = (rules.max_grad_norm / squared_norm.clamp(min=0).sqrt()).clamp(max=1.0)
+    return torch.where(squared_norm.isfinite(), factor, 1.0)  # clipping must not hide an overflow
 
 
 def _quoted(rules: Rules, which: Tensor) -> str:

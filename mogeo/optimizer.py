@@ -59,6 +59,23 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             `GradScaler`, which then skips the step and lowers its scale). Weightings that need no Gram (uniform,
             linear, group-dro) see losses one by one but gradients only summed: there "skip" leaves out the whole step
             where a gradient is not finite.
+        process_group: with several processes, those that hold this model between them; by default all of them.
+        shard_rows: with several processes and plain (replicated) parameters, average each gradient over ranks as soon
+            as it is complete, and keep a piece of it per rank: N + K·N/ranks elements of memory instead of K·N. For use
+            inside DDP's `no_sync()`, or without DDP.
+
+    With several processes, losses and gradients are averaged over ranks, and every rank decides the same from the same
+    numbers: docs/distributed.md has a recipe per engine. All ranks must hand over the same objectives.
+
+    On a GPU with Triton (one process and one device, K ≤ 32) a step is decided on the device, and the host never waits
+    for it: not to see what is finite, nor how long d is. So with "skip" and "propagate"
+
+    - what would raise or warn does so at the next `backward` or `combine` after the news has arrived; until then the
+      objective at fault (a loss ≤ 0 that divides) is left out, and a direction that is not finite is made zero;
+    - where no objective is finite, d is zero and the base steps on it (momentum and weight decay act), since only the
+      host could skip its step; and a non-finite loss under uniform or linear weights leaves out the whole step.
+
+    "raise" must know before the base steps, and waits for the device once per step.
 
     Attributes:
         base: the wrapped optimizer.

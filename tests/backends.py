@@ -86,13 +86,17 @@ def _min_norm_weights(gram: Tensor) -> mogeo.MinNorm:
 # CUDA
 
 
-def _elsewhere(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """`function` on CPU tensors, by way of another device."""
+def elsewhere(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`function` for CPU tensors, and lists of them, by way of another device; itself, if that is the CPU."""
+    if device == "cpu":
+        return function
 
     def call(*arguments: Any, **options: Any) -> Any:
         storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}  # by address: here, there
 
         def sent(value: Any) -> Any:
+            if isinstance(value, list):
+                return [sent(part) for part in value]
             if not isinstance(value, Tensor):
                 return value
             here = value.untyped_storage()
@@ -129,7 +133,7 @@ _FUNCTIONS = (mogeo.gram, mogeo.gram_by_segment, mogeo.combine, mogeo.min_norm_w
 
 CPU = Backend(*_FUNCTIONS, thrift=1, max_k=32)
 TRITON = Backend(_gram, _gram_by_segment, _combine, _min_norm_weights, thrift=10, max_k=8)
-CUDA = Backend(*(_elsewhere(function, "cuda") for function in _FUNCTIONS), thrift=1, max_k=32)  # type: ignore[misc, arg-type]
+CUDA = Backend(*(elsewhere(function, "cuda") for function in _FUNCTIONS), thrift=1, max_k=32)  # type: ignore[misc, arg-type]
 
 _CPU = pytest.param(CPU, id="cpu")
 _TRITON = pytest.param(

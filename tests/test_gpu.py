@@ -177,12 +177,7 @@ def test_a_language_model_trains_as_on_a_cpu(weighting: str) -> None:
         weights = []
         for _ in range(20):
             optimizer.zero_grad()
-            optimizer.backward(
-                {
-                    name: (lambda k=k: net(tokens[k].to(device), labels=tokens[k].to(device)).loss)
-                    for k, name in enumerate(NAMES)
-                }
-            )
+            optimizer.backward({name: (lambda k=k: net(data[k], labels=data[k]).loss) for k, name in enumerate(NAMES)})
             optimizer.step()
             assert optimizer.report is not None
             weights.append(optimizer.report.weights.tolist())

@@ -509,6 +509,17 @@ def test_clipping_is_clip_grad_norm(weighting: str, max_norm: float) -> None:
     torch.testing.assert_close(flat_grad(net), flat_grad(other), rtol=1e-4, atol=1e-9)
 
 
+def test_clipping_hides_no_overflow_from_a_grad_scaler() -> None:
+    parameter = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    optimizer = MultiObjectiveOptimizer(
+        torch.optim.SGD([parameter], lr=0.1), "uniform", max_grad_norm=1.0, nonfinite="propagate"
+    )
+    optimizer.backward([(parameter.float() * 9e4).sum() + 1] * 2)
+    optimizer.combine()
+    assert parameter.grad is not None
+    assert not parameter.grad.isfinite().any()
+
+
 def test_backward_function_of_the_user() -> None:
     net, x = Net(), inputs()
     optimizer = wrapped(net)

@@ -121,6 +121,13 @@ def test_of_two_objectives_a_larger_loss_never_lowers_its_own_coefficient(
     assert after >= before - 1e-12
 
 
+def test_a_normaliser_that_underflows_gives_no_nan() -> None:
+    weights = mogeo.weightings.MGDA("loss", power=2.0, apply_to="normalized")(
+        torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 1e-200, 1.0], dtype=torch.float64)
+    )
+    assert bool(weights.isfinite().all())
+
+
 def test_decoupled_may_conflict() -> None:
     """The statement in the documentation that its direction is not guaranteed to help everybody, shown once."""
     rng = np.random.default_rng(0)

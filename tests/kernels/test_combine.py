@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from tests.backends import KERNEL_DEVICE, needs_kernels
+from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
 from tests.reference import rows as reference
 from tests.row_asserts import assert_combined, gaussian
 from tests.strategies import DTYPES, LAYOUTS, REPRODUCIBLE, lay_out, spread_out
@@ -32,32 +33,15 @@ WEIGHTS = torch.tensor([0.5, -0.3, 0.8], dtype=FP64)
 MEASURED = 1e-6
 
 
-def there(value: Tensor | None) -> Tensor | None:
-    """On the device of the kernels."""
-    return None if value is None else value.to(KERNEL_DEVICE)
+# The kernels, for CPU tensors.
+combine_ = elsewhere(kernels.combine_, KERNEL_DEVICE)
+_direction_ = elsewhere(kernels.direction_, KERNEL_DEVICE)
+_finish_ = elsewhere(kernels.finish_, KERNEL_DEVICE)
 
 
-def combine_(rows: Tensor, weights: Tensor, gram: Tensor | None = None, max_norm: float | None = None) -> None:
-    """`kernels.combine_`, seen from CPU tensors of any strides."""
-    moved = rows if KERNEL_DEVICE == "cpu" else there(rows)
-    result = kernels.combine_(moved, there(weights), gram=there(gram), max_norm=max_norm)
-    assert result.data_ptr() == moved.data_ptr()
-    rows.copy_(moved)
-
-
-def direction_(
-    blocks: Sequence[Tensor],
-    weights: Tensor,
-    gram: Tensor | None = None,
-    max_norm: float | None = None,
-    *,
-    discard: bool = True,
-) -> tuple[float, float]:
-    """`kernels.direction_`, seen from CPU tensors: squared norm and clip factor."""
-    moved = [there(block) for block in blocks]
-    result = kernels.direction_(moved, there(weights), gram=there(gram), max_norm=max_norm, discard=discard)
-    for block, changed in zip(blocks, moved, strict=True):
-        block.copy_(changed)
+def direction_(blocks: list[Tensor], weights: Tensor, **options: Any) -> tuple[float, float]:
+    """Squared norm and clip factor, as numbers."""
+    result = _direction_(blocks, weights, **options)
     assert result.squared_norm.dtype == result.clip_factor.dtype == FP64
     return result.squared_norm.item(), result.clip_factor.item()
 
@@ -87,7 +71,8 @@ def test_row_0_becomes_the_clipped_direction(layout: str, dtype: torch.dtype) ->
     rows = lay_out(gaussian(3, 2100, dtype), layout)
     before = rows.clone()
     norm = norm_of([rows], WEIGHTS)
-    combine_(rows, WEIGHTS, reference.gram(rows), norm / 3)
+    result = combine_(rows, WEIGHTS, gram=reference.gram(rows), max_norm=norm / 3)
+    assert result.data_ptr() == rows.data_ptr()
     assert_combined(before, WEIGHTS / 3, rows[0])
     assert torch.equal(rows[1:], before[1:])
 
@@ -95,7 +80,7 @@ def test_row_0_becomes_the_clipped_direction(layout: str, dtype: torch.dtype) ->
 def test_the_clip_factor_is_exact() -> None:
     rows = gaussian(4, 3000, FP64)
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=FP64)
-    combine_(rows, weights, reference.gram(rows), 0.25)
+    combine_(rows, weights, gram=reference.gram(rows), max_norm=0.25)
     assert rows[0].norm().item() == pytest.approx(0.25, rel=1e-13)
 
 
@@ -107,7 +92,7 @@ def test_a_short_direction_is_not_clipped(dtype: torch.dtype) -> None:
     combine_(plain, WEIGHTS)
     for max_norm in (1.001 * norm, math.inf):
         clipped = rows.clone()
-        combine_(clipped, WEIGHTS, gram, max_norm)
+        combine_(clipped, WEIGHTS, gram=gram, max_norm=max_norm)
         assert torch.equal(clipped, plain)
 
 
@@ -117,7 +102,7 @@ def test_rows_of_weight_zero_do_not_spoil_the_clipping() -> None:
     rows[1] = math.nan
     weights = torch.tensor([0.5, 0.0, 0.5], dtype=FP64)
     kept = rows[[0, 2]].clone()
-    combine_(rows, weights, reference.gram(rows), norm_of([kept], weights[[0, 2]]) / 2)
+    combine_(rows, weights, gram=reference.gram(rows), max_norm=norm_of([kept], weights[[0, 2]]) / 2)
     assert_combined(kept, weights[[0, 2]] / 2, rows[0])
 
 
@@ -125,7 +110,7 @@ def test_rows_of_weight_zero_do_not_spoil_the_clipping() -> None:
 def test_any_number_of_rows(k: int) -> None:
     rows = gaussian(k, 600)
     before, weights = rows.clone(), torch.linspace(-1, 2, k, dtype=FP64)
-    combine_(rows, weights, reference.gram(rows), norm_of([rows], weights) / 4)
+    combine_(rows, weights, gram=reference.gram(rows), max_norm=norm_of([rows], weights) / 4)
     assert_combined(before, weights / 4, rows[0])
 
 
@@ -134,14 +119,14 @@ def test_what_has_cancelled_is_left_to_be_measured() -> None:
     rows = gaussian(2, 500)
     rows[1] = -rows[0] * (1 - 2.0**-8)
     before, weights = rows.clone(), torch.tensor([0.5, 0.5], dtype=FP64)
-    combine_(rows, weights, reference.gram(rows), 1e-5)
+    combine_(rows, weights, gram=reference.gram(rows), max_norm=1e-5)
     assert_combined(before, weights, rows[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_weights_zero(dtype: torch.dtype) -> None:
     rows = gaussian(3, 700, dtype)
-    combine_(rows, torch.zeros(3, dtype=FP64), reference.gram(rows), 1.0)
+    combine_(rows, torch.zeros(3, dtype=FP64), gram=reference.gram(rows), max_norm=1.0)
     assert torch.equal(rows[0], torch.zeros(700, dtype=dtype))
 
 
@@ -155,7 +140,7 @@ def test_weights_outside_fp32(weight: float, scale: float, max_norm: float | Non
     rows = (gaussian(3, 900, FP64) * scale).to(dtype)
     before, weights = rows.clone(), torch.tensor([weight, 0.0, -weight / 2], dtype=FP64)
     norm = norm_of([rows], weights)
-    combine_(rows, weights, reference.gram(rows), max_norm)
+    combine_(rows, weights, gram=reference.gram(rows), max_norm=max_norm)
     assert_combined(before, weights * (max_norm or norm) / norm, rows[0])
     assert bool((rows[0] != 0).any())
 
@@ -165,11 +150,11 @@ def test_the_number_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch, 
     """As many as there are tiles, or fewer that go round and round."""
     blocks, limited = mixed_blocks(columns=(2100, 4100, 8200, 8300)), mixed_blocks(columns=(2100, 4100, 8200, 8300))
     gram = gram_of(blocks)
-    expected = direction_(blocks, WEIGHTS, gram, 1.0)
+    expected = direction_(blocks, WEIGHTS, gram=gram, max_norm=1.0)
     monkeypatch.setattr(kernels, "_MOST_PROGRAMS", programs)
-    assert direction_(limited, WEIGHTS, gram, 1.0) == expected
+    assert direction_(limited, WEIGHTS, gram=gram, max_norm=1.0) == expected
     assert all(torch.equal(a, b) for a, b in zip(blocks, limited, strict=True))
-    measured = direction_(mixed_blocks(columns=(2100, 4100, 8200, 8300)), WEIGHTS, None, 1.0)
+    measured = direction_(mixed_blocks(columns=(2100, 4100, 8200, 8300)), WEIGHTS, max_norm=1.0)
     assert measured == pytest.approx(expected, rel=1e-3)  # of the direction as rounded to each dtype
 
 
@@ -190,7 +175,7 @@ def test_columns_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     rows = spread_out(tmp_path, gaussian(3, 5, BF16), (1, 2**29 + 9))
     before = rows.clone()
     norm = norm_of([rows], WEIGHTS)
-    squared_norm, factor = direction_([rows], WEIGHTS, None, norm / 2)
+    squared_norm, factor = direction_([rows], WEIGHTS, max_norm=norm / 2)
     assert (squared_norm, factor) == pytest.approx((norm**2, 0.5), rel=1e-2)
     assert_combined(before, WEIGHTS * factor, rows[0], roundings=2)
 
@@ -206,7 +191,7 @@ def test_blocks_of_several_dtypes_are_one_direction(with_gram: bool, share: floa
     blocks = mixed_blocks()
     before, norm = [block.clone() for block in blocks], norm_of(blocks, WEIGHTS)
     gram = gram_of(blocks) if with_gram else None
-    squared_norm, factor = direction_(blocks, WEIGHTS, gram, None if share is None else share * norm)
+    squared_norm, factor = direction_(blocks, WEIGHTS, gram=gram, max_norm=None if share is None else share * norm)
     # Half precision rounds each entry of what is measured; two factors in place of one round it twice.
     assert squared_norm == pytest.approx(norm**2, rel=1e-12 if with_gram else 1e-3)
     assert factor == pytest.approx(min(1.0, share or 1.0), rel=1e-12 if with_gram else 1e-3)
@@ -218,7 +203,7 @@ def test_blocks_of_several_dtypes_are_one_direction(with_gram: bool, share: floa
 def test_without_clipping_the_gram_gives_the_norm() -> None:
     blocks = mixed_blocks()
     norm = norm_of(blocks, WEIGHTS)
-    squared_norm, factor = direction_(blocks, WEIGHTS, gram_of(blocks))
+    squared_norm, factor = direction_(blocks, WEIGHTS, gram=gram_of(blocks))
     assert (squared_norm, factor) == (pytest.approx(norm**2, rel=1e-12), 1.0)
 
 
@@ -232,7 +217,7 @@ def test_where_gradients_cancel_the_measured_norm_counts(left: float, dtype: tor
     norm = norm_of([rows], weights)
     gram = reference.gram(rows)
     gram[0, 0] += 10 * norm**2
-    squared_norm, factor = direction_([rows], weights, gram, norm / 10)
+    squared_norm, factor = direction_([rows], weights, gram=gram, max_norm=norm / 10)
     assert squared_norm == pytest.approx(norm**2, rel=MEASURED)
     assert factor == pytest.approx(0.1, rel=MEASURED)
     assert rows[0].double().norm().item() == pytest.approx(norm / 10, rel=MEASURED)
@@ -243,7 +228,7 @@ def test_a_gram_that_has_not_cancelled_counts() -> None:
     """What is measured in half precision is less exact than the Gram matrix that was summed in fp32."""
     rows = gaussian(3, 1300, BF16)
     gram = reference.gram(rows) * 1.0001
-    squared_norm, _ = direction_([rows], WEIGHTS, gram, 1.0)
+    squared_norm, _ = direction_([rows], WEIGHTS, gram=gram, max_norm=1.0)
     assert squared_norm == pytest.approx((WEIGHTS @ gram @ WEIGHTS).item(), rel=1e-12)
 
 
@@ -257,7 +242,7 @@ def test_the_direction_has_the_length_it_was_clipped_to(k: int, seed: int, commo
     if common:
         weights.fill_(1 / k)
     norm = norm_of([rows], weights)
-    direction_([rows], weights, reference.gram(rows) if with_gram else None, norm / 7)
+    direction_([rows], weights, gram=reference.gram(rows) if with_gram else None, max_norm=norm / 7)
     assert rows[0].double().norm().item() == pytest.approx(norm / 7, rel=MEASURED)
 
 
@@ -269,7 +254,7 @@ def test_a_row_of_weight_zero_is_not_read(entry: float) -> None:
     for block in blocks:
         block[0] = entry
     norm = norm_of(kept, weights[1:])
-    squared_norm, factor = direction_(blocks, weights, gram_of(blocks), norm / 2)
+    squared_norm, factor = direction_(blocks, weights, gram=gram_of(blocks), max_norm=norm / 2)
     assert (squared_norm, factor) == pytest.approx((norm**2, 0.5), rel=1e-12)
     for block, original in zip(blocks, kept, strict=True):
         assert_combined(original, weights[1:] * factor, block[0])
@@ -278,11 +263,11 @@ def test_a_row_of_weight_zero_is_not_read(entry: float) -> None:
 def test_blocks_without_columns() -> None:
     blocks = [torch.zeros(3, 0), gaussian(3, 50), torch.zeros(3, 0, dtype=FP16)]
     before, norm = blocks[1].clone(), norm_of(blocks, WEIGHTS)
-    squared_norm, factor = direction_(blocks, WEIGHTS, None, norm / 2)
+    squared_norm, factor = direction_(blocks, WEIGHTS, max_norm=norm / 2)
     assert (squared_norm, factor) == pytest.approx((norm**2, 0.5), rel=MEASURED)
     assert_combined(before, WEIGHTS * factor, blocks[1][0], roundings=2)
-    assert direction_(blocks[::2], WEIGHTS, None, 1.0) == (0.0, 1.0)
-    combine_(blocks[0], WEIGHTS, torch.zeros(3, 3, dtype=FP64), 1.0)
+    assert direction_(blocks[::2], WEIGHTS, max_norm=1.0) == (0.0, 1.0)
+    combine_(blocks[0], WEIGHTS, gram=torch.zeros(3, 3, dtype=FP64), max_norm=1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -296,7 +281,7 @@ def test_an_overflow_in_one_block_discards_all(max_norm: float | None, with_gram
     blocks[3][:, 5] = 6e4
     before, weights = [block.clone() for block in blocks], torch.tensor([0.5, 0.5, 0.5], dtype=FP64)
     gram = gram_of(blocks) if with_gram else None
-    squared_norm, factor = direction_(blocks, weights, gram, max_norm)
+    squared_norm, factor = direction_(blocks, weights, gram=gram, max_norm=max_norm)
     assert factor == 0.0
     assert math.isinf(squared_norm) != with_gram
     for block, original in zip(blocks, before, strict=True):
@@ -309,7 +294,7 @@ def test_clipping_comes_before_an_overflow() -> None:
     rows = torch.full((2, 10), 6e4, dtype=FP16)
     before, weights = rows.clone(), torch.tensor([1.0, 1.0], dtype=FP64)
     norm = norm_of([rows], weights)
-    squared_norm, factor = direction_([rows], weights, reference.gram(rows), 1.0)
+    squared_norm, factor = direction_([rows], weights, gram=reference.gram(rows), max_norm=1.0)
     assert (squared_norm, factor) == (pytest.approx(norm**2), pytest.approx(1 / norm))
     assert_combined(before, weights * factor, rows[0])
 
@@ -331,7 +316,7 @@ def test_weights_that_are_not_finite(max_norm: float | None, with_gram: bool) ->
     for discard in (True, False):
         blocks = mixed_blocks()
         gram = gram_of(blocks) if with_gram else None
-        squared_norm, factor = direction_(blocks, weights, gram, max_norm, discard=discard)
+        squared_norm, factor = direction_(blocks, weights, gram=gram, max_norm=max_norm, discard=discard)
         assert math.isnan(squared_norm)
         assert factor == (0.0 if discard else 1.0)
         for block in blocks:
@@ -342,7 +327,7 @@ def test_weights_that_are_not_finite(max_norm: float | None, with_gram: bool) ->
 def test_a_row_that_is_not_finite(discard: bool) -> None:
     rows = gaussian(2, 1200)
     rows[1, 1100] = math.nan
-    squared_norm, factor = direction_([rows], torch.tensor([0.5, 0.5], dtype=FP64), None, 1.0, discard=discard)
+    squared_norm, factor = direction_([rows], torch.tensor([0.5, 0.5], dtype=FP64), max_norm=1.0, discard=discard)
     assert math.isnan(squared_norm)
     assert factor == (0.0 if discard else 1.0)
     assert int(rows[0].isnan().sum()) == (0 if discard else 1)
@@ -357,11 +342,11 @@ def test_a_row_that_is_not_finite(discard: bool) -> None:
 def test_finish_adds_up_and_clips(n: int) -> None:
     squares = torch.arange(n, dtype=FP64)
     wide, narrow = gaussian(1, 900)[0], gaussian(1, 40, FP16)[0]
-    parts = [wide.repeat_interleave(2).to(KERNEL_DEVICE)[::2], narrow.clone().to(KERNEL_DEVICE)]
-    result = kernels.finish_(parts, there(squares), there(torch.ones(1, dtype=FP64)), None, 10.0, discard=True)
+    parts = [wide.repeat_interleave(2)[::2], narrow.clone()]
+    result = _finish_(parts, squares, torch.ones(1, dtype=FP64), None, 10.0, discard=True)
     total = n * (n - 1) / 2
     factor = 10.0 / math.sqrt(total) if total > 100 else 1.0
     assert result.squared_norm.item() == total
     assert result.clip_factor.item() == pytest.approx(factor, rel=1e-15)
     for part, original in zip(parts, (wide, narrow), strict=True):
-        assert torch.equal(part.cpu(), (original.double() * factor).to(original.dtype))
+        assert torch.equal(part, (original.double() * factor).to(original.dtype))

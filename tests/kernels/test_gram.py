@@ -13,9 +13,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
-from tests.backends import KERNEL_DEVICE, needs_kernels
+from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
 from tests.reference import rows as reference
 from tests.row_asserts import WORST_CASE, assert_gram, gaussian
 from tests.strategies import LAYOUTS, REPRODUCIBLE, lay_out, spread_out
@@ -37,14 +36,9 @@ SMALL_SHAPES = [(2, FP32), (7, BF16), (3, FP16), (11, FP32), (8, BF16), (9, FP16
 ROWS_AND_DOT = [(3, FP32), (3, BF16), (11, FP32), (9, BF16)]
 
 
-def gram(rows: Tensor) -> Tensor:
-    """The kernels' Gram of CPU rows."""
-    return kernels.gram(rows.to(KERNEL_DEVICE)).cpu()
-
-
-def gram_by_segment(rows: Tensor, boundaries: list[int]) -> Tensor:
-    """The kernels' Grams of CPU rows."""
-    return kernels.gram_by_segment(rows.to(KERNEL_DEVICE), boundaries).cpu()
+# The kernels, for CPU tensors.
+gram = elsewhere(kernels.gram, KERNEL_DEVICE)
+gram_by_segment = elsewhere(kernels.gram_by_segment, KERNEL_DEVICE)
 
 
 @pytest.fixture
@@ -103,7 +97,7 @@ def test_chunks_of_several_tiles(three_tiles: None, k: int, dtype: torch.dtype) 
 @pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
 def test_chunks_of_several_tiles_in_any_layout(three_tiles: None, k: int, dtype: torch.dtype, layout: str) -> None:
     rows = lay_out(gaussian(k, 4 * tile(k, dtype) + 5, dtype), layout)
-    assert_gram(rows, kernels.gram(rows.to(KERNEL_DEVICE)).cpu())
+    assert_gram(rows, gram(rows))
 
 
 @needs_kernels
@@ -197,16 +191,16 @@ def test_a_nonfinite_entry_beside_values_that_leave_fp32(
 @needs_kernels
 @pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
 def test_add_to(k: int, dtype: torch.dtype) -> None:
-    rows = gaussian(k, 700, dtype).to(KERNEL_DEVICE)
-    alone = kernels.gram(rows)
-    total = torch.arange(k * k, dtype=torch.float64, device=KERNEL_DEVICE).view(k, k)
+    rows = gaussian(k, 700, dtype)
+    alone = gram(rows)
+    total = torch.arange(k * k, dtype=torch.float64).view(k, k)
     total = total + total.T
     expected = total + alone
-    result = kernels.gram(rows, add_to=total)
+    result = gram(rows, add_to=total)
     assert result.data_ptr() == total.data_ptr()
     assert result.shape == total.shape
     assert torch.equal(total, expected)
-    assert torch.equal(kernels.gram(rows[:, :0], add_to=total), expected)
+    assert torch.equal(gram(rows[:, :0], add_to=total), expected)
 
 
 @needs_kernels
@@ -218,7 +212,7 @@ def test_rows_further_apart_than_32_bits_count(tmp_path: Path, k: int, dtype: to
     apart = (2**31 + 2**20) // (k - 1) // 16 * 16
     rows = spread_out(tmp_path, gaussian(k, 300, dtype), (apart, 1))
     assert (k - 1) * rows.stride(0) > 2**31
-    assert_gram(rows, kernels.gram(rows))
+    assert_gram(rows, gram(rows))
 
 
 @needs_kernels
@@ -228,4 +222,4 @@ def test_columns_further_apart_than_32_bits_count(tmp_path: Path, k: int) -> Non
         pytest.skip("a GPU has no sparse memory")
     rows = spread_out(tmp_path, gaussian(k, 5, BF16), (1, 2**29 + 9))
     assert 4 * rows.stride(1) > 2**31
-    assert_gram(rows, kernels.gram(rows))
+    assert_gram(rows, gram(rows))
