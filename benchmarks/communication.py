@@ -137,9 +137,10 @@ def measure(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> 
 
 
 def print_scale(objectives: int) -> None:
-    """GB of bf16 gradients that a rank sends per step, and GB of rows that it holds: the formula, no measurement.
+    """GB of bf16 gradients that a rank sends per step, and holds at most: the formula, no measurement.
 
-    FSDP2 is counted with a reduce-scatter that moves each element once, as NCCL's does.
+    Held are the rows, and beside them the gradient that autograd makes. FSDP2 is counted with a reduce-scatter that
+    moves each element once, as NCCL's does.
     """
     columns = ("DDP, plain", "DDP", "no_sync, shard_rows", "FSDP2, plain", "FSDP2")
     print(f"K = {objectives}, bf16; GB sent per rank and step / GB of gradients held per rank\n")
@@ -148,7 +149,7 @@ def print_scale(objectives: int) -> None:
         for ranks in (8, 64, 1024):
             share, size = (ranks - 1) / ranks, 2 * parameters / 1e9
             sent = (2, 2 * objectives, objectives + 1, 3, 3 * objectives)
-            held = (1, objectives, 1 + objectives / ranks, 1 / ranks, objectives / ranks)
+            held = (1, objectives + 1, 2 + objectives / ranks, 1 / ranks, (objectives + 1) / ranks)
             cells = [f"{s * share * size:.3g} / {h * size:.3g}" for s, h in zip(sent, held, strict=True)]
             print(f"{parameters / 1e9:4g}B {ranks:6d}", *(f"{cell:>22}" for cell in cells), sep="")
 

@@ -50,7 +50,7 @@ class GradientBuffers:
         n_rows: K.
         ranks: the processes that hold the parameters between them, if there are several.
         shard_rows: reduce every gradient of plain parameters as soon as it is complete, and keep a piece of it per
-            rank: N + K·N/ranks elements of memory instead of K·N.
+            rank: N + K·N/ranks elements instead of K·N, beside the N that autograd makes.
 
     Attributes:
         blocks: one tensor [K, N_b] per (dtype, device, share) among the parameters.
@@ -105,14 +105,18 @@ class GradientBuffers:
             for b, (block, kind) in enumerate(zip(self.blocks, self._kinds, strict=True)):
                 if not kind.sharded:
                     self._shards[b] = Shards(self.n_rows, block.shape[1], block, self.ranks)
-        used = {key: torch.zeros(block.shape[1], dtype=torch.bool) for key, block in blocks.items()}
+        ends = dict.fromkeys(blocks, 0)  # of the parameters placed so far
+        gaps: dict[_Kind, list[Tensor]] = {kind: [] for kind in blocks}
         for i, (parameter, kind, start) in enumerate(zip(self.parameters, kinds, places, strict=True)):
             local = local_of(parameter)
-            used[kind][start : start + local.numel()] = True
+            gaps[kind].append(torch.arange(ends[kind], start))
+            ends[kind] = start + local.numel()
             for k in range(self.n_rows):
                 row = blocks[kind][min(k, len(blocks[kind]) - 1)]
                 self._views[k][i] = _strided_like(row[start : start + local.numel()], local)
-        self._padding = [(~flags).nonzero().flatten().to(kind.device) for kind, flags in used.items()]
+        for kind, block in blocks.items():
+            gaps[kind].append(torch.arange(ends[kind], block.shape[1]))
+        self._padding = [torch.cat(places).to(kind.device) for kind, places in gaps.items()]
 
     def _kind_of(self, parameter: Tensor) -> _Kind:
         if not parameter.is_floating_point():
@@ -330,8 +334,10 @@ class GradientBuffers:
 
     def direction_overflowed(self) -> bool:
         """Whether finite fp16 rows were combined into something fp16 cannot hold, on any rank."""
-        firsts = [self._rows_of(b)[0][0] for b in range(len(self.blocks))]
-        overflowed = any(row.dtype == torch.float16 and not bool(row.isfinite().all()) for row in firsts)
+        firsts = [self._rows_of(b)[0][0] for b, kind in enumerate(self._kinds) if kind.dtype == torch.float16]
+        if not firsts:
+            return False
+        overflowed = any(not bool(row.isfinite().all()) for row in firsts)
         if self.ranks is not None:
             overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
         return overflowed

@@ -8,6 +8,7 @@ products they would have to sum in fp64, and for more than 32 rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +22,28 @@ from mogeo.kernels import min_norm as min_norm_kernel
 #: Objectives, or rows, up to which everything is decided on the device.
 MOST_ROWS = min(gram_kernels.MAX_ROWS, combine_kernels.MAX_ROWS, min_norm_kernel.MAX_OBJECTIVES)
 
-Direction = combine_kernels.Direction
-direction_ = combine_kernels.direction_
-finish_ = combine_kernels.finish_
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one: Triton launches there, and on its stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def direction_(blocks: Sequence[Tensor], weights: Tensor, **options: Any) -> Any:
+    """`mogeo.kernels.combine.direction_`."""
+    with _on(weights):
+        return combine_kernels.direction_(blocks, weights, **options)
+
+
+def finish_(parts: Sequence[Tensor], squares: Tensor, *arguments: Any, **options: Any) -> Any:
+    """`mogeo.kernels.combine.finish_`."""
+    with _on(squares):
+        return combine_kernels.finish_(parts, squares, *arguments, **options)
 
 
 def gram(rows: Tensor) -> Tensor:
     """G Gᵀ for rows G [K, N] → fp64 [K, K], exactly symmetric."""
-    result: Tensor = gram_kernels.gram(rows) if _suits(rows) else cpu.gram(rows)
+    with _on(rows):
+        result: Tensor = gram_kernels.gram(rows) if _suits(rows) else cpu.gram(rows)
     return result
 
 
@@ -37,7 +52,8 @@ def gram_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
     total = gram(blocks[0])
     for block in blocks[1:]:
         if _suits(block):
-            gram_kernels.gram(block, add_to=total)
+            with _on(block):
+                gram_kernels.gram(block, add_to=total)
         else:
             total += cpu.gram(block)
     return total
@@ -46,7 +62,8 @@ def gram_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
 def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
     """The Gram of each segment, columns b_s … b_{s+1} − 1, and last that of all: fp64 [S + 1, K, K]."""
     code = gram_kernels if _suits(rows) else cpu
-    result: Tensor = code.gram_by_segment(rows, boundaries)
+    with _on(rows):
+        result: Tensor = code.gram_by_segment(rows, boundaries)
     return result
 
 
@@ -54,7 +71,8 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all."""
     if len(rows) > MOST_ROWS:
         return cpu.combine(rows, weights, out)
-    combine_kernels.combine_into(rows, weights.contiguous(), out)
+    with _on(rows):
+        combine_kernels.combine_into(rows, weights.contiguous(), out)
     return out
 
 
@@ -68,9 +86,10 @@ def min_norm(
     if gram.shape[-1] > MOST_ROWS:
         return cpu.min_norm(gram, losses, normalize, power, apply_to, **options)
     losses = None if losses is None else losses.to(torch.float64).contiguous()
-    weights, gap, status = min_norm_kernel.min_norm(
-        gram.contiguous(), losses, normalize=normalize, power=power, apply_to=apply_to, **options
-    )
+    with _on(gram):
+        weights, gap, status = min_norm_kernel.min_norm(
+            gram.contiguous(), losses, normalize=normalize, power=power, apply_to=apply_to, **options
+        )
     return weights, gap, status
 
 

@@ -86,7 +86,7 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
     left_out = absent | nonfinite
     if bool(left_out.all()):
         return _unusable(losses, gram, nonfinite)
-    weights, gap, status = _weigh(gram, losses, left_out, rules)
+    weights, gap, status = _weigh(buffers, gram, losses, left_out, rules)
 
     used = weights != 0  # rows left out may hold NaN
     squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
@@ -140,7 +140,7 @@ def _from_losses(
         return _unusable(losses, None, nonfinite)
     constant = constant_weights(rules.weighting, len(losses))
     if constant is None:
-        weights, _, _ = _weigh(None, losses, left_out, rules)
+        weights, _, _ = _weigh(buffers, None, losses, left_out, rules)
         buffers.combine(weights)
     else:
         weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(left_out, 0.0)
@@ -162,7 +162,7 @@ def _from_losses(
 
 
 def _weigh(
-    gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
+    buffers: GradientBuffers, gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, gap and status."""
     weighting = rules.weighting
@@ -173,6 +173,8 @@ def _weigh(
         weights, gap, status = weighting.solve(gram, losses)
         return weights.masked_fill(left_out, 0.0), gap, status
     weights = weights_of(gram, losses, left_out, rules)
+    if buffers.ranks is not None:  # a weighting of the user's may draw at random, or hold a state of its own
+        weights = buffers.ranks.first_(weights.contiguous())
     if not bool(weights.isfinite().all()):
         raise bad_weights(weighting, weights, len(losses))
     return weights, None, None

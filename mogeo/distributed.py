@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# What FSDP1 and DeepSpeed's ZeRO-3 leave on parameters that are shards without being DTensors.
+_PLAIN_SHARDS = ("_is_flat_param", "_fsdp_flattened", "ds_id")
+
 Group = Any  # dist.ProcessGroup, which is no type where torch was built without distributed
 
 
@@ -34,6 +37,11 @@ class Ranks:
         Raises:
             NotImplementedError: the parameter is a DTensor with partial sums.
         """
+        if any(hasattr(parameter, name) for name in _PLAIN_SHARDS):
+            raise NotImplementedError(
+                f"a parameter of shape {tuple(parameter.shape)} is a shard in a plain tensor, as FSDP1 and ZeRO-3 make "
+                "them: use FSDP2 (torch.distributed.fsdp.fully_shard), whose shards say what they are"
+            )
         if not is_sharded(parameter):
             return 1 / self.size
         parts: int = 1
@@ -63,17 +71,25 @@ class Ranks:
     def scattered_mean(self, row: Tensor) -> Tensor:
         """This rank's piece [N / n] of the mean over ranks of `row` [N], n dividing N."""
         if dist.get_backend(self.group) == "nccl":
+            if row.dtype == torch.float16:
+                row.div_(self.size)  # before the sum, which could overflow
             piece = row.new_empty(row.numel() // self.size)
             _collective("reduce_scatter_single", "reduce_scatter_tensor")(piece, row, group=self.group)
-            return piece.div_(self.size)
+            return piece if row.dtype == torch.float16 else piece.div_(self.size)
         # gloo's reduce_scatter moves as much as an all-reduce; this moves each piece once, to its owner.
         pieces = torch.empty_like(row)
         dist.all_to_all_single(pieces, row, group=self.group)
-        return pieces.view(self.size, -1).sum(0).div_(self.size)
+        wide = torch.promote_types(row.dtype, torch.float32)
+        return pieces.view(self.size, -1).sum(0, dtype=wide).div_(self.size).to(row.dtype)
 
     def gather(self, out: Tensor, piece: Tensor) -> None:
         """The pieces [N / n] of all ranks into `out` [N]."""
         _collective("all_gather_single", "all_gather_into_tensor")(out, piece, group=self.group)
+
+    def first_(self, values: Tensor) -> Tensor:
+        """Those of the first rank, on all."""
+        dist.broadcast(values, src=0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
+        return values
 
     def differ(self, values: Tensor) -> bool:
         """Whether `values` is not the same on every rank, bit for bit. NaN differs from nothing."""

@@ -6,6 +6,7 @@ Knows the order of things and no mathematics: rows are filled by `mogeo.buffers`
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from mogeo.mailbox import Mailbox
 from mogeo.min_norm import Status
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, run_backward
 from mogeo.report import StepReport
-from mogeo.weightings import MGDA, WeightingLike, nonpositive_loss, resolve
+from mogeo.weightings import MGDA, WeightingLike, require_positive_losses, resolve
 from mogeo.wrapper import OptimizerWrapper
 
 
@@ -61,7 +62,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             where a gradient is not finite.
         process_group: with several processes, those that hold this model between them; by default all of them.
         shard_rows: with several processes and plain (replicated) parameters, average each gradient over ranks as soon
-            as it is complete, and keep a piece of it per rank: N + K·N/ranks elements of memory instead of K·N. For use
+            as it is complete, and keep a piece of it per rank: rows of N + K·N/ranks elements instead of K·N. For use
             inside DDP's `no_sync()`, or without DDP.
 
     With several processes, losses and gradients are averaged over ranks, and every rank decides the same from the same
@@ -75,7 +76,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     - where no objective is finite, d is zero and the base steps on it (momentum and weight decay act), since only the
       host could skip its step; and a non-finite loss under uniform or linear weights leaves out the whole step.
 
-    "raise" must know before the base steps, and waits for the device once per step.
+    "raise" must know before the base steps: the host decides then, and waits for the device several times per step.
 
     Attributes:
         base: the wrapped optimizer.
@@ -227,6 +228,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         retain_graph: bool,
     ) -> None:
         """Constant weights and loss tensors: one backward of the weighted sum, as in plain training."""
+        assert self._buffers is not None
+        self._buffers.select(0)  # the weights are in the sum
         summands: dict[str, Tensor] = {}
         with torch.enable_grad():
             for index, name, term in terms:
@@ -300,7 +303,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             squared_norm=found.squared_norm,
             clip_factor=found.clip_factor,
             nonfinite=found.nonfinite,
-            absent=constant_tensor(absent, torch.bool, device),
+            absent=constant_tensor(absent, torch.bool, device).clone(),  # a report is the user's, a constant everyone's
             nonfinite_counts=self._nonfinite_counts.clone(),
             optimality_gap=found.gap,
             status=found.status,
@@ -318,19 +321,19 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             verdict = found.status if found.bad_weights is None else found.bad_weights
             numbers = [found.nonfinite] if verdict is None else [found.nonfinite, verdict.reshape(1)]
             if verdict is not None or not self._warned:
-                self._mailbox.post(numbers, (self._names, self.weighting, losses))
+                self._mailbox.post(numbers, (self._names, self.weighting, losses, found.gram))
         elif not self._warned and self.nonfinite == "skip":
             self._warn(found.nonfinite.tolist(), self._names)
 
     def _read_mail(self) -> None:
         """Warn, or raise, over what the device decided in earlier steps."""
-        for (nonfinite, *verdict), (names, weighting, losses) in self._mailbox.arrived():
+        for (nonfinite, *verdict), (names, weighting, losses, gram) in self._mailbox.arrived():
             if not self._warned and self.nonfinite == "skip":
                 self._warn(nonfinite, names)
-            if verdict == [[True]] and not isinstance(weighting, MGDA):
+            if verdict == [[True]] and type(weighting) is not MGDA:
                 raise bad_weights(weighting, "values that are not finite", len(names))
             if verdict == [[Status.NONPOSITIVE_LOSS]]:
-                raise nonpositive_loss(names, losses.tolist(), weighting)
+                require_positive_losses(gram, losses, names, weighting)
 
     def _warn(self, nonfinite: list[bool], names: tuple[str, ...]) -> None:
         if any(nonfinite):
@@ -428,6 +431,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             warnings.warn(
                 f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}", stacklevel=3
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MultiObjectiveOptimizer:
+        """A copy that shares the process group, which cannot be copied (nor pickled)."""
+        memo[id(self.process_group)] = self.process_group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -520,6 +520,29 @@ def test_clipping_hides_no_overflow_from_a_grad_scaler() -> None:
     assert not parameter.grad.isfinite().any()
 
 
+def test_constant_weights_are_applied_once_whatever_came_before() -> None:
+    """A callable is weighted as it is captured, tensors as they are summed: one way must not leak into the other."""
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter], lr=0.1), "linear(0.75, 0.25)")
+    for callables_ in (False, True, False):
+        optimizer.zero_grad()
+        losses = [lambda: parameter.sum() + 1, lambda: parameter.sum() + 2]
+        optimizer.backward(losses if callables_ else [loss() for loss in losses])
+        optimizer.combine()
+        assert torch.equal(parameter.grad, torch.ones(2, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def test_a_report_belongs_to_its_reader() -> None:
+    net = Net()
+    optimizer = wrapped(net)
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(shared_losses(net, inputs()))
+        report = optimizer.combine()
+        assert not report.absent.any()
+        report.absent.logical_not_()
+
+
 def test_backward_function_of_the_user() -> None:
     net, x = Net(), inputs()
     optimizer = wrapped(net)

@@ -215,6 +215,64 @@ def die() -> None:
     optimizer.step()
 
 
+def test_shards_in_plain_tensors_are_refused() -> None:
+    """FSDP1's look like replicas, and would be averaged although they are parts."""
+    with pytest.raises(RankFailedError, match=r"a shard in a plain tensor.*use FSDP2"):
+        run(2, first_fsdp)
+
+
+def first_fsdp() -> None:
+    import warnings
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    warnings.simplefilter("ignore")
+    net = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters()))
+    optimizer.backward([lambda: net(torch.ones(1, 4)).sum() + 50, lambda: net(torch.ones(1, 4)).square().sum()])
+
+
+def test_random_weights_are_the_first_ranks_on_all() -> None:
+    first, second = run(2, random_weights)
+    assert torch.equal(first, second)
+
+
+def random_weights() -> Tensor:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    torch.manual_seed(dist.get_rank())
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter]), lambda gram, losses: torch.rand(2))
+    optimizer.backward({"a": parameter.sum(), "b": parameter.square().sum()})
+    optimizer.step()
+    return parameter.detach()
+
+
+def test_means_of_fp16_do_not_overflow_on_the_way() -> None:
+    for weight in run(2, large_fp16):
+        assert torch.equal(weight, torch.full((3,), -40_000.0, dtype=torch.float16))
+
+
+def large_fp16() -> Tensor:
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter], lr=1.0), "uniform", shard_rows=True)
+    optimizer.backward([lambda: (parameter.float() * 40_000).sum() + 1] * 2)
+    optimizer.step()
+    return parameter.detach()
+
+
+def test_a_copy_shares_the_process_group() -> None:
+    assert all(run(2, copied))
+
+
+def copied() -> bool:
+    import copy
+
+    group = dist.new_group([0, 1])
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter]), process_group=group)
+    twin = copy.deepcopy(optimizer)
+    return twin.process_group is group and twin.base is not optimizer.base
+
+
 def test_a_process_group_of_its_own() -> None:
     """Two groups of two ranks train two models: each pair agrees, and the pairs do not mix."""
     first = train(alone, torch.float64, "mgda-decoupled")
