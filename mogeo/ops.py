@@ -198,7 +198,7 @@ _OPERATORS = {
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
 }
-# Not torch.library.custom_op: that costs ten microseconds a call, as much as a whole solve takes on a GPU.
+# Not torch.library.custom_op: that costs ten microseconds a call, this two.
 _LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _OPERATORS.items():
     _LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
