@@ -41,7 +41,7 @@ def find_direction(
     if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
         nonfinite = nonfinite | (_present(absent, losses.device) & _failed(squared_norm, clip))
-    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status, bad_weights)
+    return Direction(losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status, bad_weights)
 
 
 def _min_norm(
@@ -73,7 +73,7 @@ def _weigh(
     finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
     nonfinite = _present(absent, losses.device) & ~finite
     left_out = ~_present(absent, losses.device) | nonfinite
-    weights = weights_of(gram, losses, left_out, rules).to(device=losses.device, non_blocking=True)
+    weights = weights_of(gram, losses, left_out, rules)
     bad_weights = (~weights.isfinite()).any()
     if rules.nonfinite == "propagate":
         weights = weights.masked_fill(nonfinite.any(), torch.nan)
@@ -94,7 +94,7 @@ def _summed(
     squared_norm = buffers.gram(1).reshape(1) + (losses.masked_fill(~summed, 0.0) * 0.0).sum()
     squared_norm, clip = buffers.finish(squared_norm, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     nonfinite = nonfinite | (present & _failed(squared_norm, clip))
-    return Direction(weights, None, squared_norm, clip, nonfinite, True)
+    return Direction(losses, weights, None, squared_norm, clip, nonfinite, True)
 
 
 def _failed(squared_norm: Tensor, clip: Tensor) -> Tensor:

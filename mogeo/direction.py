@@ -34,6 +34,7 @@ class Rules(NamedTuple):
 class Direction(NamedTuple):
     """The direction in row 0, and how it came about; fields as in `StepReport`."""
 
+    losses: Tensor  # averaged over ranks, if there are several
     weights: Tensor
     gram: Tensor | None
     squared_norm: Tensor
@@ -43,7 +44,6 @@ class Direction(NamedTuple):
     gap: Tensor | None = None
     status: Tensor | None = None
     bad_weights: Tensor | None = None  # bool []: a weighting of the user's returned weights that are not finite
-    losses: Tensor | None = None  # averaged over ranks, if there are several
 
 
 class NonFiniteError(RuntimeError):
@@ -103,7 +103,7 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
         if rules.nonfinite == "raise":
             raise NonFiniteError(f"the direction of {_quoted(rules, nonfinite)} overflows fp16: scale the losses down")
         return _unusable(losses, gram, nonfinite)
-    return Direction(weights, gram, squared_norm, clip, nonfinite, True, gap, status, losses=losses)
+    return Direction(losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status)
 
 
 def _over_ranks(
@@ -158,7 +158,7 @@ def _from_losses(
         if rules.nonfinite == "skip":
             return _unusable(losses, None, nonfinite)
     clip = _clip(buffers, squared_norm, rules)
-    return Direction(weights, None, squared_norm, clip, nonfinite, True, losses=losses)
+    return Direction(losses, weights, None, squared_norm, clip, nonfinite, True)
 
 
 def _weigh(
@@ -221,12 +221,12 @@ def _poisoned(
         raise NonFiniteError(f"objective {names}: loss or gradient not finite; nonfinite='skip' would leave it out")
     buffers.poison()
     weights = torch.full_like(losses, torch.nan)
-    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, True, losses=losses)
+    return Direction(losses, weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, True)
 
 
 def _unusable(losses: Tensor, gram: Tensor | None, nonfinite: Tensor) -> Direction:
     weights = torch.zeros_like(losses)
-    return Direction(weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False, losses=losses)
+    return Direction(losses, weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False)
 
 
 def _clip(buffers: GradientBuffers, squared_norm: Tensor, rules: Rules) -> Tensor:

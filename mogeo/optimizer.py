@@ -283,7 +283,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         losses = torch.stack([self._loss_sums.get(k, nan).to(device, non_blocking=True) for k in range(count)])
         absent = tuple(k not in self._loss_sums for k in range(count))
         rules = Rules(self._names, self.weighting, self.nonfinite, self.max_grad_norm)
-        decide = deferred.find_direction if self._decided_on_device(buffers) else direction.find_direction
+        on_device = self._decided_on_device(buffers)
+        decide = deferred.find_direction if on_device else direction.find_direction
         try:
             found = decide(buffers, losses, absent, rules, self._contributed)
         except NonFiniteError:
@@ -297,7 +298,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._nonfinite_counts += found.nonfinite
         self.report = StepReport(
             objectives=self._names,
-            losses=losses if found.losses is None else found.losses,
+            losses=found.losses,
             weights=found.weights,
             gram=found.gram,
             squared_norm=found.squared_norm,
@@ -308,20 +309,20 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             optimality_gap=found.gap,
             status=found.status,
         )
-        self._tell(found, losses, on_device=self._decided_on_device(buffers))
+        self._tell(found, on_device)
         return self.report
 
     def _decided_on_device(self, buffers: GradientBuffers) -> bool:
         """Whether the device decides this step, and the host hears of it later."""
         return buffers.device_code is not None and self.nonfinite != "raise"
 
-    def _tell(self, found: Direction, losses: Tensor, *, on_device: bool) -> None:
+    def _tell(self, found: Direction, on_device: bool) -> None:
         """Warn of objectives left out: at once, or by a letter that `_read_mail` reads once it is here."""
         if on_device:
             verdict = found.status if found.bad_weights is None else found.bad_weights
             numbers = [found.nonfinite] if verdict is None else [found.nonfinite, verdict.reshape(1)]
             if verdict is not None or not self._warned:
-                self._mailbox.post(numbers, (self._names, self.weighting, losses, found.gram))
+                self._mailbox.post(numbers, (self._names, self.weighting, found.losses, found.gram))
         elif not self._warned and self.nonfinite == "skip":
             self._warn(found.nonfinite.tolist(), self._names)
 

@@ -196,18 +196,13 @@ def gapo(power: float) -> MGDA:
 
 def require_positive_losses(gram: Tensor, losses: Tensor, objectives: Sequence[str], weighting: object) -> None:
     """Raise ValueError, naming the objective, where a loss ≤ 0 belongs to a gradient that is not zero."""
-    values = losses.masked_fill(~(gram.diagonal() > 0), 1.0).tolist()
-    if min(values, default=1.0) <= 0:
-        raise nonpositive_loss(objectives, values, weighting)
-
-
-def nonpositive_loss(objectives: Sequence[str], losses: Sequence[float], weighting: object) -> ValueError:
-    """The error for the first loss ≤ 0."""
-    name, loss = next(pair for pair in zip(objectives, losses, strict=True) if pair[1] <= 0)
-    return ValueError(
-        f"objective {name!r} has loss {loss:g}; {weighting!r} divides by the loss and needs it positive: shift the "
-        "loss, or use weighting='mgda-normalized'"
-    )
+    dividing = losses.masked_fill(~(gram.diagonal() > 0), 1.0).tolist()
+    for name, loss in zip(objectives, dividing, strict=True):
+        if loss <= 0:
+            raise ValueError(
+                f"objective {name!r} has loss {loss:g}; {weighting!r} divides by the loss and needs it positive: shift "
+                "the loss, or use weighting='mgda-normalized'"
+            )
 
 
 # name: (normalize, power, apply_to)
