@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.target import threads_per_warp
+from mogeo.kernels.target import Launch, square_side, threads_per_warp
 
 MAX_ROWS = 32
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -226,7 +226,7 @@ def combine_into(
     """As `combine_`, into `out` [N], which is row 0 or overlaps no row."""
     _check(rows, weights)
     if out.numel():
-        _run(launch(rows, weights, out, gram, max_norm, None))
+        launch(rows, weights, out, gram, max_norm, None).run()
     return out
 
 
@@ -252,7 +252,7 @@ def direction_(
     for block, part in zip(blocks, squares.split(grids), strict=True):
         _check(block, weights)
         if block.shape[1]:
-            _run(launch(block, weights, block[0], gram, max_norm, part))
+            launch(block, weights, block[0], gram, max_norm, part).run()
     return finish_([block[0] for block in blocks], squares, weights, gram, max_norm, discard=discard)
 
 
@@ -273,30 +273,24 @@ def finish_(
         weights: what it was combined with; `gram`: what its clipping followed, if anything.
     """
     settled = torch.empty(3, dtype=torch.float64, device=weights.device)
-    count = len(weights)
-    clip = max_norm is not None
-    _settle[(1,)](
-        squares, squares.numel(), weights, gram, settled, max_norm or 0.0,
-        K=count, SIDE=_side(count), BLOCK=_SETTLE_BLOCK, CLIP=clip, GRAM=gram is not None, DISCARD=discard, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    launch_settle(squares, weights, gram, settled, max_norm, discard=discard).run()
     for part in parts:
-        if part.numel() and (clip or discard):
-            _run(launch_scale(part, settled))
+        if part.numel() and (max_norm is not None or discard):
+            launch_scale(part, settled).run()
     return Direction(settled[0], settled[1])
 
 
 def launch(
     rows: Tensor, weights: Tensor, out: Tensor, gram: Tensor | None, max_norm: float | None, squares: Tensor | None
-) -> tuple[Any, tuple[int], list[Any], dict[str, Any]]:
-    """One pass as (kernel, grid, arguments, options)."""
+) -> Launch:
+    """One pass over the rows."""
     count, columns = rows.shape
     clip = gram is not None and max_norm is not None
     arguments: list[Any] = [rows, out, weights, gram if clip else None, squares, columns]
     arguments += [rows.stride(0), rows.stride(1), out.stride(0), max_norm if clip else 0.0]
     options: dict[str, Any] = {
         "K": count,
-        "SIDE": _side(count),
+        "SIDE": square_side(count),
         "THREADS": _THREADS,
         "WIDTH": 16 // rows.element_size(),
         "UNIT": rows.stride(1) == 1 and out.stride(0) == 1,
@@ -305,11 +299,28 @@ def launch(
         "num_warps": _THREADS // threads_per_warp(),
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
-    return _combine, (_grid(rows),), arguments, options
+    return Launch(_combine, (_grid(rows),), arguments, options)
 
 
-def launch_scale(part: Tensor, settled: Tensor) -> tuple[Any, tuple[int], list[Any], dict[str, Any]]:
-    """The last pass as (kernel, grid, arguments, options). Few programs: most often they find nothing to do."""
+def launch_settle(
+    squares: Tensor, weights: Tensor, gram: Tensor | None, settled: Tensor, max_norm: float | None, *, discard: bool
+) -> Launch:
+    """The sum of what was measured, and what follows from it: fp64 [3] in `settled`."""
+    options: dict[str, Any] = {
+        "K": len(weights),
+        "SIDE": square_side(len(weights)),
+        "BLOCK": _SETTLE_BLOCK,
+        "CLIP": max_norm is not None,
+        "GRAM": gram is not None,
+        "DISCARD": discard,
+        "num_warps": 4,
+        "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
+    }
+    return Launch(_settle, (1,), [squares, squares.numel(), weights, gram, settled, max_norm or 0.0], options)
+
+
+def launch_scale(part: Tensor, settled: Tensor) -> Launch:
+    """The last pass. Few programs: most often they find nothing to do."""
     block = _THREADS * 16 // part.element_size()
     grid = max(1, min(_MOST_PROGRAMS // 4, -(-part.numel() // block)))
     options: dict[str, Any] = {
@@ -319,7 +330,7 @@ def launch_scale(part: Tensor, settled: Tensor) -> tuple[Any, tuple[int], list[A
         "num_warps": _THREADS // threads_per_warp(),
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
-    return _scale, (grid,), [part, settled, part.numel(), part.stride(0)], options
+    return Launch(_scale, (grid,), [part, settled, part.numel(), part.stride(0)], options)
 
 
 def _check(rows: Tensor, weights: Tensor) -> None:
@@ -335,15 +346,5 @@ def _check(rows: Tensor, weights: Tensor) -> None:
         )
 
 
-def _run(launched: tuple[Any, tuple[int], list[Any], dict[str, Any]]) -> None:
-    kernel, grid, arguments, options = launched
-    kernel[grid](*arguments, **options)
-
-
 def _grid(rows: Tensor) -> int:
     return max(1, min(_MOST_PROGRAMS, -(-rows.shape[1] // (_THREADS * 16 // rows.element_size()))))
-
-
-def _side(count: int) -> int:
-    """Edge of the square that a [K, K] matrix is loaded into: a power of two, as Triton's blocks are."""
-    return max(2, 1 << (count - 1).bit_length())

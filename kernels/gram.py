@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.target import fp32_dot_precision, threads_per_warp
+from mogeo.kernels.target import Launch, fp32_dot_precision, threads_per_warp
 
 MAX_ROWS = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -294,7 +294,7 @@ def gram(rows: Tensor, *, add_to: Tensor | None = None) -> Tensor:
     length = _chunk_length(columns, variant(count, rows.dtype))
     partials = _partials(rows, None, length, -(-columns // length))
     out = torch.empty(1, count, count, dtype=torch.float64, device=rows.device) if add_to is None else add_to[None]
-    _reduce(partials, None, out, add=add_to is not None)
+    launch_reduce(partials, None, out, add=add_to is not None).run()
     return out[0]
 
 
@@ -314,7 +314,8 @@ def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
     if columns:
         length = _chunk_length(columns, variant(count, rows.dtype))
         cuts, ranges = _cuts(tuple(boundaries), length, rows.device)
-        _reduce(_partials(rows, cuts, length, len(cuts) - 1), ranges, out, add=False)
+        partials = _partials(rows, cuts, length, len(cuts) - 1)
+        launch_reduce(partials, ranges, out, add=False).run()
     return out
 
 
@@ -341,10 +342,8 @@ def _cuts(boundaries: tuple[int, ...], length: int, device: torch.device) -> tup
     return torch.tensor(places, device=device), torch.tensor(ranges, device=device)
 
 
-def launch(
-    rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor
-) -> tuple[Any, tuple[int], list[Any], dict[str, Any]]:
-    """Stage one as (kernel, grid, arguments, options): what `gram` launches, and what the compile checks compile."""
+def launch(rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor) -> Launch:
+    """Stage one."""
     count, columns = rows.shape
     chosen = variant(count, rows.dtype)
     n_chunks = partials.shape[1]
@@ -358,25 +357,29 @@ def launch(
     }
     if chosen.kernel == "rows":
         options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "num_warps": chosen.threads // threads_per_warp()}
-        return _gram_rows, (n_chunks,), arguments, options
+        return Launch(_gram_rows, (n_chunks,), arguments, options)
     options |= {"SIDE": 16 if count <= 16 else 32, "BLOCK": chosen.block, "STAGES": chosen.stages, "num_warps": 1}
     options["PRECISION"] = fp32_dot_precision() if rows.dtype == torch.float32 else "ieee"
-    return _gram_dot, (n_chunks,), arguments, options
+    return Launch(_gram_dot, (n_chunks,), arguments, options)
+
+
+def launch_reduce(partials: Tensor, ranges: Tensor | None, out: Tensor, *, add: bool) -> Launch:
+    """Stage two: `out` is [segments, K, K]."""
+    segments, count, _ = out.shape
+    options: dict[str, Any] = {
+        "K": count,
+        "BLOCK": _REDUCE_BLOCK,
+        "RANGES": ranges is not None,
+        "ADD": add,
+        "num_warps": 4,
+        "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
+    }
+    return Launch(_gram_reduce, (segments, count, count), [partials, ranges, out, partials.shape[1]], options)
 
 
 def _partials(rows: Tensor, cuts: Tensor | None, length: int, n_chunks: int) -> Tensor:
     count = rows.shape[0]
     # From torch's allocator, call by call: it hands out the same memory every step, stream by stream.
     partials = torch.empty(count * (count + 1) // 2, n_chunks, dtype=torch.float64, device=rows.device)
-    kernel, grid, arguments, options = launch(rows, cuts, length, partials)
-    kernel[grid](*arguments, **options)
+    launch(rows, cuts, length, partials).run()
     return partials
-
-
-def _reduce(partials: Tensor, ranges: Tensor | None, out: Tensor, *, add: bool) -> None:
-    segments, count, _ = out.shape
-    _gram_reduce[(segments, count, count)](
-        partials, ranges, out, partials.shape[1],
-        K=count, BLOCK=_REDUCE_BLOCK, RANGES=ranges is not None, ADD=add, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip

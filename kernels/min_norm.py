@@ -24,6 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mogeo.kernels.double_double import add, divide, fine_total, less, multiply, subtract_product, two_product, two_sum
+from mogeo.kernels.target import Launch, square_side
+
 MAX_OBJECTIVES = 32
 
 # Values of `status`: those of `mogeo.Status`.
@@ -64,103 +67,6 @@ def _exponent(x):
     small = x < 1e-300  # subnormal, perhaps: its exponent field says nothing
     bits = tl.where(small, x * 1.8014398509481984e16, x).to(tl.int64, bitcast=True)
     return (((bits >> 52) & 0x7FF) - 1022 - tl.where(small, 54, 0)).to(tl.int32)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Double-double: (high, low), |low| ≤ half a unit in the last place of high
-
-
-@triton.jit
-def _two_sum(a, b):
-    """a + b without error (Knuth)."""
-    total = a + b
-    from_b = total - a
-    return total, (a - (total - from_b)) + (b - from_b)
-
-
-@triton.jit
-def _renormalized(high, low):
-    """The same sum as a double-double, for |high| ≥ |low| (Dekker)."""
-    total = high + low
-    return total, low - (total - high)
-
-
-@triton.jit
-def _two_product(a, b):
-    """a · b without error: each factor split into halves of 26 bits, whose products are exact (Dekker)."""
-    product = a * b
-    a_high = (a.to(tl.int64, bitcast=True) & -134217728).to(tl.float64, bitcast=True)
-    b_high = (b.to(tl.int64, bitcast=True) & -134217728).to(tl.float64, bitcast=True)
-    a_low, b_low = a - a_high, b - b_high
-    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-
-
-@triton.jit
-def _sum(a, a_low, b, b_low, FINE: tl.constexpr):
-    """a + b."""
-    if FINE:
-        high, low = _two_sum(a, b)
-        high_of_low, low_of_low = _two_sum(a_low, b_low)
-        high, low = _renormalized(high, low + high_of_low)
-        high, low = _renormalized(high, low + low_of_low)
-    else:
-        high, low = a + b, a_low
-    return high, low
-
-
-@triton.jit
-def _product(a, a_low, b, b_low, FINE: tl.constexpr):
-    """a · b."""
-    if FINE:
-        high, low = _two_product(a, b)
-        high, low = _renormalized(high, low + (a * b_low + a_low * b))
-    else:
-        high, low = a * b, a_low
-    return high, low
-
-
-@triton.jit
-def _quotient(a, a_low, b, b_low, FINE: tl.constexpr):
-    """a / b."""
-    if FINE:
-        first = a / b
-        p, p_low = _product(first, first * 0.0, b, b_low, True)
-        r, r_low = _sum(a, a_low, -p, -p_low, True)
-        second = r / b
-        p, p_low = _product(second, second * 0.0, b, b_low, True)
-        r, r_low = _sum(r, r_low, -p, -p_low, True)
-        high, low = _renormalized(first, second)
-        high, low = _sum(high, low, r / b, r * 0.0, True)
-    else:
-        high, low = a / b, a_low
-    return high, low
-
-
-@triton.jit
-def _minus_product(a, a_low, b, b_low, c, c_low, FINE: tl.constexpr):
-    """a − b · c."""
-    if FINE:
-        p, p_low = _product(b, b_low, c, c_low, True)
-        high, low = _sum(a, a_low, -p, -p_low, True)
-    else:
-        high, low = tl.fma(-b, c, a), a_low
-    return high, low
-
-
-@triton.jit
-def _less(a, a_low, b, b_low):
-    return (a < b) | ((a == b) & (a_low < b_low))
-
-
-@triton.jit
-def _fine_sum(a, a_low, b, b_low):
-    return _sum(a, a_low, b, b_low, True)
-
-
-@triton.jit
-def _total(x, x_low, AXIS: tl.constexpr):
-    """Sum along an axis in double-double: rounded to fp64, it does not depend on where zeros stand in between."""
-    return tl.reduce((x, x_low), AXIS, _fine_sum)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,11 +119,11 @@ def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE:
         start_low = tl.sum(tl.where(is_driving, q_low, 0.0), axis=0)
         blocking = support & (slope < 0.0)
         positive = q > 0.0
-        block, block_low = _quotient(
+        block, block_low = divide(
             tl.where(positive, q, 0.0), tl.where(positive, q_low, 0.0),
             tl.where(blocking, -slope, 1.0), tl.where(blocking, -slope_low, 0.0), FINE,
         )  # fmt: skip
-        behind = _less(block, block_low, reached, reached_low)
+        behind = less(block, block_low, reached, reached_low)
         block = tl.where(blocking, tl.where(behind, reached, block), _INFINITY)
         block_low = tl.where(blocking, tl.where(behind, reached_low, block_low), 0.0)
         nearest = tl.min(block, axis=0)
@@ -226,10 +132,10 @@ def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE:
         blocked = nearest < _INFINITY
 
         independent = pivot > pivot_tolerance
-        goal, goal_low = _quotient(
+        goal, goal_low = divide(
             -start, -start_low, tl.where(independent, pivot, 1.0), tl.where(independent, pivot_low, 0.0), FINE
         )
-        enters = independent & (_less(nearest, nearest_low, goal, goal_low) == 0)
+        enters = independent & (less(nearest, nearest_low, goal, goal_low) == 0)
         # A dependent row that nothing blocks: the hull already holds it, and entering would only amplify rounding.
         stuck = (enters == 0) & (blocked == 0)
         exchange = (done == 0) & (stuck == 0)
@@ -245,14 +151,14 @@ def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE:
         pivot_low = tl.where(exchange, tl.sum(tl.where(here, slope_low, 0.0), axis=0), 0.0)
         start = tl.sum(tl.where(here, q, 0.0), axis=0)
         start_low = tl.sum(tl.where(here, q_low, 0.0), axis=0)
-        inverse, inverse_low = _quotient(zero + 1.0, zero, pivot, pivot_low, FINE)
-        factor, factor_low = _product(slope, slope_low, inverse, inverse_low, FINE)
-        turned, turned_low = _product(-entries, -entries_low, inverse, inverse_low, FINE)
-        turned_start, turned_start_low = _product(-start, -start_low, inverse, inverse_low, FINE)
-        new, new_low = _minus_product(
+        inverse, inverse_low = divide(zero + 1.0, zero, pivot, pivot_low, FINE)
+        factor, factor_low = multiply(slope, slope_low, inverse, inverse_low, FINE)
+        turned, turned_low = multiply(-entries, -entries_low, inverse, inverse_low, FINE)
+        turned_start, turned_start_low = multiply(-start, -start_low, inverse, inverse_low, FINE)
+        new, new_low = subtract_product(
             T, T_low, factor[:, None], factor_low[:, None], entries[None, :], entries_low[None, :], FINE
         )
-        new_q, new_q_low = _minus_product(q, q_low, factor, factor_low, start, start_low, FINE)
+        new_q, new_q_low = subtract_product(q, q_low, factor, factor_low, start, start_low, FINE)
         on_row, on_column = row == at, column == at
         new = tl.where(on_row, tl.where(on_column, inverse, turned[None, :]), tl.where(on_column, factor[:, None], new))
         new_low = tl.where(
@@ -285,7 +191,7 @@ def _on_simplex(y, b, norms):
     first = tl.min(tl.where(norms == shortest, index, y.shape[0]), axis=0)
     nothing = tl.max(raw, axis=0) == 0.0
     raw = tl.where(nothing, tl.where(index == first, 1.0, 0.0), raw)
-    total, _ = _total(raw, raw * 0.0, 0)
+    total, _ = fine_total(raw, raw * 0.0, 0)
     return raw / total
 
 
@@ -296,16 +202,16 @@ def _certified(A, weights, b, takes_part):
     In units where the shortest row is about 1 long; `A` is scaled but not shifted: M_ij = A_ij / (b_i b_j).
     """
     scaled = weights / b  # exact
-    p, p_low = _two_product(A, scaled[None, :] + A * 0.0)
-    slope, slope_low = _total(p, p_low, 1)  # (Mα)_i b_i
-    p, p_low = _product(slope, slope_low, scaled, scaled * 0.0, True)
-    value, value_low = _total(p, p_low, 0)
+    p, p_low = two_product(A, scaled[None, :] + A * 0.0)
+    slope, slope_low = fine_total(p, p_low, 1)  # (Mα)_i b_i
+    p, p_low = multiply(slope, slope_low, scaled, scaled * 0.0, True)
+    value, value_low = fine_total(p, p_low, 0)
     index = tl.arange(0, weights.shape[0])
     norms = tl.sqrt(tl.sum(tl.where(index[:, None] == index[None, :], A, 0.0), axis=1))  # |g_i| b_i
     reach = tl.sum(norms * scaled, axis=0)
     # (αᵀMα − (Mα)_i) b_i ≤ tolerance · |g_i| b_i · reach
-    p, p_low = _product(b, b * 0.0, value, value_low, True)
-    excess, excess_low = _sum(p, p_low, -slope, -slope_low, True)
+    p, p_low = multiply(b, b * 0.0, value, value_low, True)
+    excess, excess_low = add(p, p_low, -slope, -slope_low, True)
     doubt = b * (reach * reach * _ROUNDING)
     holds = excess + excess_low + doubt <= norms * reach * _CERTIFICATE_TOLERANCE
     certified = tl.min(tl.where(takes_part, holds.to(tl.int32), 1), axis=0) != 0
@@ -392,7 +298,7 @@ def _min_norm(
 
     # Shifting by bbᵀ makes A definite as soon as the gradients are affinely independent.
     shift = tl.where(pairs, b[:, None] * b[None, :], 0.0)
-    A, A_low = _two_sum(plain, shift)
+    A, A_low = two_sum(plain, shift)
     y, iterations = _pivoted(A, A_low, b, takes_part, K, SIDE, False)
     weights = tl.where(takes_part, _on_simplex(y, b, norms), 0.0)
     gap, certified = _certified(plain, weights, b, takes_part)
@@ -485,8 +391,7 @@ def min_norm(
     status = torch.empty(batch, dtype=torch.int64, device=gram.device)
     if gap.numel():
         outputs = (weights, gap, status, iterations, nonfinite)
-        kernel, grid, arguments, options = launch(gram, losses, absent, outputs, normalize, power, apply_to, propagate)
-        kernel[grid](*arguments, **options)
+        launch(gram, losses, absent, outputs, normalize, power, apply_to, propagate).run()
     return weights, gap, status
 
 
@@ -499,14 +404,14 @@ def launch(
     power: float,
     apply_to: Literal["raw", "normalized"],
     propagate: bool,
-) -> tuple[Any, tuple[int], list[Any], dict[str, Any]]:
-    """The launch as (kernel, grid, arguments, options)."""
+) -> Launch:
+    """What `min_norm` launches."""
     count = gram.shape[-1]
     weights, gap, status, iterations, nonfinite = outputs
     arguments = [gram, losses, _bytes(absent), weights, gap, status, iterations, _bytes(nonfinite)]
     options: dict[str, Any] = {
         "K": count,
-        "SIDE": max(2, 1 << (count - 1).bit_length()),  # a power of two, as Triton's blocks are
+        "SIDE": square_side(count),
         "LOSSES": losses is not None,
         "ABSENT": absent is not None,
         "LOSS": normalize in ("loss", "loss+"),
@@ -519,7 +424,7 @@ def launch(
         "num_warps": 4 if count > 16 else 1,
         "enable_fp_fusion": False,
     }
-    return _min_norm, (gap.numel(),), arguments, options
+    return Launch(_min_norm, (gap.numel(),), arguments, options)
 
 
 def _bytes(flags: Tensor | None) -> Tensor | None:

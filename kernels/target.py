@@ -1,8 +1,28 @@
-"""What the kernels must know of the device at hand: one place for the differences between NVIDIA and AMD."""
+"""What launches share: their form, and what they must know of the device at hand, NVIDIA's or AMD's."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+
+
+class Launch(NamedTuple):
+    """A kernel and what it is launched with: apart, so that it can be compiled without a device as well."""
+
+    kernel: Any  #: a jitted function
+    grid: tuple[int, ...]
+    arguments: list[Any]
+    options: dict[str, Any]  #: constants of the kernel, and options of the compiler
+
+    def run(self) -> None:
+        """Launch it where its tensors are."""
+        self.kernel[self.grid](*self.arguments, **self.options)
+
+
+def square_side(count: int) -> int:
+    """Edge of the square that a [K, K] matrix is loaded into: a power of two, as Triton's blocks are."""
+    return max(2, 1 << (count - 1).bit_length())
 
 
 def threads_per_warp() -> int:

@@ -24,10 +24,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from mogeo.kernels.target import Launch
 
 PAGE = Path(__file__).parents[2] / "docs" / "registers.md"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -38,8 +40,6 @@ COLUMNS = 1 << 30
 CHUNKS = 1 << 15
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-Launched: TypeAlias = tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _gram(entry: Entry) -> Launched:
+def _gram(entry: Entry) -> Launch:
     from mogeo.kernels import gram
 
     chosen = gram.variant(entry.count, entry.dtype)
@@ -109,17 +109,17 @@ def _gram(entry: Entry) -> Launched:
     return gram.launch(rows, None, length, _empty(pairs, -(-rows.shape[1] // length)))
 
 
-def _reduce(entry: Entry) -> Launched:
+def _reduce(entry: Entry) -> Launch:
     from mogeo.kernels import gram
 
     segments = 100 if entry.case == "by segment" else 1
     ranges = _empty(segments, 2, dtype=torch.int64) if segments > 1 else None
     partials = _empty(entry.count * (entry.count + 1) // 2, CHUNKS)
     out = _empty(segments, entry.count, entry.count)
-    return _recorded(gram, "_gram_reduce", lambda: gram._reduce(partials, ranges, out, add=False))
+    return gram.launch_reduce(partials, ranges, out, add=False)
 
 
-def _combine(entry: Entry) -> Launched:
+def _combine(entry: Entry) -> Launch:
     from mogeo.kernels import combine
 
     rows = _empty(entry.count, COLUMNS, dtype=entry.dtype)
@@ -128,21 +128,20 @@ def _combine(entry: Entry) -> Launched:
     return combine.launch(rows, _empty(entry.count), rows[0], _empty(entry.count, entry.count), max_norm, squares)
 
 
-def _settle(entry: Entry) -> Launched:
+def _settle(entry: Entry) -> Launch:
     from mogeo.kernels import combine
 
     weights, matrix = _empty(entry.count), _empty(entry.count, entry.count)
-    finish = combine.finish_
-    return _recorded(combine, "_settle", lambda: finish([], _empty(4096), weights, matrix, 1.0, discard=True))
+    return combine.launch_settle(_empty(4096), weights, matrix, _empty(3), 1.0, discard=True)
 
 
-def _scale(entry: Entry) -> Launched:
+def _scale(entry: Entry) -> Launch:
     from mogeo.kernels import combine
 
     return combine.launch_scale(_empty(COLUMNS, dtype=entry.dtype), _empty(3))
 
 
-def _min_norm(entry: Entry) -> Launched:
+def _min_norm(entry: Entry) -> Launch:
     from mogeo.kernels import min_norm
 
     k = entry.count
@@ -152,7 +151,7 @@ def _min_norm(entry: Entry) -> Launched:
     return min_norm.launch(_empty(k, k), _empty(k), absent, outputs, *how, propagate=False)
 
 
-_LAUNCHES: dict[str, Callable[[Entry], Launched]] = {
+_LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "gram": _gram,
     "reduce": _reduce,
     "combine": _combine,
@@ -160,23 +159,6 @@ _LAUNCHES: dict[str, Callable[[Entry], Launched]] = {
     "scale": _scale,
     "min_norm": _min_norm,
 }
-
-
-def _recorded(module: Any, kernel: str, call: Callable[[], object]) -> Launched:
-    """What `call` launches of a kernel that has no launch function of its own."""
-    original, launches = getattr(module, kernel), []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments, **options: launches.append((original, grid, list(arguments), options))
-
-    setattr(module, kernel, Recorder())
-    try:
-        call()
-    finally:
-        setattr(module, kernel, original)
-    (launched,) = launches
-    return launched
 
 
 # --------------------------------------------------------------------------------------------------------------------
