@@ -88,6 +88,15 @@ def assert_direction(net: Net, report: mogeo.StepReport, rows: Tensor) -> None:
     assert net.unused.weight.grad is None
 
 
+def assert_left_out(net: Net, x: Tensor, report: mogeo.StepReport) -> None:
+    """Honesty, the second objective, took no part, and the others went on without it."""
+    torch.testing.assert_close(flat_grad(net), report.weights[[0, 2]] @ gradient_rows(net, x)[[0, 2]])
+    assert report.skipped == ("honesty",)
+    assert report.weights[1] == 0
+    assert report.direction_norm.isfinite()
+    assert report.alignment[[0, 2]].isfinite().all()  # type: ignore[index]
+
+
 def poisoned(net: Net, x: Tensor, name: str, how: str) -> dict[str, Tensor]:
     losses = shared_losses(net, x)
     if how == "loss":

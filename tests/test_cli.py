@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 
 from mogeo import cli, weightings
 from mogeo.dpo.config import AlignConfig
+from tests.interruptions import stop_after
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "red", "blue", "green", "warm", "cold"]
 
@@ -205,23 +205,13 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_model(align,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mogeo.dpo import train
-
     assert align(output=tmp_path / "whole") == 0
-    original = train._Run._step
-
-    def interrupted(self, number):
-        if number == 3:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, number)
-
-    monkeypatch.setattr(train._Run, "_step", interrupted)
+    stop_after(monkeypatch, 3)
     assert align() == 130
     told = capsys.readouterr().err
     assert "stopped after step 3" in told
     command = next(line for line in told.splitlines() if line.startswith("resume with: mogeo align "))
     assert command.endswith("--resume")
-    monkeypatch.setattr(train._Run, "_step", original)
     assert cli.main(command.removeprefix("resume with: mogeo ").split()) == 0
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "run")]
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):

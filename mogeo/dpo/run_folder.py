@@ -96,18 +96,15 @@ class RunFolder:
 
     def reference(self, fingerprint: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The cached log-probabilities of the reference, else those of `compute`, cached under `fingerprint`."""
-        cached = self._cached_reference(fingerprint)
+        cached = self.cached_reference(fingerprint)
         if cached is not None:
             return cached
         scores = compute()
         _replace(self._reference, lambda at: torch.save({"fingerprint": fingerprint, "scores": scores}, at))
         return scores
 
-    def has_reference(self, fingerprint: str) -> bool:
-        """Whether `reference` has nothing to compute."""
-        return self._cached_reference(fingerprint) is not None
-
-    def _cached_reference(self, fingerprint: str) -> list[Tensor] | None:
+    def cached_reference(self, fingerprint: str) -> list[Tensor] | None:
+        """What `reference` would not have to compute; else None."""
         if not self._reference.is_file():
             return None
         cached = torch.load(self._reference, weights_only=True)

@@ -230,9 +230,9 @@ class _Run:
         def compute() -> list[Tensor]:
             return [self._score(sequences, f"reference, {part}") for part, sequences in zip(parts, sets, strict=True)]
 
-        cached = self.ranks.on_first(lambda: folder is not None and folder.has_reference(key))
-        scores = folder.reference(key, compute) if folder is not None else [] if cached else compute()
-        scores = self.ranks.on_first(lambda: scores)
+        scores = self.ranks.on_first(lambda: None if folder is None else folder.cached_reference(key))
+        if scores is None:  # every rank computes a part, and has all of them then
+            scores = compute() if folder is None else folder.reference(key, compute)
         self.reference = torch.full((len(self.train_set.sequences),), torch.nan)
         self.reference[self._visited()] = scores[0]
         self.held_out_reference = scores[1]

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mogeo import cli
+from tests.interruptions import stop_after
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -99,19 +100,9 @@ def test_ctrl_c_stops_all_ranks_after_one_step_and_one_process_goes_on(align, tm
 
 
 def test_shards_go_on_where_one_process_stopped(align, tmp_path, monkeypatch):
-    from mogeo.dpo import train
-
-    original = train._Run._step
-
-    def interrupted(self, number):
-        if number == 3:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, number)
-
-    monkeypatch.setattr(train._Run, "_step", interrupted)
+    stop_after(monkeypatch, 3)
     steps = ["--max-steps", "7", "--weighting", "group-dro(0.5)"]
     assert cli.main(align("cut", *steps)) == 130
-    monkeypatch.setattr(train._Run, "_step", original)
     process = launch(TORCHRUN, align("cut", *steps, "--fsdp", "--resume"))
     assert cli.main(align("whole", *steps)) == 0
     finish(process)

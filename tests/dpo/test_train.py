@@ -13,6 +13,7 @@ from mogeo.dpo.batches import ShuffledEpochs
 from mogeo.dpo.data import build_preferences, split_rows
 from mogeo.dpo.errors import InputError
 from mogeo.dpo.train import AlignConfig, Interrupted, align
+from tests.interruptions import stop_after
 
 SETTINGS = {
     "learning_rate": 3e-3,
@@ -146,20 +147,6 @@ def test_bf16_autocast_keeps_fp32_weights_and_lands_near_fp32(run, make_model):
 
 
 # ---- stopping and going on -------------------------------------------------------------------------------------------
-
-
-def stop_after(monkeypatch, step, how):
-    """Let `how` happen once, at the end of step `step`."""
-    original = module._Run._step
-
-    def patched(self, number):
-        record = original(self, number)
-        if number == step:
-            monkeypatch.setattr(module._Run, "_step", original)
-            how()
-        return record
-
-    monkeypatch.setattr(module._Run, "_step", patched)
 
 
 def crash():
