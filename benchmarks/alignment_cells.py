@@ -1,0 +1,71 @@
+"""Cells of an experiment, each a file: what is there is not run again, what is missing is run, on several processes.
+
+Knows nothing of what a cell computes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from machine import describe
+
+Cell = dict[str, Any]
+"""What identifies a run: flat, of strings and numbers. All that is computed must follow from it."""
+
+Result = dict[str, Any]
+
+
+def path_of(folder: Path, cell: Cell) -> Path:
+    """Where the result of a cell lies."""
+    name = " ".join(f"{key}={value}" for key, value in cell.items())
+    return folder / ("".join(c if c.isalnum() or c in "=.,()- " else "_" for c in name).replace(" ", "__") + ".json")
+
+
+def run_cells(cells: Sequence[Cell], compute: Callable[[Cell], Result], folder: Path, workers: int) -> list[Result]:
+    """The results of all cells, in order: read where they are on disk, else computed, and written one by one.
+
+    Args:
+        compute: a function at the top level of a module. Runs in a process of its own, with one thread.
+        folder: one file a cell, holding {"cell", "machine", "seconds", "cpu_seconds", **result}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if not path_of(folder, cell).exists()]
+    print(f"{folder}: {len(cells) - len(missing)} of {len(cells)} cells are there", file=sys.stderr, flush=True)
+    started = time.time()
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
+            waiting = {pool.submit(_run, cell, compute, folder): cell for cell in missing}
+            for number, done in enumerate(as_completed(waiting), start=1):
+                done.result()
+                seconds = time.time() - started
+                told = ", ".join(map(str, waiting[done].values()))
+                print(f"{seconds:6.0f} s  {number}/{len(missing)}  {told}", file=sys.stderr, flush=True)
+    return [json.loads(path_of(folder, cell).read_text("utf-8")) for cell in cells]
+
+
+def _prepare() -> None:
+    """One thread a process: the numbers do not depend on the number of cores, and processes do not wait for them."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _run(cell: Cell, compute: Callable[[Cell], Result], folder: Path) -> None:
+    clock, processor = time.time(), time.process_time()
+    result = compute(cell)
+    cost = {"seconds": round(time.time() - clock, 1), "cpu_seconds": round(time.process_time() - processor, 1)}
+    written = {"cell": cell, "machine": describe("transformers"), **cost, **result}
+    path = path_of(folder, cell)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # a run cut short leaves no half cell
+    partial.write_text(json.dumps(written) + "\n", "utf-8")
+    partial.replace(path)
