@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -65,5 +65,5 @@ def _memory(by_objective: Sequence[Sequence[float]]) -> float | None:
         mean = fmean(series)
         spread = sum((w - mean) ** 2 for w in series)
         if spread > 1e-12:
-            correlations.append(sum((a - mean) * (b - mean) for a, b in zip(series, series[1:], strict=False)) / spread)
+            correlations.append(sum((a - mean) * (b - mean) for a, b in pairwise(series)) / spread)
     return fmean(correlations) if correlations else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,8 @@ class TokenizedPreferences:
     pairs: dict[str, Tensor]
     too_long: dict[str, int]
     """Pairs of each objective that were left out, because one of the two is longer than allowed."""
+    margins: dict[str, Tensor] = field(default_factory=dict)
+    """`Pair.margin` of each pair, fp32 [n]."""
 
 
 # ---- tokenising ------------------------------------------------------------------------------------------------------
@@ -74,6 +76,12 @@ def encode_completion(tokenizer: Any, prompt: str, response: str, prompt_format:
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
+def encode_sequence(tokenizer: Any, prompt: str, response: str, prompt_format: str) -> TokenSequence:
+    """A prompt and its completion as one sequence."""
+    head = encode_prompt(tokenizer, prompt, prompt_format)
+    return TokenSequence((*head, *encode_completion(tokenizer, prompt, response, prompt_format)), len(head))
+
+
 def _turns(prompt: str, response: str | None = None) -> list[dict[str, str]]:
     turns = [{"role": "user", "content": prompt}]
     return turns if response is None else [*turns, {"role": "assistant", "content": response}]
@@ -100,7 +108,7 @@ def tokenize_preferences(
             sequences.append(encode(prompt, response))
         return indices[prompt, response]
 
-    pairs, too_long = {}, {}
+    pairs, too_long, margins = {}, {}, {}
     for name, listed in preferences.pairs.items():
         lengths = [max(len(encode(p.prompt, text).ids) for text in (p.chosen, p.rejected)) for p in listed]
         fitting = [p for p, n in zip(listed, lengths, strict=True) if max_length is None or n <= max_length]
@@ -111,7 +119,8 @@ def tokenize_preferences(
             )
         too_long[name] = len(listed) - len(fitting)
         pairs[name] = torch.tensor([[index_of(p.prompt, p.chosen), index_of(p.prompt, p.rejected)] for p in fitting])
-    return TokenizedPreferences(sequences, pairs, too_long)
+        margins[name] = torch.tensor([p.margin for p in fitting], dtype=torch.float32)
+    return TokenizedPreferences(sequences, pairs, too_long, margins)
 
 
 class _Encoder:

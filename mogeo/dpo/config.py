@@ -28,6 +28,8 @@ class AlignConfig:
     """One of `LOSSES`; the formulas are in `mogeo.dpo.losses.dpo_loss`."""
     label_smoothing: float = 0.0
     """Share of labels taken to be wrong, in [0, 0.5); sigmoid loss only."""
+    modpo_weights: tuple[float, ...] | None = None
+    """MODPO's w, in the order of the objectives, > 0 and with a sum of 1; None: DPO. See `mogeo.dpo.modpo`."""
     learning_rate: float = 5e-7
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's two decay rates."""
@@ -70,6 +72,11 @@ class AlignConfig:
         _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
         if self.label_smoothing > 0 and self.loss != "sigmoid":
             raise InputError(f"label_smoothing is defined for the sigmoid loss only, not for loss '{self.loss}'")
+        if (weights := self.modpo_weights) is not None:
+            holds = all(w > 0 for w in weights) and math.isclose(sum(weights), 1)
+            _require(holds, "modpo_weights", weights, "positive, with a sum of 1")
+            if self.loss != "sigmoid" or self.label_smoothing > 0:
+                raise InputError("MODPO is defined for the sigmoid loss without label smoothing: drop one of them")
         rate = self.learning_rate
         _require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "a positive number")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")

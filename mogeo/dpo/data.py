@@ -40,6 +40,8 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
+    margin: float = 0.0
+    """MODPO only: Σ w_i (r_i(chosen) − r_i(rejected)) over the other objectives i, in the unit of their rewards."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def _parse(row: Row, number: int) -> tuple[str, list[_Completion]]:
         if not isinstance(completion, dict):
             raise InputError(f"{where}: an object is needed, found {type(completion).__name__}")
         annotations = _field(completion, "annotations", dict, where)
-        ratings = {name: _rating(value, f"{where}, objective '{name}'") for name, value in annotations.items()}
+        ratings = {name: rating_of(value, f"{where}, objective '{name}'") for name, value in annotations.items()}
         # UltraFeedback holds a few completions that are null: the model said nothing.
         response = "" if completion.get("response", "") is None else _text(completion, "response", where)
         completions.append((response, ratings))
@@ -287,7 +289,7 @@ def _text(record: Row, column: str, where: str) -> str:
     return text
 
 
-def _rating(annotation: Any, where: str) -> float | None:
+def rating_of(annotation: Any, where: str) -> float | None:
     """A finite rating, or None where there is none ("N/A", "", null)."""
     if annotation is None:
         return None

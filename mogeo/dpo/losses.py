@@ -65,6 +65,35 @@ def dpo_loss(margins: Tensor, beta: float, kind: str = "sigmoid", label_smoothin
     raise ValueError(f"unknown loss {kind!r}: use one of {', '.join(LOSSES)}")
 
 
+def modpo_loss(margins: Tensor, reward_margins: Tensor, beta: float, weight: float) -> Tensor:
+    """MODPO's loss of each pair of objective k: DPO with a margin that the other objectives' rewards claim.
+
+    −log σ( (βh − m) / w_k ) with m = Σ_{i≠k} w_i (r_i(chosen) − r_i(rejected)): where the others prefer the chosen
+    completion already, less is asked of h; where they prefer the rejected one, more. With m = 0 and w_k = 1, DPO's.
+
+    Args:
+        margins: h, as in `dpo_loss`, of any shape.
+        reward_margins: m, of the same shape, in the unit of the rewards; that of βh for the implicit rewards of DPO
+            models, r_i = β (log π_i − log π_ref).
+        beta: > 0.
+        weight: w_k in (0, 1], the objective's share of the weights, which sum to 1.
+
+    Returns:
+        Loss of each pair, the shape and dtype of `margins`.
+
+    Raises:
+        ValueError: an argument outside the ranges above.
+
+    Source: Zhou et al. 2024, *Beyond One-Preference-Fits-All Alignment: Multi-Objective Direct Preference Optimization*
+    (arXiv 2310.03708).
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    if not 0 < weight <= 1:
+        raise ValueError(f"weight must be in (0, 1], got {weight}: the weights of all objectives sum to 1")
+    return -F.logsigmoid((beta * margins - reward_margins) / weight)
+
+
 def sequence_log_probs(
     model: nn.Module,
     input_ids: Tensor,

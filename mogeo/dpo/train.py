@@ -27,7 +27,7 @@ from mogeo.dpo.errors import InputError
 from mogeo.dpo.evaluate import Evaluation, evaluate, score
 from mogeo.dpo.interrupt import Interrupted as Interrupted
 from mogeo.dpo.interrupt import stop_requests
-from mogeo.dpo.losses import dpo_loss
+from mogeo.dpo.losses import dpo_loss, modpo_loss
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
 from mogeo.dpo.ranks import Ranks, current_ranks, device_of_rank
 from mogeo.dpo.ranks import resolve_device as resolve_device
@@ -106,6 +106,10 @@ def align(
     check_weighting(config, len(train.objectives))
     if set(train.objectives) != set(held_out.objectives):
         raise InputError(f"training pairs have objectives {train.objectives}, held-out pairs {held_out.objectives}")
+    if config.modpo_weights is not None and len(config.modpo_weights) != len(train.objectives):
+        raise InputError(
+            f"modpo_weights has {len(config.modpo_weights)} entries for {len(train.objectives)} objectives"
+        )
     if resume and output is None:
         raise InputError("resume needs the output folder of the run to go on with")
     run = _Run(model, tokenizer, train, held_out, config, ranks, output, resume, progress)
@@ -216,6 +220,8 @@ class _Run:
         parts: list[Any] = []
         for tokens in (self.train_set, self.held_out):
             parts += [tokens.sequences, *(pairs.tolist() for pairs in tokens.pairs.values())]
+        if self.config.modpo_weights is not None:
+            parts += [margins.tolist() for margins in self.train_set.margins.values()]
         return {**settings, "objectives": list(self.objectives), "steps": self.steps, "data": fingerprint(*parts)}
 
     def _reference_key(self) -> str:
@@ -296,10 +302,17 @@ class _Run:
             with self.precision:
                 scores = self.engine.log_probs(*batch)
             chosen, rejected = (scores - self.reference[flat].to(self.device)).chunk(2)
-            losses = dpo_loss(chosen - rejected, self.config.beta, self.config.loss, self.config.label_smoothing)
-            return losses.sum() / self._pairs
+            return self._pair_losses(name, indices, chosen - rejected).sum() / self._pairs
 
         return loss
+
+    def _pair_losses(self, name: str, indices: Tensor, margins: Tensor) -> Tensor:
+        """The loss of each of an objective's pairs, from its margin h, [n]."""
+        config = self.config
+        if config.modpo_weights is None:
+            return dpo_loss(margins, config.beta, config.loss, config.label_smoothing)
+        weight = config.modpo_weights[self.objectives.index(name)]
+        return modpo_loss(margins, self.train_set.margins[name][indices].to(self.device), config.beta, weight)
 
     @property
     def _pairs(self) -> int:
