@@ -18,6 +18,7 @@ Run: python benchmarks/alignment.py world [--seeds 5] [--output runs/alignment] 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -75,8 +76,8 @@ def chosen_rates(selection: list[Result]) -> dict[tuple[str, str], float]:
 class World:
     """The cells of the generated world, on disk or to be run."""
 
-    def __init__(self, folder: Path, workers: int, recipe: Recipe) -> None:
-        self.folder, self.workers = folder, workers
+    def __init__(self, folder: Path, workers: int, recipe: Recipe, rates: Sequence[float] = RATES) -> None:
+        self.folder, self.workers, self.grid = folder, workers, rates
         self.compute = alignment_world.bound(recipe, folder / "scratch")
 
     def run(self, name: str, cells: list[Cell]) -> list[Result]:
@@ -98,7 +99,7 @@ class World:
                     for regime in REGIMES
                     for seed in SELECTION_SEEDS
                     for method in METHODS
-                    for rate in RATES
+                    for rate in self.grid
                 ],
             )
         )
@@ -158,11 +159,12 @@ def main() -> None:
     commands.add_parser("report")
     options = parser.parse_args()
 
-    recipe = Recipe()
+    recipe, rates = Recipe(), RATES
     if options.quick:
+        rates = RATES[:1]
         align = replace(recipe.align, max_steps=4, pairs_per_objective=2)
         recipe = replace(recipe, train_prompts=20, held_out_prompts=6, samples_per_prompt=1, sft_steps=2, align=align)
-    setting = World(options.output / "world", options.workers, recipe)
+    setting = World(options.output / "world", options.workers, recipe, rates)
     if options.command == "world":
         setting.test(list(range(options.seeds)))
     elif options.command == "study":

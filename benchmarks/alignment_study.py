@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from alignment_explain import Measured
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -149,7 +150,8 @@ def train(
     adam = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-    optimizer = MultiObjectiveOptimizer(adam, chosen.weighting if given is None else given, objectives=objectives)
+    weighting = Measured(chosen.weighting if given is None else given)
+    optimizer = MultiObjectiveOptimizer(adam, weighting, objectives=objectives)
     probe = MultiObjectiveOptimizer(torch.optim.SGD(parameters, lr=0.0), chosen.weighting, objectives=objectives)
     history = []
     model.train()

@@ -25,6 +25,8 @@ def test_the_defaults_pass_and_the_loss_names_are_those_of_the_losses():
         {"beta": float("nan")},
         {"loss": "dpo"},
         {"label_smoothing": 0.5},
+        {"modpo_weights": (0.5, 0.6)},
+        {"modpo_weights": (1.0, 0.0)},
         {"learning_rate": 0.0},
         {"learning_rate": float("inf")},
         {"betas": (0.9, 1.0)},
@@ -52,6 +54,13 @@ def test_label_smoothing_belongs_to_the_sigmoid_loss():
     AlignConfig(label_smoothing=0.1).check()
     with pytest.raises(InputError, match="not for loss 'ipo'"):
         AlignConfig(label_smoothing=0.1, loss="ipo").check()
+
+
+@pytest.mark.parametrize("other", [{"loss": "ipo"}, {"label_smoothing": 0.1}])
+def test_modpo_belongs_to_the_sigmoid_loss(other):
+    AlignConfig(modpo_weights=(0.25, 0.75)).check()
+    with pytest.raises(InputError, match="MODPO is defined for the sigmoid loss"):
+        AlignConfig(modpo_weights=(0.25, 0.75), **other).check()
 
 
 @given(st.integers(1, 60), st.integers(0, 80), st.sampled_from(module.SCHEDULES))

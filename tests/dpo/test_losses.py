@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mogeo.dpo import losses
-from mogeo.dpo.losses import LOSSES, dpo_loss, sequence_log_probs
+from mogeo.dpo.losses import LOSSES, dpo_loss, modpo_loss, sequence_log_probs
 
 # ---- dpo_loss --------------------------------------------------------------------------------------------------------
 
@@ -80,6 +80,31 @@ def test_at_the_start_every_loss_pulls_towards_the_chosen_completion(kind):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpo_loss(torch.zeros(1), **arguments)
+
+
+@given(
+    margins=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=8),
+    shift=st.floats(-50, 50),
+    beta=st.sampled_from([0.1, 0.5]),
+    weight=st.sampled_from([0.1, 0.25, 1.0]),
+)
+@settings(max_examples=50, deadline=None)
+def test_modpo_equals_its_formula_and_is_dpo_on_a_shifted_margin(margins, shift, beta, weight):
+    h = torch.tensor(margins, dtype=torch.float64)
+    others = torch.full_like(h, shift)
+    ours = modpo_loss(h, others, beta, weight)
+    by_hand = np.logaddexp(0, -(beta * h.numpy() - shift) / weight)
+    np.testing.assert_allclose(ours.numpy(), by_hand, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(ours, dpo_loss(h - shift / beta, beta / weight), rtol=1e-9, atol=1e-12)
+    assert torch.equal(modpo_loss(h, torch.zeros_like(h), beta, 1.0), dpo_loss(h, beta))
+
+
+def test_modpo_refuses_what_is_no_share():
+    for weight in (0.0, -0.1, 1.1):
+        with pytest.raises(ValueError, match="weight must be in"):
+            modpo_loss(torch.zeros(1), torch.zeros(1), 0.1, weight)
+    with pytest.raises(ValueError, match="beta must be positive"):
+        modpo_loss(torch.zeros(1), torch.zeros(1), 0.0, 0.5)
 
 
 # ---- sequence_log_probs ----------------------------------------------------------------------------------------------
