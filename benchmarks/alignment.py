@@ -18,17 +18,20 @@ Run: python benchmarks/alignment.py world [--seeds 5] [--output runs/alignment] 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import alignment_real
+import alignment_tables as tables
 import alignment_world
 from alignment_cells import Cell, Result, run_cells
 from alignment_world import cell_of, static_method
 
 from mogeo.dpo.recipe import Recipe
+from mogeo.dpo.world import OBJECTIVES
 
 REGIMES = ("noisehelp", "base")
 METHODS = (
@@ -44,7 +47,9 @@ METHODS = (
 )
 ADAPTIVE = "mgda-decoupled"
 RATES = (1e-4, 3e-4, 1e-3)
-SELECTION_SEEDS = (100, 101)  # worlds of their own, that no table shows
+SELECTION_SEEDS = (100, 101)  # worlds of their own, that no other table shows
+SELECTION_REGIME = "noisehelp"  # the rates are used in both: half the time, and one question less
+FRESH = 10  # seeds from here on were not looked at when variants were thought of
 REAL_WEIGHTINGS = ("uniform", "group-dro", "mgda-normalized", ADAPTIVE)
 VARIANTS = (
     "uniform",
@@ -64,13 +69,13 @@ def merit(result: Result) -> float:
     return fmean((result["greedy"]["overall"], result["sampled"]["overall"]))
 
 
-def chosen_rates(selection: list[Result]) -> dict[tuple[str, str], float]:
-    """(regime, method) → the learning rate with the highest mean merit over the selection seeds."""
-    merits: dict[tuple[str, str], dict[float, list[float]]] = {}
+def chosen_rates(selection: list[Result]) -> dict[str, float]:
+    """Method → the learning rate with the highest mean merit over the selection seeds."""
+    merits: dict[str, dict[float, list[float]]] = {}
     for result in selection:
         cell = result["cell"]
-        merits.setdefault((cell["regime"], cell["method"]), {}).setdefault(cell["lr"], []).append(merit(result))
-    return {key: max(rates, key=lambda rate: fmean(rates[rate])) for key, rates in merits.items()}
+        merits.setdefault(cell["method"], {}).setdefault(cell["lr"], []).append(merit(result))
+    return {method: max(rates, key=lambda rate: fmean(rates[rate])) for method, rates in merits.items()}
 
 
 class World:
@@ -88,15 +93,14 @@ class World:
         cells = [cell_of("base", "before", 0.0, seed) for seed in seeds]
         return self.run("before", cells + [cell_of(r, "before cdpo", 0.0, seed) for seed in seeds for r in controlled])
 
-    def rates(self) -> dict[tuple[str, str], float]:
-        """The learning rate of each (regime, method)."""
-        self.starts(list(SELECTION_SEEDS))
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each method."""
+        self.starts(list(SELECTION_SEEDS), controlled=(SELECTION_REGIME,))
         return chosen_rates(
             self.run(
                 "selection",
                 [
-                    cell_of(regime, method, rate, seed)
-                    for regime in REGIMES
+                    cell_of(SELECTION_REGIME, method, rate, seed)
                     for seed in SELECTION_SEEDS
                     for method in METHODS
                     for rate in self.grid
@@ -110,7 +114,7 @@ class World:
         self.starts(seeds)
         results = []
         for regime in REGIMES:
-            cells = [cell_of(regime, method, rates[regime, method], seed) for seed in seeds for method in METHODS]
+            cells = [cell_of(regime, method, rates[method], seed) for seed in seeds for method in METHODS]
             found = self.run("test", cells)
             results += found + self.twins("test", found, ADAPTIVE)
         return results
@@ -122,7 +126,7 @@ class World:
 
     def study(self, seeds: list[int], variants: tuple[str, ...] = VARIANTS, name: str = "study") -> list[Result]:
         """Variants at ADAPTIVE's learning rate, where labels are spoiled evenly and where they drift, with twins."""
-        rate = self.rates()["noisehelp", ADAPTIVE]
+        rate = self.rates()[ADAPTIVE]
         self.starts(seeds, controlled=())
         results = []
         for regime in ("noisehelp", alignment_world.DRIFT):
@@ -133,6 +137,129 @@ class World:
                 if variant != "uniform":
                     results += self.twins(name, found, f"study {variant}")
         return results
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+WORLD_COLUMNS: dict[str, tables.Metric] = {
+    "greedy overall": tables.net("greedy", "overall"),
+    "greedy worst": tables.net("greedy", "worst"),
+    "sampled overall": tables.net("sampled", "overall"),
+    "sampled worst": tables.net("sampled", "worst"),
+    "accuracy mean": tables.held_out("accuracy", "mean"),
+    "accuracy worst": tables.held_out("accuracy", "worst"),
+}
+
+
+def report(folder: Path) -> None:
+    """Write tables.md, cells.json and pictures, of all cells that are there, and print the tables."""
+    parts = [*_world_report(folder), *_study_report(folder, "study"), *_real_report(folder)]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "tables.md").write_text(text, "utf-8")
+    cells = {
+        str(path.relative_to(folder)): [_without_series(result) for result in tables.read(path)]
+        for path in sorted(folder.rglob("*"))
+        if path.is_dir() and any(path.glob("*.json")) and path != folder
+    }
+    with (folder / "cells.json").open("w", encoding="utf-8") as file:
+        json.dump(cells, file)
+    print(text)
+
+
+def _world_report(folder: Path) -> list[str]:
+    parts = []
+    selection, before = (tables.read(folder / "world" / name) for name in ("selection", "before"))
+    if selection:
+        parts += ["## Learning rates (merit on the selection seeds)", tables.selection(selection, merit)]
+    for regime in REGIMES:
+        tested = [r for r in tables.read(folder / "world" / "test") if r["cell"]["regime"] == regime]
+        if not tested:
+            continue
+        seeds = {r["cell"]["seed"] for r in tested}
+        starts = [r for r in before if r["cell"]["seed"] in seeds and r["cell"]["regime"] in ("base", regime)]
+        # "before" does not depend on the regime; "before cdpo" does.
+        starts = [r for r in starts if r["cell"]["method"] == "before" or r["cell"]["regime"] == regime]
+        order = ("before", "before cdpo", *METHODS)
+        results = sorted([*starts, *tested], key=lambda r: _rank(r, order))
+        runs = tables.by_label(results)
+        parts += [f"## World, {regime}", tables.levels(runs, WORLD_COLUMNS)]
+        for kind in ("greedy", "sampled"):
+            columns = {name: tables.net(kind, name) for name in ("overall", *OBJECTIVES)}
+            parts += [f"### {kind}, by objective", tables.levels(runs, columns)]
+        parts += [
+            "### minus uniform, paired by seed",
+            tables.differences(runs, WORLD_COLUMNS, lambda label: tables.BASELINE),
+            "### why",
+            tables.explanation(runs, OBJECTIVES),
+        ]
+        for kind in ("greedy", "sampled"):
+            title = f"World, {regime}: net win rate of {kind} answers, %"
+            tables.draw_trade_offs(folder / f"trade-off-{regime}-{kind}.png", runs, OBJECTIVES, kind, title)
+        tables.draw_weights(folder / f"weights-{regime}.png", runs, OBJECTIVES, f"World, {regime}: weights")
+    return parts
+
+
+def _study_report(folder: Path, name: str) -> list[str]:
+    parts = []
+    results = tables.read(folder / "world" / name)
+    for regime in dict.fromkeys(r["cell"]["regime"] for r in results):
+        ours = [r for r in results if r["cell"]["regime"] == regime]
+        fresh = sorted({r["cell"]["seed"] for r in ours})
+        for seeds in ([s for s in fresh if s < FRESH], [s for s in fresh if s >= FRESH]):
+            order = tuple(f"study {variant}" for variant in VARIANTS)
+            chosen = sorted((r for r in ours if r["cell"]["seed"] in seeds), key=lambda r: _rank(r, order))
+            if not chosen:
+                continue
+            runs = tables.by_label(chosen)
+            parts += [
+                f"## Study, {regime}, seeds {seeds[0]} to {seeds[-1]}",
+                tables.levels(runs, WORLD_COLUMNS),
+                "### minus uniform",
+                tables.differences(runs, WORLD_COLUMNS, lambda label: tables.BASELINE),
+                "### minus its static twin",
+                tables.differences(runs, WORLD_COLUMNS, lambda label: f"{tables.TWIN} of {label}"),
+                "### why",
+                tables.explanation(runs, OBJECTIVES),
+            ]
+            tables.draw_weights(
+                folder / f"weights-study-{regime}-{seeds[0]}.png", runs, OBJECTIVES, f"Study, {regime}: weights"
+            )
+    return parts
+
+
+def _real_report(folder: Path) -> list[str]:
+    parts = []
+    for data in sorted((folder / "real").glob("*")):
+        results = tables.read(data)
+        if not results:
+            continue
+        objectives = results[0]["objectives"]
+        runs = tables.by_label(sorted(results, key=lambda r: _rank(r, REAL_WEIGHTINGS)))
+        parts.append(f"## {data.name}")
+        for key, digits in (("accuracy", 1), ("margin", 3)):
+            columns = {name: tables.held_out(key, name) for name in ("mean", "worst", *objectives)}
+            parts += [
+                f"### held-out {key}",
+                tables.levels(runs, columns, digits),
+                tables.differences(runs, columns, lambda label: tables.BASELINE, digits),
+            ]
+        parts += ["### why", tables.explanation(runs, objectives)]
+        tables.draw_weights(folder / f"weights-{data.name}.png", runs, objectives, f"{data.name}: weights")
+    return parts
+
+
+def _rank(result: Result, order: Sequence[str]) -> tuple[int, int, int]:
+    """Methods in the order of the tables, each followed by its twin; by seed."""
+    cell = result["cell"]
+    method = cell.get("twin of", cell["method"])
+    return (order.index(method) if method in order else len(order), "twin of" in cell, cell["seed"])
+
+
+def _without_series(result: Result) -> Result:
+    explained = result.get("explained")
+    if not explained:
+        return result
+    return {**result, "explained": {key: value for key, value in explained.items() if key != "weights"}}
 
 
 def main() -> None:
@@ -179,7 +306,7 @@ def main() -> None:
         compute = alignment_real.bound(options.model, options.data, folder / "scratch")
         run_cells(cells, compute, folder, options.workers)
     else:
-        raise NotImplementedError
+        report(options.output)
 
 
 if __name__ == "__main__":
