@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -51,17 +51,9 @@ SELECTION_SEEDS = (100, 101)  # worlds of their own, that no other table shows
 SELECTION_REGIME = "noisehelp"  # the rates are used in both: half the time, and one question less
 FRESH = 10  # seeds from here on were not looked at when variants were thought of
 REAL_WEIGHTINGS = ("uniform", "group-dro", "mgda-normalized", ADAPTIVE)
-VARIANTS = (
-    "uniform",
-    ADAPTIVE,
-    "smoothed(0.9)",
-    "smoothed gram(0.9)",
-    "gram of 4",
-    "apart",
-    "loss+",
-    "loss^2",
-    "descent",
-)
+VARIANTS = ("uniform", ADAPTIVE, "smoothed(0.9)", "smoothed gram(0.9)", "gram of 4", "apart", "loss+", "descent")
+TWINNED = (ADAPTIVE, "smoothed gram(0.9)", "gram of 4")  # with a twin that holds the means of their weights fixed
+DRIFTING = ("uniform", ADAPTIVE, "smoothed gram(0.9)")  # what is tried where labels change half-way
 
 
 def merit(result: Result) -> float:
@@ -78,12 +70,32 @@ def chosen_rates(selection: list[Result]) -> dict[str, float]:
     return {method: max(rates, key=lambda rate: fmean(rates[rate])) for method, rates in merits.items()}
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much is run."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    methods: tuple[str, ...] = METHODS
+    rates: tuple[float, ...] = RATES
+    selection_seeds: tuple[int, ...] = SELECTION_SEEDS
+
+    @classmethod
+    def tiny(cls) -> Sizes:
+        """Every path once, too small to mean anything."""
+        full = Recipe()
+        align = replace(full.align, max_steps=4, pairs_per_objective=2)
+        recipe = replace(
+            full, train_prompts=20, held_out_prompts=6, samples_per_prompt=1, sft_steps=2, sft_batch=4, align=align
+        )
+        return cls(recipe, ("uniform", ADAPTIVE, "modpo", "cdpo"), RATES[:1], SELECTION_SEEDS[:1])
+
+
 class World:
     """The cells of the generated world, on disk or to be run."""
 
-    def __init__(self, folder: Path, workers: int, recipe: Recipe, rates: Sequence[float] = RATES) -> None:
-        self.folder, self.workers, self.grid = folder, workers, rates
-        self.compute = alignment_world.bound(recipe, folder / "scratch")
+    def __init__(self, folder: Path, workers: int, sizes: Sizes) -> None:
+        self.folder, self.workers, self.sizes = folder, workers, sizes
+        self.compute = alignment_world.bound(sizes.recipe, folder / "scratch")
 
     def run(self, name: str, cells: list[Cell]) -> list[Result]:
         return run_cells(cells, self.compute, self.folder / name, self.workers)
@@ -95,15 +107,15 @@ class World:
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each method."""
-        self.starts(list(SELECTION_SEEDS), controlled=(SELECTION_REGIME,))
+        self.starts(list(self.sizes.selection_seeds), controlled=(SELECTION_REGIME,))
         return chosen_rates(
             self.run(
                 "selection",
                 [
                     cell_of(SELECTION_REGIME, method, rate, seed)
-                    for seed in SELECTION_SEEDS
-                    for method in METHODS
-                    for rate in self.grid
+                    for seed in self.sizes.selection_seeds
+                    for method in self.sizes.methods
+                    for rate in self.sizes.rates
                 ],
             )
         )
@@ -114,7 +126,7 @@ class World:
         self.starts(seeds)
         results = []
         for regime in REGIMES:
-            cells = [cell_of(regime, method, rates[method], seed) for seed in seeds for method in METHODS]
+            cells = [cell_of(regime, method, rates[method], seed) for seed in seeds for method in self.sizes.methods]
             found = self.run("test", cells)
             results += found + self.twins("test", found, ADAPTIVE)
         return results
@@ -124,18 +136,19 @@ class World:
         of = [result for result in results if result["cell"]["method"] == method]
         return self.run(name, [{**result["cell"], "method": static_method(result), "twin of": method} for result in of])
 
-    def study(self, seeds: list[int], variants: tuple[str, ...] = VARIANTS, name: str = "study") -> list[Result]:
+    def study(self, seeds: list[int], variants: Sequence[str] | None = None) -> list[Result]:
         """Variants at ADAPTIVE's learning rate, where labels are spoiled evenly and where they drift, with twins."""
         rate = self.rates()[ADAPTIVE]
         self.starts(seeds, controlled=())
         results = []
-        for regime in ("noisehelp", alignment_world.DRIFT):
-            cells = [cell_of(regime, f"study {variant}", rate, seed) for seed in seeds for variant in variants]
-            found = self.run(name, cells)
+        for regime, usual in (("noisehelp", VARIANTS), (alignment_world.DRIFT, DRIFTING)):
+            shown = [variant for variant in usual if variants is None or variant in variants]
+            cells = [cell_of(regime, f"study {variant}", rate, seed) for seed in seeds for variant in shown]
+            found = self.run("study", cells)
             results += found
-            for variant in variants:
-                if variant != "uniform":
-                    results += self.twins(name, found, f"study {variant}")
+            for variant in shown:
+                if variant in TWINNED:
+                    results += self.twins("study", found, f"study {variant}")
         return results
 
 
@@ -153,7 +166,7 @@ WORLD_COLUMNS: dict[str, tables.Metric] = {
 
 def report(folder: Path) -> None:
     """Write tables.md, cells.json and pictures, of all cells that are there, and print the tables."""
-    parts = [*_world_report(folder), *_study_report(folder, "study"), *_real_report(folder)]
+    parts = [*_world_report(folder), *_study_report(folder), *_real_report(folder)]
     text = "\n\n".join(parts) + "\n"
     (folder / "tables.md").write_text(text, "utf-8")
     cells = {
@@ -199,9 +212,9 @@ def _world_report(folder: Path) -> list[str]:
     return parts
 
 
-def _study_report(folder: Path, name: str) -> list[str]:
+def _study_report(folder: Path) -> list[str]:
     parts = []
-    results = tables.read(folder / "world" / name)
+    results = tables.read(folder / "world" / "study")
     for regime in dict.fromkeys(r["cell"]["regime"] for r in results):
         ours = [r for r in results if r["cell"]["regime"] == regime]
         fresh = sorted({r["cell"]["seed"] for r in ours})
@@ -237,7 +250,7 @@ def _real_report(folder: Path) -> list[str]:
         runs = tables.by_label(sorted(results, key=lambda r: _rank(r, REAL_WEIGHTINGS)))
         parts.append(f"## {data.name}")
         for key, digits in (("accuracy", 1), ("margin", 3)):
-            columns = {name: tables.held_out(key, name) for name in ("mean", "worst", *objectives)}
+            columns = {f"{key}: {name}": tables.held_out(key, name) for name in ("mean", "worst", *objectives)}
             parts += [
                 f"### held-out {key}",
                 tables.levels(runs, columns, digits),
@@ -273,7 +286,7 @@ def main() -> None:
     study = commands.add_parser("study")
     study.add_argument("--seeds", type=int, default=5, metavar="N")
     study.add_argument("--first-seed", type=int, default=0, metavar="S", help="S ... S+N-1: fresh ones for a winner")
-    study.add_argument("--variant", action="append", help="of `alignment_study.variant`; repeat (default: all)")
+    study.add_argument("--variant", action="append", choices=VARIANTS, help="repeat (default: all)")
     real = commands.add_parser("real")
     real.add_argument("--model", required=True, help="what `mogeo align --model` takes")
     real.add_argument("--data", type=Path, required=True, help="rated rows")
@@ -286,17 +299,12 @@ def main() -> None:
     commands.add_parser("report")
     options = parser.parse_args()
 
-    recipe, rates = Recipe(), RATES
-    if options.quick:
-        rates = RATES[:1]
-        align = replace(recipe.align, max_steps=4, pairs_per_objective=2)
-        recipe = replace(recipe, train_prompts=20, held_out_prompts=6, samples_per_prompt=1, sft_steps=2, align=align)
-    setting = World(options.output / "world", options.workers, recipe, rates)
+    setting = World(options.output / "world", options.workers, Sizes.tiny() if options.quick else Sizes())
     if options.command == "world":
         setting.test(list(range(options.seeds)))
     elif options.command == "study":
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        setting.study(list(seeds), tuple(options.variant or VARIANTS))
+        setting.study(list(seeds), options.variant)
     elif options.command == "real":
         weightings = options.weighting or list(REAL_WEIGHTINGS)
         cells = alignment_real.cells(

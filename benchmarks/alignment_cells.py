@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,33 @@ def run_cells(cells: Sequence[Cell], compute: Callable[[Cell], Result], folder: 
     """The results of all cells, in order: read where they are on disk, else computed, and written one by one.
 
     Args:
-        compute: a function at the top level of a module. Runs in a process of its own, with one thread.
+        compute: a function at the top level of a module. Runs with one thread, in a process of its own if there are
+            several workers.
         folder: one file a cell, holding {"cell", "machine", "seconds", "cpu_seconds", **result}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not path_of(folder, cell).exists()]
     print(f"{folder}: {len(cells) - len(missing)} of {len(cells)} cells are there", file=sys.stderr, flush=True)
     started = time.time()
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
-            waiting = {pool.submit(_run, cell, compute, folder): cell for cell in missing}
-            for number, done in enumerate(as_completed(waiting), start=1):
-                done.result()
-                seconds = time.time() - started
-                told = ", ".join(map(str, waiting[done].values()))
-                print(f"{seconds:6.0f} s  {number}/{len(missing)}  {told}", file=sys.stderr, flush=True)
+    for number, cell in enumerate(_all_run(missing, compute, folder, workers), start=1):
+        told = ", ".join(map(str, cell.values()))
+        print(f"{time.time() - started:6.0f} s  {number}/{len(missing)}  {told}", file=sys.stderr, flush=True)
     return [json.loads(path_of(folder, cell).read_text("utf-8")) for cell in cells]
+
+
+def _all_run(cells: Sequence[Cell], compute: Callable[[Cell], Result], folder: Path, workers: int) -> Iterator[Cell]:
+    """Each cell, once it is on disk."""
+    if workers == 1 or len(cells) < 2:
+        _prepare()
+        for cell in cells:
+            _run(cell, compute, folder)
+            yield cell
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
+        waiting = {pool.submit(_run, cell, compute, folder): cell for cell in cells}
+        for done in as_completed(waiting):
+            done.result()
+            yield waiting[done]
 
 
 def _prepare() -> None:

@@ -66,10 +66,11 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def summary(values: Sequence[float], digits: int = 1) -> str:
+def summary(values: Sequence[float], digits: int = 1, signed: bool = True) -> str:
     """Mean ± half the 95 % interval."""
-    width = interval(values)
-    return f"{_signed(fmean(values), digits)}" + ("" if math.isnan(width) else f" ± {width:.{digits}f}")
+    width, mean = interval(values), fmean(values)
+    told = _signed(mean, digits) if signed else f"{mean:.{digits}f}"
+    return told + ("" if math.isnan(width) else f" ± {width:.{digits}f}")
 
 
 def paired(values: Sequence[float], others: Sequence[float], digits: int = 1) -> str:
@@ -112,7 +113,11 @@ def levels(runs: Runs, columns: Mapping[str, Metric], digits: int = 1) -> str:
     """Mean ± 95 % interval of each column, a row a method."""
     rows = []
     for label, by_seed in runs.items():
-        rows.append([f"`{label}`", *(summary([m(r) for r in by_seed.values()], digits) for m in columns.values())])
+        cells = [
+            summary([metric(r) for r in by_seed.values()], digits, signed="accuracy" not in name)
+            for name, metric in columns.items()
+        ]
+        rows.append([f"`{label}`", *cells])
     return markdown(["", *columns], rows)
 
 

@@ -189,5 +189,5 @@ def cell_of(regime: str, method: str, rate: float, seed: int) -> Cell:
 
 def static_method(result: Result, objectives: Sequence[str] = OBJECTIVES) -> str:
     """Fixed weights with the means that another run's had."""
-    means = result["explained"]["weight"]
-    return f"linear({', '.join(f'{means[name]:.4f}' for name in objectives)})"
+    means, loop = result["explained"]["weight"], "study " if result["cell"]["method"].startswith("study ") else ""
+    return f"{loop}linear({', '.join(f'{means[name]:.4f}' for name in objectives)})"

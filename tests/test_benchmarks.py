@@ -57,3 +57,17 @@ def test_kernels_are_drawn_and_what_cannot_run_is_left_out_aloud(tmp_path: Path)
     for what in ("graph replay", "N = 1,000,000 ", "N = 1,000,000,000,000,000", "compiled products"):
         assert what in left_out
     assert all(line in printed for line in left_out.splitlines())
+
+
+def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
+    place = ["--output", str(tmp_path), "--workers", "1", "--quick"]
+    run("alignment.py", *place, "world", "--seeds", "1")
+    cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    run("alignment.py", *place, "world", "--seeds", "1")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == cells
+    printed = run("alignment.py", *place, "report")
+    assert (tmp_path / "tables.md").read_text() in printed
+    for method in ("before cdpo", "uniform", "mgda-decoupled", "static of mgda-decoupled", "modpo", "cdpo"):
+        assert printed.count(f"| `{method}` |") >= 6, method  # two regimes, three tables
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert {"trade-off-base-greedy.png", "trade-off-noisehelp-sampled.png", "weights-noisehelp.png"} <= pictures
