@@ -184,8 +184,7 @@ def _generate(
     from mogeo.dpo.train import resolve_device
 
     device = resolve_device(args.device)
-    if args.quiet:
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # its bars would be drawn across ours
     file = ResponseFile(args.output / "responses.jsonl")
     prompts = [question.prompt for question in asked]
     said = {}
@@ -289,8 +288,8 @@ def _endpoint_text(args: argparse.Namespace, judge: EndpointJudge) -> str:
     contradictions = sum(judge.contradictions.values())
     first, second = (sum(counts[position] for counts in judge.answers.values()) for position in "AB")
     lines.append(
-        f"in {contradictions:,} of {total:,} pairs of orders it preferred the same position both times (counted as ties);"
-        f" it named the first response {first:,} times, the second {second:,} times"
+        f"in {contradictions:,} of {total:,} pairs of orders it preferred the same position both times (counted as "
+        f"ties); it named the first response {first:,} times, the second {second:,} times"
     )
     for reason, count in usage.failures.items():
         lines.append(f"{count:,} without a reply: {reason}")
