@@ -85,6 +85,10 @@ class EndpointJudge:
         """One verdict a prompt, in order; raises InputError where the endpoint refuses, or fails again and again."""
         return _run(self._compare(list(zip(prompts, candidates, references, strict=True))))
 
+    def close(self) -> None:
+        """Let go of the cache's file."""
+        self.endpoint.cache.close()
+
     def report(self) -> dict[str, Any]:
         """Usage, and how the judge answered, in plain values.
 

@@ -12,7 +12,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,24 +229,24 @@ def _judge(
 
     comparisons = Comparisons.of(asked, responses)
     told: dict[str, Any] = {"judge": args.judge}
+    last_words = ""
     if args.judge == "endpoint":
-        judge = endpoint_judge(args, objectives)
-        plan = judge.plan(comparisons.prompts, comparisons.candidates, comparisons.references)
-        print(_plan_text(args, plan), flush=True)
-        if plan.requests:
-            _ask_consent(args)
-        with _bar(args, "judging", plan.requests + plan.cached, "answer") as bar:
-            judge.on_answer = bar
-            judged = judge_models(judge, asked, responses, comparisons=comparisons)
+        with closing(endpoint_judge(args, objectives)) as judge:
+            plan = judge.plan(comparisons.prompts, comparisons.candidates, comparisons.references)
+            print(_plan_text(args, plan), flush=True)
+            if plan.requests:
+                _ask_consent(args)
+            with _bar(args, "judging", plan.requests + plan.cached, "answer") as bar:
+                judge.on_answer = bar
+                judged = judge_models(judge, asked, responses, comparisons=comparisons)
         told.update(plan=asdict(plan), **judge.report())
+        last_words = f"\n{_endpoint_text(args, judge)}\n"
     else:
         rater: Judge = world_judge(args, objectives) if args.judge == "world" else reward_judge(args)
         judged = judge_models(rater, asked, responses, comparisons=comparisons)
     _write(args, judged, told, how)
     print("\n" + "\n\n".join(table.text() for table in judged.tables()))
-    if args.judge == "endpoint":
-        print("\n" + _endpoint_text(args, judge))
-    print(f"\nnumbers, verdicts and responses are in {args.output}")
+    print(f"{last_words}\nnumbers, verdicts and responses are in {args.output}")
     return 0
 
 

@@ -26,7 +26,8 @@ def test_an_answer_in_the_form_asked_for_is_read(answer: str) -> None:
         "", "A", '"A"', "tie", '{"winner": "a"}', '{"winner": "Tie"}', '{"winner": "C"}', '{"winner": null}',
         '{"winner": ["A"]}', '{"winner": "A", "reason": "longer"}', '{"winner": "A", "winner": "B"}', '{"Winner": "A"}',
         '{"winner": "A"} because', 'I say {"winner": "A"}', '{"winner": "A"', "[]", "{}", "null", "1",
-        '[["winner", "A"]]', '```json\n{"winner": "A"}\n``` so', '{"winner": "A"}{"winner": "A"}', '{"winner": {"winner": "A"}}',
+        '[["winner", "A"]]', '```json\n{"winner": "A"}\n``` so', '{"winner": "A"}{"winner": "A"}',
+        '{"winner": {"winner": "A"}}',
         "[" * 100_000,
     ],
 )  # fmt: skip
