@@ -36,7 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(words, 0).save_pretrained(folder / "base")
     done = cli.main(
         ["align", "--model", str(folder / "base"), "--data", str(folder / "rows.jsonl"),
-         "--output", str(folder / "run"), "--held-out", "0.3", "--seed", "5", "--max-steps", "2", "--lr", "1e-2", "--prompt-format", "plain",
+         "--output", str(folder / "run"), "--held-out", "0.3", "--seed", "5", "--max-steps", "2", "--lr", "1e-2",
+         "--prompt-format", "plain",
          "--autocast", "none", "--eval-every", "0", "--save-every", "0", "--device", "cpu", "--quiet"]
     )  # fmt: skip
     assert done == 0
