@@ -125,6 +125,7 @@ class Endpoint:
         self.config, self.cache, self.usage = config, cache, Usage()
         self._key = config.api_key()
         self._failed_in_row = 0
+        self._over: str | None = None  # why nothing more is sent
         self._jitter = random.Random(0)
 
     def key_of(self, messages: Messages) -> str:
@@ -136,7 +137,7 @@ class Endpoint:
         """A connection, as a function: await ask(messages) -> Answer. As many may wait for it as want to."""
         import openai
 
-        self._failed_in_row = 0
+        self._failed_in_row, self._over = 0, None
         room = asyncio.Semaphore(self.config.concurrency)
         client = openai.AsyncOpenAI(
             api_key=self._key or "none",  # the client insists on one; servers without keys ignore it
@@ -152,6 +153,8 @@ class Endpoint:
                 self.usage.cached += 1
                 return Answer(known.text)
             async with room:
+                if self._over is not None:  # who waited for room must not send what the others were refused
+                    raise InputError(self._over)
                 return await self._ask(client, messages, key)
 
         async with client:
@@ -173,7 +176,8 @@ class Endpoint:
                 return Answer(reply.text)
             reason = self._redact(problem.reason)
             if problem.hopeless:
-                raise InputError(f"{self.config.base_url} refuses the request: {reason}") from None
+                self._over = f"{self.config.base_url} refuses the request: {reason}"
+                raise InputError(self._over)
             wait = self.config.first_wait * 2**attempt * self._jitter.uniform(0.5, 1)
             wait = max(min(wait, _LONGEST_WAIT), problem.wait)
             if not problem.passing or attempt == self.config.retries or wait > _LONGEST_WAIT:
@@ -184,10 +188,11 @@ class Endpoint:
         self.usage.failures[reason] = self.usage.failures.get(reason, 0) + 1
         self._failed_in_row += 1
         if self._failed_in_row >= _GIVE_UP_AFTER:
-            raise InputError(
+            self._over = (
                 f"{self.config.base_url} failed {self._failed_in_row} requests in a row, the last with: {reason}. What "
                 "was answered is kept: run the same command again to go on"
             )
+            raise InputError(self._over)
         return Answer(None, reason)
 
     async def _request(self, client: Any, messages: Messages) -> Reply:
