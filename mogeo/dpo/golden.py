@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mogeo.dpo.data import Row
-from mogeo.dpo.data import _same_prompt as same_prompt
+from mogeo.dpo.data import Row, same_prompt
 from mogeo.dpo.errors import InputError
 
 logger = logging.getLogger("mogeo")

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mogeo.dpo.data import Row
-from mogeo.dpo.data import _same_prompt as same_prompt
+from mogeo.dpo.data import Row, same_prompt
 from mogeo.dpo.errors import InputError
 
 _FILE = "data.json"
