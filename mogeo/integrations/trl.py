@@ -62,7 +62,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from
             each objective to a Dataset of pairs; or UltraFeedback's rows (instruction, completions).
         eval_dataset: the same; or a mapping from other names to several such sets.
-        optimizers: as in `DPOTrainer`; the optimizer is wrapped, unless it is a `MultiObjectiveOptimizer` already.
+        optimizers: as in `DPOTrainer`; the optimizer is wrapped, unless it is a `MultiObjectiveOptimizer` already, made
+            with these objectives. Its weighting counts then, and not `weighting`.
 
     Raises:
         ValueError: data that does not fit (`mogeo.dpo.errors.InputError`), a weighting that does not exist or does not
@@ -91,17 +92,19 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         for name, role in (("train_dataset", "train"), ("eval_dataset", "eval")):
             if name in given:
                 given[name] = self._without_sets(given[name], role)
-        # TRL prepares and scores data while it is made, so these have to be known before.
-        self._pairs_in_step: list[int] = [0] * len(self.objectives)
-        self._brought: set[int] = set()
+        if getattr(given.get("args"), "activation_offloading", False):
+            raise ValueError(
+                "activation_offloading=True brings activations back once, but each objective has a backward of its "
+                "own: set it to False; gradient_checkpointing=True saves memory as well"
+            )
         super().__init__(**given)
+        self._fit_to_engine()
         self._refuse_what_does_not_fit()
         self.data_collator = _LabelCollator(self.data_collator)
         self._tally = Tally(self.objectives, self.accelerator.device)
         self._eval_tally = Tally(self.objectives, self.accelerator.device)
-        if self.is_fsdp_enabled:
-            # FSDP2 would keep unreduced gradients to itself between micro-batches, those of all objectives in one.
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self._labelled_in_step = [0.0] * len(self.objectives)  # sum over micro-batches and ranks of labelled shares
+        self._brought: set[int] = set()  # objectives that have had a backward on this rank in this step
 
     def _refuse_what_does_not_fit(self) -> None:
         if set(self.loss_types) == {"hinge"} and getattr(self.weighting, "needs_positive_losses", False):
@@ -111,11 +114,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
             )
         if self._is_vision_dataset:
             raise NotImplementedError("images are not supported: their rows cannot be taken apart by objective")
-        if self.args.activation_offloading:
-            raise ValueError(
-                "activation_offloading=True brings activations back once, but each objective has a backward of its "
-                "own: set it to False; gradient_checkpointing=True saves memory as well"
-            )
+
+    def _fit_to_engine(self) -> None:
         if self.is_deepspeed_enabled:
             raise NotImplementedError("DeepSpeed keeps gradients to itself: use FSDP2 (fsdp_version: 2), or DDP")
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
@@ -123,6 +123,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise NotImplementedError("context and sequence parallelism are not supported: use FSDP2, or DDP")
+        if self.is_fsdp_enabled:
+            # FSDP2 would keep unreduced gradients to itself between micro-batches, those of all objectives in one.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +176,14 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's, wrapped in a `mogeo.MultiObjectiveOptimizer`."""
         super().create_optimizer(model)
-        if not isinstance(_inner(self.optimizer), MultiObjectiveOptimizer):
+        inner = _inner(self.optimizer)
+        if isinstance(inner, MultiObjectiveOptimizer):
+            if inner.objectives != self.objectives:
+                raise ValueError(
+                    f"the optimizer has the objectives {inner.objectives}, the trainer {self.objectives}: make it with "
+                    f"MultiObjectiveOptimizer(..., objectives={list(self.objectives)})"
+                )
+        else:
             scaled = self.accelerator.scaler is not None
             self.optimizer = MultiObjectiveOptimizer(
                 self.optimizer,
@@ -185,14 +195,14 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step; counts the pairs of each objective in all of them, on all ranks."""
+        """The micro-batches of a step; sums up which share of each has labels for which objective, over all ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        labels = [row for batch in batches for row in batch[LABELS]]
-        counts = [sum(label != 0 for label in column) for column in zip(*labels, strict=True)]
-        counts = counts or [0] * len(self.objectives)
+        shares = [_labelled_shares(batch[LABELS]) for batch in batches]
+        in_step = [sum(column) for column in zip(*shares, strict=True)] or [0.0] * len(self.objectives)
         if self.accelerator.num_processes > 1:
-            counts = self._sum_over_ranks(torch.tensor(counts, device=self.accelerator.device)).tolist()
-        self._pairs_in_step = counts
+            local = torch.tensor(in_step, dtype=torch.float64, device=self.accelerator.device)
+            in_step = self._sum_over_ranks(local).tolist()
+        self._labelled_in_step = in_step
         self._brought = set()
         return batches, num_items
 
@@ -218,7 +228,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
             scale = None if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
             self._tally.add_report(self._multi_objective_optimizer.combine(), scale)
             self._tally.share(self._sum_over_ranks)
-        present = sum(count > 0 for count in self._pairs_in_step)
+        present = sum(share > 0 for share in self._labelled_in_step)
         logged = [loss.detach() for loss in losses.values()]
         return sum(logged, torch.zeros((), device=self.accelerator.device)) / max(1, present)
 
@@ -226,17 +236,18 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         """This micro-batch's summands of the losses, by objective: over a step and all ranks they make up means."""
         labels, pairs = self._scored(model, inputs)
         accumulation, ranks = self.current_gradient_accumulation_steps, self.accelerator.num_processes
+        shares = _labelled_shares(labels)
         losses = {}
-        for index, (objective, in_step) in enumerate(zip(self.objectives, self._pairs_in_step, strict=True)):
-            column = [row[index] for row in labels]
-            count = sum(label != 0 for label in column)
-            if count:
+        for index, (objective, share) in enumerate(zip(self.objectives, shares, strict=True)):
+            if share:
+                column = [row[index] for row in labels]
                 found = pairs.under(column)
-                self._tally.add_pairs(index, count, (found.loss, found.accuracy, found.margin))
-                # Trainer divides means of micro-batches by their number, and ranks are averaged: that is right for
-                # equal shares, and what is missing for others is a factor of exactly 1 then.
-                share = count * accumulation * ranks / in_step
-                losses[objective] = (found.loss if share == 1 else found.loss * share) / accumulation
+                self._tally.add_pairs(index, round(share * len(labels)), (found.loss, found.accuracy, found.margin))
+                # Trainer takes the mean over micro-batches, and ranks are averaged. That is right where all have the
+                # same share of labels; elsewhere the mean is over the labelled ones. The factor is exactly 1 if all
+                # pairs have labels, and these are DPOTrainer's bits then.
+                factor = share * accumulation * ranks / self._labelled_in_step[index]
+                losses[objective] = found.loss * factor / accumulation
             elif self._others_wait_for(index):
                 losses[objective] = pairs.nothing()
             if objective in losses:
@@ -245,7 +256,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
 
     def _others_wait_for(self, index: int) -> bool:
         """Whether other ranks count on a backward of this objective from this one, which has none of its pairs."""
-        if self.accelerator.num_processes == 1 or not self._pairs_in_step[index]:
+        if self.accelerator.num_processes == 1 or not self._labelled_in_step[index]:
             return False
         last = self.accelerator.sync_gradients
         return self.is_fsdp_enabled or (last and index not in self._brought)
@@ -327,6 +338,11 @@ class _LabelCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.pairs(rows), LABELS: [list(row[LABELS]) for row in rows]}
+
+
+def _labelled_shares(labels: Sequence[Sequence[int]]) -> list[float]:
+    """Which share of these pairs has a label for each objective."""
+    return [sum(label != 0 for label in column) / len(labels) for column in zip(*labels, strict=True)]
 
 
 def _inner(optimizer: Any) -> Any:

@@ -56,6 +56,7 @@ class Tally:
             report: of the step.
             scale: what the losses were multiplied by before their backward, by a `GradScaler`.
         """
+        self._add_step("loss", report.losses)  # what was descended; it takes the place of the mean over pairs
         self._add_step("weights", report.weights)
         norms, cosines, alignment = report.grad_norms, report.cosines, report.alignment
         if norms is None or cosines is None or alignment is None:

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported
 os.environ["CI"] = "1"  # TRL then sends no telemetry
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import random
 from pathlib import Path
@@ -19,7 +20,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *"what is it like ? red blue warm cold big small not and".split()]
+WORDS = [
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    "<user>",
+    "<bot>",
+    *["what", "is", "it", "like", "?", "red", "blue", "warm", "cold", "big", "small", "not", "and"],
+]
 TEMPLATE = (
     "{% for m in messages %}{{ ('<user> ' if m.role == 'user' else '<bot> ') + m.content + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
@@ -60,7 +68,9 @@ def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     def answer() -> str:
         return " " + " ".join(draw.choices(WORDS[10:], k=draw.randint(1, 5)))
 
-    return [{"prompt": f"what is it like ?{' and' * i}", "chosen": answer(), "rejected": answer()} for i in range(count)]
+    return [
+        {"prompt": f"what is it like ?{' and' * i}", "chosen": answer(), "rejected": answer()} for i in range(count)
+    ]
 
 
 def with_labels(pairs: list[dict[str, Any]], labels: dict[str, list[int]]) -> Dataset:

@@ -1,0 +1,134 @@
+"""Two processes train as one does on the same global batches: under DDP, under FSDP2, and started by Accelerate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.engines import full
+from tests.distributed.runner import run
+from tests.integrations.test_trl import MIXED
+from tests.integrations.tiny import make_model, make_pairs, make_trainer, with_labels
+
+from mogeo.integrations.trl import MultiObjectiveDPOTrainer
+
+ROOT = Path(__file__).parent.parent.parent
+
+# "brief" has two pairs of twelve: most micro-batches, and one of the two ranks, do without it.
+ROWS = with_labels(make_pairs(12), MIXED)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: on batches of `size` pairs in all, taken apart into micro-batches and ranks."""
+
+    engine: str = "DDP"
+    weighting: str = "mgda-decoupled"
+    micro_batches: int = 1
+    size: int = 12
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    model: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return ", ".join([self.engine, self.weighting, f"{self.micro_batches} × {self.size // self.micro_batches}"])
+
+
+PLANS = [
+    Plan(),
+    Plan(micro_batches=3),
+    Plan(weighting="uniform", micro_batches=2),
+    Plan(weighting="group-dro(0.5)", micro_batches=6),
+    Plan(size=4, micro_batches=2),  # steps that do without "brief"
+    Plan("FSDP2"),
+    Plan("FSDP2", micro_batches=3),
+    Plan("FSDP2", weighting="uniform", size=4, micro_batches=2),
+]
+
+
+def trained(plan: Plan, folder: Path, ranks: int) -> dict[str, Any]:
+    trainer = make_trainer(
+        MultiObjectiveDPOTrainer,
+        folder,
+        ROWS,
+        options={
+            "per_device_train_batch_size": plan.size // plan.micro_batches // ranks,
+            "gradient_accumulation_steps": plan.micro_batches,
+            "per_device_eval_batch_size": 6,
+            "max_grad_norm": 0.5,
+            "adam_epsilon": 1e-3,  # near 0, Adam makes a sign of what is rounding
+            **plan.options,
+        },
+        objectives=[*MIXED],
+        weighting=plan.weighting,
+        eval_dataset=with_labels(make_pairs(12, seed=1), MIXED),
+    )
+    if ranks > 1 and plan.engine == "FSDP2":
+        shard_on_cpu(trainer)
+    trainer.train()
+    if ranks > 1:
+        assert isinstance(trainer.model_wrapped, FSDPModule if plan.engine == "FSDP2" else DistributedDataParallel)
+    return {
+        "parameters": {name: full(p).clone() for name, p in trainer.model.named_parameters()},
+        "logged": [
+            {n: v for n, v in entry.items() if n == "loss" or n.rpartition("/")[2] in MIXED}
+            for entry in trainer.state.log_history
+        ],
+        "evaluated": {n: v for n, v in trainer.evaluate().items() if n == "eval_loss" or n.rpartition("/")[2] in MIXED},
+    }
+
+
+def shard_on_cpu(trainer: Any) -> None:
+    """Accelerate takes FSDP for accelerators only, and ignores its plugin on CPUs. Its code runs there, though."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.accelerator.state.fsdp_plugin = plugin
+    trainer.is_fsdp_enabled = True
+    trainer._fit_to_engine()
+
+
+def on_a_rank(plans: list[Plan], folder: Path) -> list[dict[str, Any]]:
+    results = []
+    for plan in plans:
+        forget_accelerate()
+        results.append(trained(plan, folder, ranks=2))
+    return results
+
+
+def forget_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """By rank and plan: in one run, because processes take longer to start than to train."""
+    return run(2, on_a_rank, PLANS, tmp_path_factory.mktemp("ranks"), timeout=120)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("number", range(len(PLANS)), ids=lambda number: str(PLANS[number]))
+def test_two_processes_are_one(results: list[list[dict[str, Any]]], tmp_path: Path, number: int) -> None:
+    expected = trained(PLANS[number], tmp_path, ranks=1)
+    first, second = results[0][number], results[1][number]
+    torch.testing.assert_close(first["parameters"], second["parameters"], rtol=0, atol=0)
+    torch.testing.assert_close(first["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
+    assert first["logged"] == second["logged"]
+    for mine, theirs in zip(first["logged"], expected["logged"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert first["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3, abs=1e-5)
