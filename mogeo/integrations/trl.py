@@ -89,6 +89,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         if constant is not None:
             constant(len(self.objectives))  # raises for another number of weights
         given = inspect.signature(DPOTrainer).bind(model, *positional, **named).arguments
+        # TRL keeps a precomputed reference beside the file of the data, which other ranks have to find.
+        self._on_disk: bool = getattr(given.get("args"), "precompute_ref_log_probs", False)
         for name, role in (("train_dataset", "train"), ("eval_dataset", "eval")):
             if name in given:
                 given[name] = self._without_sets(given[name], role)
@@ -134,12 +136,12 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         if not isinstance(dataset, Mapping):
             return dataset
         if role == "train" or set(dataset) <= set(self.objectives):
-            return merged_sets(dataset, self.objectives, role)
+            return merged_sets(dataset, self.objectives, role, on_disk=self._on_disk)
         return {name: self._without_sets(one, role) for name, one in dataset.items()}
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         chat = getattr(processing_class, "chat_template", None) is not None
-        rows = labelled_rows(dataset, self.objectives, dataset_name, chat=chat, seed=args.seed)
+        rows = labelled_rows(dataset, self.objectives, dataset_name, chat=chat, seed=args.seed, on_disk=self._on_disk)
         return super()._prepare_dataset(rows, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -30,7 +30,9 @@ _FORMS = (
 )
 
 
-def labelled_rows(dataset: Any, objectives: Sequence[str], name: str, *, chat: bool, seed: int) -> Any:
+def labelled_rows(
+    dataset: Any, objectives: Sequence[str], name: str, *, chat: bool, seed: int, on_disk: bool = False
+) -> Any:
     """The rows of one data set, whichever of its forms it has; rows that no objective has a label for are left out.
 
     Args:
@@ -40,6 +42,7 @@ def labelled_rows(dataset: Any, objectives: Sequence[str], name: str, *, chat: b
         name: of the data set, for messages.
         chat: whether UltraFeedback's prompts and answers become messages for a chat template, or stay plain text.
         seed: for the draws among answers with equal ratings (`mogeo.dpo.data.build_preferences`).
+        on_disk: as in `merged_sets`, for UltraFeedback's rows.
 
     Raises:
         InputError: the form is none of the three, a column is missing, or a label is none of +1, 0, −1.
@@ -57,7 +60,8 @@ def labelled_rows(dataset: Any, objectives: Sequence[str], name: str, *, chat: b
     if {"instruction", "completions"} <= first.keys():
         if isinstance(dataset, datasets.IterableDataset):
             raise InputError(f"the {name} data set streams UltraFeedback's rows: load it whole, or {_FORMS}")
-        return merged_sets(_as_sets(build_preferences(list(dataset), objectives, seed=seed), chat), objectives, name)
+        sets = _as_sets(build_preferences(list(dataset), objectives, seed=seed), chat)
+        return merged_sets(sets, objectives, name, on_disk=on_disk)
     if not {"chosen", "rejected"} <= first.keys():
         raise InputError(f"the {name} data set has the columns {', '.join(first)}: {_FORMS}")
     missing = [objective for objective in objectives if objective not in first]
@@ -87,7 +91,9 @@ def _from_label_columns(dataset: Any, objectives: Sequence[str], name: str) -> A
     return rows if len(kept) == len(rows) else kept
 
 
-def merged_sets(sets: Mapping[str, Iterable[Row]], objectives: Sequence[str], name: str) -> Any:
+def merged_sets(
+    sets: Mapping[str, Iterable[Row]], objectives: Sequence[str], name: str, *, on_disk: bool = False
+) -> Any:
     """One preference set per objective as one `datasets.Dataset`: a pair that several sets hold becomes one row.
 
     Such a row takes one forward instead of several. A pair that a set holds n times stays n rows, and a pair that two
@@ -97,6 +103,8 @@ def merged_sets(sets: Mapping[str, Iterable[Row]], objectives: Sequence[str], na
         sets: objective → rows with "chosen" and "rejected", and "prompt" unless both begin with it.
         objectives: names; their order is that of the labels.
         name: of the data set, for messages.
+        on_disk: whether the rows go to the cache of `datasets`, where all ranks find the same file. TRL keeps a
+            precomputed reference beside it, and loses that between ranks if rows are in memory only.
 
     Raises:
         InputError: the sets are not those of the objectives, or a row is no pair.
@@ -124,7 +132,15 @@ def merged_sets(sets: Mapping[str, Iterable[Row]], objectives: Sequence[str], na
             merged[LABELS][index] = 1 if merged["chosen"] == row["chosen"] else -1
     rows = list(found.values())
     _require_every_objective([row[LABELS] for row in rows], objectives, name)
-    return datasets.Dataset.from_list(rows)
+    return (
+        datasets.Dataset.from_generator(_each, gen_kwargs={"rows": rows})
+        if on_disk
+        else datasets.Dataset.from_list(rows)
+    )
+
+
+def _each(rows: list[Row]) -> Iterable[Row]:
+    yield from rows
 
 
 def _pairs_of(rows: Any, objective: str, name: str) -> Iterable[Row]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +11,29 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from mogeo.integrations.trl import MultiObjectiveDPOTrainer
 from tests.distributed.engines import full
 from tests.distributed.runner import run
 from tests.integrations.test_trl import MIXED
-from tests.integrations.tiny import make_model, make_pairs, make_trainer, with_labels
-
-from mogeo.integrations.trl import MultiObjectiveDPOTrainer
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.integrations.tiny import make_pairs, make_trainer, with_labels
 
 # "brief" has two pairs of twelve: most micro-batches, and one of the two ranks, do without it.
 ROWS = with_labels(make_pairs(12), MIXED)
+SETS = {name: [pair for pair, label in zip(make_pairs(12), MIXED[name], strict=True) if label] for name in MIXED}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: on batches of `size` pairs in all, taken apart into micro-batches and ranks."""
+    """How to train: on batches of `size` pairs in all, taken apart into micro-batches and ranks.
+
+    With `precomputed`, the reference is; rows are sets that the trainer merges, since TRL needs rows in a file then.
+    """
 
     engine: str = "DDP"
     weighting: str = "mgda-decoupled"
     micro_batches: int = 1
     size: int = 12
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
-    model: dict[str, Any] = field(default_factory=dict, hash=False)
+    precomputed: bool = False
 
     def __str__(self) -> str:
         return ", ".join([self.engine, self.weighting, f"{self.micro_batches} × {self.size // self.micro_batches}"])
@@ -48,6 +45,7 @@ PLANS = [
     Plan(weighting="uniform", micro_batches=2),
     Plan(weighting="group-dro(0.5)", micro_batches=6),
     Plan(size=4, micro_batches=2),  # steps that do without "brief"
+    Plan(size=4, precomputed=True),
     Plan("FSDP2"),
     Plan("FSDP2", micro_batches=3),
     Plan("FSDP2", weighting="uniform", size=4, micro_batches=2),
@@ -58,18 +56,19 @@ def trained(plan: Plan, folder: Path, ranks: int) -> dict[str, Any]:
     trainer = make_trainer(
         MultiObjectiveDPOTrainer,
         folder,
-        ROWS,
+        SETS if plan.precomputed else ROWS,
+        reference=not plan.precomputed,
         options={
+            "precompute_ref_log_probs": plan.precomputed,
             "per_device_train_batch_size": plan.size // plan.micro_batches // ranks,
             "gradient_accumulation_steps": plan.micro_batches,
             "per_device_eval_batch_size": 6,
             "max_grad_norm": 0.5,
             "adam_epsilon": 1e-3,  # near 0, Adam makes a sign of what is rounding
-            **plan.options,
         },
         objectives=[*MIXED],
         weighting=plan.weighting,
-        eval_dataset=with_labels(make_pairs(12, seed=1), MIXED),
+        eval_dataset=SETS if plan.precomputed else with_labels(make_pairs(12, seed=1), MIXED),
     )
     if ranks > 1 and plan.engine == "FSDP2":
         shard_on_cpu(trainer)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported
-os.environ["CI"] = "1"  # TRL then sends no telemetry
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-
 import random
 from pathlib import Path
 from typing import Any
