@@ -136,6 +136,37 @@ def test_equal_objectives_are_dpo_under_every_weighting(tmp_path: Path, weightin
     torch.testing.assert_close(trained(trainer), original, rtol=1e-5, atol=1e-6)
 
 
+def test_experts_are_balanced_as_in_dpo(tmp_path: Path) -> None:
+    """The balancing loss of a mixture of experts is part of each objective: weights that sum to 1 leave it as it was."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    results = []
+    dataset = agreeing(16, NAMES)
+    for kind, rows, more in (
+        (DPOTrainer, plain(dataset), {}),
+        (MultiObjectiveDPOTrainer, dataset, {"objectives": NAMES, "weighting": "uniform"}),
+    ):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            shape = MixtralConfig(
+                **{**make_model().config.to_dict(), "model_type": "mixtral", "num_local_experts": 3},
+                router_aux_loss_coef=0.5,
+            )
+            models.append(MixtralForCausalLM(shape))
+        trainer = kind(
+            model=models[0],
+            ref_model=models[1],
+            args=config(tmp_path),
+            train_dataset=rows,
+            processing_class=make_tokenizer(),
+            **more,
+        )
+        results.append(trained(trainer))
+        assert len(logged(trainer, "aux_loss")) == 3
+    assert torch.equal(*results)
+
+
 def test_one_objective_is_dpo_bit_for_bit(tmp_path: Path) -> None:
     dataset = agreeing(16, ["warm"])
     original = trained(make_trainer(DPOTrainer, tmp_path, plain(dataset)))
@@ -491,6 +522,30 @@ def test_data_errors_come_before_anything_is_loaded(tmp_path: Path) -> None:
             processing_class=make_tokenizer(),
             objectives=["warm", "size"],
         )
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "use FSDP2 (fsdp_version: 2), or DDP"),
+        ({"is_fsdp_enabled": True}, "FSDP1 flattens parameters"),
+    ],
+)
+def test_engines_that_do_not_fit_are_refused(tmp_path: Path, engine: dict[str, bool], message: str) -> None:
+    trainer = make_trainer(MultiObjectiveDPOTrainer, tmp_path, agreeing(4, NAMES), objectives=NAMES)
+    vars(trainer).update(engine)
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        trainer._fit_to_engine()
+
+
+def test_an_optimizer_for_other_objectives_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    own = MultiObjectiveOptimizer(torch.optim.SGD(model.parameters(), lr=1e-2))
+    trainer = make_trainer(
+        MultiObjectiveDPOTrainer, tmp_path, agreeing(4, NAMES), model=model, objectives=NAMES, optimizers=(own, None)
+    )
+    with pytest.raises(ValueError, match=re.escape("make it with MultiObjectiveOptimizer(..., objectives=['warm'")):
+        trainer.train()
 
 
 def test_a_loss_that_is_not_positive_is_told_by_name(tmp_path: Path) -> None:
