@@ -137,7 +137,7 @@ def test_equal_objectives_are_dpo_under_every_weighting(tmp_path: Path, weightin
 
 
 def test_experts_are_balanced_as_in_dpo(tmp_path: Path) -> None:
-    """The balancing loss of a mixture of experts is part of each objective: weights that sum to 1 leave it as it was."""
+    """Their balancing loss is part of each objective: weights that sum to 1 leave it as it was."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     results = []

@@ -15,7 +15,7 @@ from mogeo.integrations.trl import MultiObjectiveDPOTrainer
 from tests.distributed.engines import full
 from tests.distributed.runner import run
 from tests.integrations.test_trl import MIXED
-from tests.integrations.tiny import make_pairs, make_trainer, with_labels
+from tests.integrations.tiny import make_pairs, make_trainer, parameters, with_labels
 
 # "brief" has two pairs of twelve: most micro-batches, and one of the two ranks, do without it.
 ROWS = with_labels(make_pairs(12), MIXED)
@@ -41,7 +41,6 @@ class Plan:
 
 PLANS = [
     Plan(),
-    Plan(micro_batches=3),
     Plan(weighting="uniform", micro_batches=2),
     Plan(weighting="group-dro(0.5)", micro_batches=6),
     Plan(size=4, micro_batches=2),  # steps that do without "brief"
@@ -99,12 +98,23 @@ def shard_on_cpu(trainer: Any) -> None:
     trainer._fit_to_engine()
 
 
-def on_a_rank(plans: list[Plan], folder: Path) -> list[dict[str, Any]]:
-    results = []
+def on_a_rank(plans: list[Plan], folder: Path) -> list[Any]:
+    """Results of the plans, and at the end those of a run as a whole, and resumed."""
+    results: list[Any] = []
     for plan in plans:
         forget_accelerate()
         results.append(trained(plan, folder, ranks=2))
-    return results
+    return [*results, [saved_and_resumed(folder, checkpoint) for checkpoint in (None, str(folder / "checkpoint-2"))]]
+
+
+def saved_and_resumed(folder: Path, checkpoint: str | None) -> Any:
+    forget_accelerate()
+    options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    trainer = make_trainer(
+        MultiObjectiveDPOTrainer, folder, ROWS, options=options, objectives=[*MIXED], weighting="group-dro(0.5)"
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return parameters(trainer)
 
 
 def forget_accelerate() -> None:
@@ -115,14 +125,14 @@ def forget_accelerate() -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     """By rank and plan: in one run, because processes take longer to start than to train."""
     return run(2, on_a_rank, PLANS, tmp_path_factory.mktemp("ranks"), timeout=120)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("number", range(len(PLANS)), ids=lambda number: str(PLANS[number]))
-def test_two_processes_are_one(results: list[list[dict[str, Any]]], tmp_path: Path, number: int) -> None:
+def test_two_processes_are_one(results: list[list[Any]], tmp_path: Path, number: int) -> None:
     expected = trained(PLANS[number], tmp_path, ranks=1)
     first, second = results[0][number], results[1][number]
     torch.testing.assert_close(first["parameters"], second["parameters"], rtol=0, atol=0)
@@ -131,3 +141,9 @@ def test_two_processes_are_one(results: list[list[dict[str, Any]]], tmp_path: Pa
     for mine, theirs in zip(first["logged"], expected["logged"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     assert first["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3, abs=1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(results: list[list[Any]]) -> None:
+    (whole, resumed), others = results[0][-1], results[1][-1]
+    assert torch.equal(whole, resumed)
+    assert all(torch.equal(whole, other) for other in others)
