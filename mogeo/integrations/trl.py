@@ -10,8 +10,8 @@ carries labels to them. `trl_losses` says what its reading of the loss leans on;
 - `_set_signature_columns_if_needed`, which fills the list `_signature_columns` of the columns that are kept;
 - `_is_vision_dataset`, and `_compute_loss` itself;
 
-and of Transformers', `_get_train_sampler` and `_prepare_inputs`. Our `training_step` stands in place of theirs, and does
-of it what DPO on DDP and FSDP2 needs.
+and of Transformers', `_get_train_sampler` and `_prepare_inputs`. Our `training_step` stands in place of theirs, and
+does of it what DPO on DDP and FSDP2 needs.
 """
 
 from __future__ import annotations
