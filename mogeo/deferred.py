@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
 from mogeo.constants import constant_tensor
-from mogeo.direction import Direction, Rules, corrected, weights_of
+from mogeo.direction import Direction, Rules, weights_of, without
 from mogeo.weightings import MGDA
 
 
@@ -38,8 +38,9 @@ def find_direction(
     else:
         weights, bad_weights, nonfinite = _weigh(gram, losses, absent, rules)
     if gram is not None and rules.guarantee_descent:
+        assert buffers.device_code is not None
         left_out = nonfinite | ~_present(absent, losses.device)
-        weights, correction, correction_status = corrected(gram, weights, left_out, rules)
+        weights, correction, correction_status = buffers.device_code.descent(without(gram, left_out), weights)
     squared_norm, clip = buffers.direct(weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.

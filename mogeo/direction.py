@@ -95,7 +95,9 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
     if bool(left_out.all()):
         return _unusable(losses, gram, nonfinite)
     weights, gap, status = _weigh(buffers, gram, losses, left_out, rules)
-    weights, correction, correction_status = corrected(gram, weights, left_out, rules)
+    correction = correction_status = None
+    if rules.guarantee_descent:
+        weights, correction, correction_status = torch.ops.mogeo.descent(without(gram, left_out), weights)
 
     used = weights != 0  # rows left out may hold NaN
     squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
@@ -191,16 +193,6 @@ def _weigh(
     return weights, None, None
 
 
-def corrected(
-    gram: Tensor, weights: Tensor, left_out: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights that hurt nobody, if the rules want that, with their correction and its status."""
-    if not rules.guarantee_descent:
-        return weights, None, None
-    masked = gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
-    return torch.ops.mogeo.descent(masked, weights)  # type: ignore[no-any-return]
-
-
 def weights_of(gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules) -> Tensor:
     """What a weighting returns, fp64 [K]; 0 for an objective left out. Whether they are finite is not looked at."""
     gram, losses = _without(gram, losses, left_out)
@@ -228,9 +220,12 @@ def _without(gram: Tensor | None, losses: Tensor, left_out: Tensor) -> tuple[Ten
     others = losses.masked_fill(left_out, 0.0)
     count = (~left_out).sum()
     losses = torch.where(left_out, torch.where(count > 0, others.sum() / count, 1.0), losses)
-    if gram is not None:
-        gram = gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
-    return gram, losses
+    return None if gram is None else without(gram, left_out), losses
+
+
+def without(gram: Tensor, left_out: Tensor) -> Tensor:
+    """A Gram matrix in which the objectives left out have no gradient."""
+    return gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
 
 
 def _poisoned(
