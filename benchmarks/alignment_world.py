@@ -27,10 +27,13 @@ from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences, Row, build_preferences, split_rows
 from mogeo.dpo.evaluate import Evaluation, evaluate, score
 from mogeo.dpo.experiment import fine_tune
-from mogeo.dpo.judge import RatingJudge, generate, golden_response, net_win_rates
+from mogeo.dpo.generate import generate
+from mogeo.dpo.golden import golden_response
+from mogeo.dpo.judge import RatingJudge
 from mogeo.dpo.modpo import align_modpo
 from mogeo.dpo.recipe import Recipe
 from mogeo.dpo.train import align
+from mogeo.dpo.win_rates import net_win_rates
 from mogeo.dpo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 
 MAX_NEW_TOKENS = 26

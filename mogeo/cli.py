@@ -23,10 +23,13 @@ Balance several objectives while fine-tuning a language model.
   mogeo demo                          four conflicting objectives, a tiny model, a few minutes on a CPU
   mogeo align --model M --data D --output O
                                       DPO on your own model and rated data
+  mogeo evaluate --model O --judge J --output E
+                                      its answers against golden ones: net win rates, judged
 """
 
 _COMMANDS = {
     "align": ("mogeo.dpo.command", "fine-tune a model with one preference set per objective (DPO)"),
+    "evaluate": ("mogeo.dpo.evaluate_command", "judge what models say against golden responses: net win rates"),
     "demo": ("mogeo.dpo.demo", "see it work: a small self-made world with four conflicting objectives"),
 }
 _PACKAGES = {"dpo": ("transformers", "datasets", "gguf", "tqdm")}

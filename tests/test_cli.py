@@ -70,7 +70,9 @@ def align(model_folder, data, tmp_path):
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["align", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["align", "--help"], ["evaluate", "--help"], ["demo", "--help"]]
+)
 def test_help_answers_without_waiting_for_torch(arguments):
     code = (
         "import sys, mogeo.cli\n"
@@ -183,6 +185,7 @@ def test_a_run_tells_what_it_used_and_what_it_reached(align, tmp_path, capsys):
     assert {path.name for path in run.iterdir()} >= {
         "metrics.jsonl",
         "run.json",
+        "data.json",
         "model",
         "reference.pt",
         "report.html",

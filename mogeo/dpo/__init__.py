@@ -2,5 +2,6 @@
 
 `losses` turns a model and token ids into preference losses; `data` turns rated completions into one preference set per
 objective; `batches` into tokens; `train.align` puts them through `mogeo.MultiObjectiveOptimizer`; `evaluate` measures.
+`generate` lets a model speak, and `judged` has a `judge` compare what it says with `golden` responses.
 Nothing is imported here, so that `mogeo --help` does not have to wait for torch and transformers.
 """

@@ -49,17 +49,16 @@ def controlled_completions(rows: Iterable[Row], objectives: Sequence[str]) -> li
     return alone
 
 
-def controlled_preferences(
+def controlled_rows(
     rows: Sequence[Row],
     objectives: Sequence[str],
     *,
     weights: Mapping[str, float] | None = None,
     strength: float = 1.0,
     controlled: float = 1.0,
-    pairing: str = "all",
     seed: int = 0,
-) -> Preferences:
-    """Preferences for DPO (CDPO), of one objective: completions of a prompt, ranked by how well they obey its controls.
+) -> list[Row]:
+    """Rows for DPO (CDPO), of the one objective `CONTROLLED`: completions rated by how well they obey their prompt.
 
     Each row's prompt gets the ratings of one of its completions as targets c, drawn at random, each objective with
     probability `controlled`. A completion with ratings P is then worth R = Σ ω_i g_i, with g_i = −λ |P_i − c_i| for an
@@ -71,11 +70,10 @@ def controlled_preferences(
         weights: ω by objective; None: 1 for each.
         strength: λ.
         controlled: probability in [0, 1].
-        pairing: as in `build_preferences`.
-        seed: for the draws.
+        seed: for the draws. They depend on the seed and the prompt, not on the other rows.
 
     Raises:
-        InputError: no completion is rated on all objectives, or no two of a prompt differ in R.
+        InputError: no completion is rated on all objectives.
     """
     omega = dict.fromkeys(objectives, 1.0) if weights is None else dict(weights)
     ranked = []
@@ -94,7 +92,18 @@ def controlled_preferences(
         ranked.append({"instruction": controlled_prompt(row["instruction"], targets), "completions": completions})
     if not ranked:
         raise InputError(f"no completion is rated on all of {', '.join(objectives)}")
-    return build_preferences(ranked, [CONTROLLED], pairing, seed)
+    return ranked
+
+
+def controlled_preferences(
+    rows: Sequence[Row], objectives: Sequence[str], *, pairing: str = "all", seed: int = 0, **options: Any
+) -> Preferences:
+    """Preferences of `controlled_rows`; `pairing` as in `build_preferences`, `options` as there.
+
+    Raises:
+        InputError: no completion is rated on all objectives, or no two of a prompt differ in what they are worth.
+    """
+    return build_preferences(controlled_rows(rows, objectives, seed=seed, **options), [CONTROLLED], pairing, seed)
 
 
 def with_controls(preferences: Preferences, targets: Mapping[str, float]) -> Preferences:

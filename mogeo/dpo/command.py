@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mogeo.dpo.config import AUTOCASTS, LOSSES, PROMPT_FORMATS, SCHEDULES, AlignConfig
+from mogeo.dpo.config import AUTOCASTS, LOSSES, PROMPT_FORMATS, SCHEDULES, AlignConfig, share_or_number
 from mogeo.dpo.data import COUNTS, PAIRINGS, Preferences, build_preferences, read_rows, split_rows
 from mogeo.dpo.errors import InputError
+from mogeo.dpo.origin import Origin
 
 if TYPE_CHECKING:
     from mogeo.dpo.figures import Table
@@ -54,7 +55,8 @@ several GPUs, or processes
 
 written to --output
   metrics.jsonl (a record a step)   model/ (transformers' format)   report.html and pictures
-  run.json (the settings)   reference.pt (a cache)   checkpoint.pt (only until the run is finished)
+  run.json (the settings)   data.json (what was held out, for mogeo evaluate)   reference.pt (a cache)
+  checkpoint.pt (only until the run is finished)
 """
 
 
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all, or one at random (default: %(default)s)",
     )  # fmt: skip
     method.add_argument(
-        "--held-out", type=_share_or_number, default=0.1, metavar="H",
+        "--held-out", type=share_or_number, default=0.1, metavar="H",
         help="prompts to measure on: a share (0.1) or a number (200); never trained on (default: %(default)s)",
     )  # fmt: skip
 
@@ -217,6 +219,8 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
         return 130
     if not ranks.first:
         return 0
+    train_rows, _ = split_rows(rows, args.held_out, args.seed)
+    Origin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
     table = result_table(result)
     print("\n" + table.text())
     _write_report(args, result, [table, _data_table(train, held_out)])
@@ -255,14 +259,6 @@ def _config(args: argparse.Namespace) -> AlignConfig:
         max_length=args.max_length,
         prompt_format=args.prompt_format,
     )
-
-
-def _share_or_number(text: str) -> float | int:
-    """argparse type: "200" is a number of prompts, "0.1" a share of them."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def _preferences(rows: list[dict[str, object]], args: argparse.Namespace) -> tuple[Preferences, Preferences]:

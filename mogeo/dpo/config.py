@@ -138,6 +138,14 @@ class AlignConfig:
         return values
 
 
+def share_or_number(text: str) -> float | int:
+    """argparse type: "200" is a number of prompts, "0.1" a share of them."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise InputError(f"{name} has to be {wanted}, got {value!r}")

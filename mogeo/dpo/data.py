@@ -147,7 +147,7 @@ def split_rows(rows: Sequence[Row], held_out: float | int, seed: int) -> tuple[l
     Raises:
         InputError: one side would be empty, or a row has no instruction.
     """
-    prompts = [_same_prompt(_text(row, "instruction", f"row {number}")) for number, row in enumerate(rows, start=1)]
+    prompts = [same_prompt(_text(row, "instruction", f"row {number}")) for number, row in enumerate(rows, start=1)]
     distinct = list(dict.fromkeys(prompts))
     count = round(held_out * len(distinct)) if isinstance(held_out, float) else held_out
     if not 0 < count < len(distinct):
@@ -159,7 +159,7 @@ def split_rows(rows: Sequence[Row], held_out: float | int, seed: int) -> tuple[l
     return train, [row for row, prompt in zip(rows, prompts, strict=True) if prompt in chosen]
 
 
-def _same_prompt(prompt: str) -> str:
+def same_prompt(prompt: str) -> str:
     """Prompts that differ in white space only are the same prompt: else the answer leaks into the held-out side."""
     return " ".join(prompt.split())
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from mogeo.dpo.experiment import Outcome, SeedResult, mean_weights
 from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
-from mogeo.dpo.judge import NetWinRates
 from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.dpo.win_rates import NetWinRates
 from mogeo.dpo.world import OBJECTIVES, REGIMES
 
 logger = logging.getLogger("mogeo")

@@ -19,9 +19,12 @@ from torch.nn import functional as F
 
 from mogeo.dpo.batches import TokenSequence, collate, encode_completion, encode_prompt
 from mogeo.dpo.data import Row, build_preferences, split_rows
-from mogeo.dpo.judge import NetWinRates, RatingJudge, generate, golden_response, net_win_rates
+from mogeo.dpo.generate import generate
+from mogeo.dpo.golden import golden_response
+from mogeo.dpo.judge import RatingJudge
 from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.dpo.train import align, resolve_device
+from mogeo.dpo.win_rates import NetWinRates, net_win_rates
 from mogeo.dpo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 
 _MAX_NEW_TOKENS = 26  # the longest answer of a policy, four attributes in hedged prose, takes 24

@@ -13,8 +13,8 @@ import pytest
 
 from mogeo.dpo.demo_report import answer_table, conclusion, result_table, weight_table, write
 from mogeo.dpo.experiment import Outcome, SeedResult
-from mogeo.dpo.judge import NetWinRates
 from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.dpo.win_rates import NetWinRates
 from mogeo.dpo.world import OBJECTIVES, World
 
 WORLD = World(0)

@@ -11,7 +11,7 @@ import torch
 
 from mogeo.dpo.data import Preferences
 from mogeo.dpo.experiment import Outcome, SeedResult, fine_tune, mean_weights, run_seed
-from mogeo.dpo.judge import generate
+from mogeo.dpo.generate import generate
 from mogeo.dpo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.dpo.world import OBJECTIVES, World, tiny_model, tokenizer
 from tests.recipes import SMALL

@@ -1,0 +1,364 @@
+"""MultiObjectiveDPOTrainer: TRL's DPOTrainer with a label, a loss and a gradient per objective.
+
+Knows TRL's and Transformers' training loop, and says when what happens in it. Data, order, losses and logs are its
+neighbours': `trl_data` → `trl_order` → `trl_losses` → `mogeo.MultiObjectiveOptimizer` → `trl_metrics`.
+
+Overridden are the places where one loss becomes several: `training_step`, `compute_loss`, `create_optimizer`, and what
+carries labels to them. `trl_losses` says what its reading of the loss leans on; beyond that, of TRL's privates only
+
+- `_prepare_dataset(dataset, processing_class, args, name)`, called for every data set before it is tokenised;
+- `_set_signature_columns_if_needed`, which fills the list `_signature_columns` of the columns that are kept;
+- `_is_vision_dataset`, and `_compute_loss` itself;
+
+and of Transformers', `_get_train_sampler` and `_prepare_inputs`. Our `training_step` stands in place of theirs, and does
+of it what DPO on DDP and FSDP2 needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from trl import DPOTrainer
+
+from mogeo import MultiObjectiveOptimizer, weightings
+from mogeo.integrations.trl_data import LABELS, labelled_rows, merged_sets
+from mogeo.integrations.trl_losses import ScoredPairs
+from mogeo.integrations.trl_metrics import Tally
+from mogeo.integrations.trl_order import StratifiedOrder
+from mogeo.objectives import checked_names
+from mogeo.weightings import WeightingLike
+
+logger = logging.getLogger(__name__)
+
+
+class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no types
+    """DPO with several objectives: each has its own preferences, loss and gradient, and every step serves all of them.
+
+    ```python
+    trainer = MultiObjectiveDPOTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        args=DPOConfig("runs/aligned"),
+        train_dataset=dataset,
+        objectives=["helpfulness", "honesty"],
+    )
+    trainer.train()
+    ```
+
+    One forward and K backwards a micro-batch, one solve an optimizer step. The loss of an objective is DPOTrainer's
+    own, of whatever `loss_type`, over the pairs that it has labels for, with the two answers swapped where it prefers
+    "rejected". It is a mean over those pairs in the whole step, all its micro-batches and ranks.
+
+    Args:
+        model: as in `DPOTrainer`, and so is every argument not named here, by position or name.
+        objectives: names; their order is that of all weights.
+        weighting: a name (`mogeo.weightings.NAMES`) or a callable, as in `mogeo.MultiObjectiveOptimizer`.
+        train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from
+            each objective to a Dataset of pairs; or UltraFeedback's rows (instruction, completions).
+        eval_dataset: the same; or a mapping from other names to several such sets.
+        optimizers: as in `DPOTrainer`; the optimizer is wrapped, unless it is a `MultiObjectiveOptimizer` already, made
+            with these objectives. Its weighting counts then, and not `weighting`.
+
+    Raises:
+        ValueError: data that does not fit (`mogeo.dpo.errors.InputError`), a weighting that does not exist or does not
+            suit the loss, or an option of DPOConfig that does not go with several backwards over one forward.
+        NotImplementedError: an engine that is not supported.
+    """
+
+    optimizer: Any
+    data_collator: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: Any,
+        *positional: Any,
+        objectives: Sequence[str],
+        weighting: WeightingLike = "mgda-decoupled",
+        **named: Any,
+    ) -> None:
+        self.objectives = checked_names(objectives)
+        self.weighting = weightings.resolve(weighting)
+        constant = getattr(self.weighting, "constant", None)
+        if constant is not None:
+            constant(len(self.objectives))  # raises for another number of weights
+        given = inspect.signature(DPOTrainer).bind(model, *positional, **named).arguments
+        # TRL keeps a precomputed reference beside the file of the data, which other ranks have to find.
+        self._on_disk: bool = getattr(given.get("args"), "precompute_ref_log_probs", False)
+        for name, role in (("train_dataset", "train"), ("eval_dataset", "eval")):
+            if name in given:
+                given[name] = self._without_sets(given[name], role)
+        if getattr(given.get("args"), "activation_offloading", False):
+            raise ValueError(
+                "activation_offloading=True brings activations back once, but each objective has a backward of its "
+                "own: set it to False; gradient_checkpointing=True saves memory as well"
+            )
+        super().__init__(**given)
+        self._fit_to_engine()
+        self._refuse_what_does_not_fit()
+        self.data_collator = _LabelCollator(self.data_collator)
+        self._tally = Tally(self.objectives, self.accelerator.device)
+        self._eval_tally = Tally(self.objectives, self.accelerator.device)
+        self._labelled_in_step = [0.0] * len(self.objectives)  # sum over micro-batches and ranks of labelled shares
+        self._brought: set[int] = set()  # objectives that have had a backward on this rank in this step
+
+    def _refuse_what_does_not_fit(self) -> None:
+        if set(self.loss_types) == {"hinge"} and getattr(self.weighting, "needs_positive_losses", False):
+            raise ValueError(
+                f"weighting {self.weighting!r} divides by the loss, and the hinge loss reaches 0: use another "
+                "loss_type, or weighting='mgda'"
+            )
+        if self._is_vision_dataset:
+            raise NotImplementedError("images are not supported: their rows cannot be taken apart by objective")
+
+    def _fit_to_engine(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise NotImplementedError("DeepSpeed keeps gradients to itself: use FSDP2 (fsdp_version: 2), or DDP")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise NotImplementedError("FSDP1 flattens parameters: use FSDP2 (fsdp_version: 2 in Accelerate's config)")
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise NotImplementedError("context and sequence parallelism are not supported: use FSDP2, or DDP")
+        if self.is_fsdp_enabled:
+            # FSDP2 would keep unreduced gradients to itself between micro-batches, those of all objectives in one.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def _without_sets(self, dataset: Any, role: str) -> Any:
+        """The data, with each mapping objective → Dataset in it merged to one Dataset."""
+        if not isinstance(dataset, Mapping):
+            return dataset
+        if role == "train" or set(dataset) <= set(self.objectives):
+            return merged_sets(dataset, self.objectives, role, on_disk=self._on_disk)
+        return {name: self._without_sets(one, role) for name, one in dataset.items()}
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        chat = getattr(processing_class, "chat_template", None) is not None
+        rows = labelled_rows(dataset, self.objectives, dataset_name, chat=chat, seed=args.seed, on_disk=self._on_disk)
+        return super()._prepare_dataset(rows, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if LABELS not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, LABELS]
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, of batches with labels as well."""
+        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != LABELS})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """TRL's, if every row has a label for the same objectives; else an order that mixes them evenly."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        plain = super()._get_train_sampler(train_dataset)
+        if not isinstance(rows, Dataset) or self.args.train_sampling_strategy != "random":
+            return plain
+        labels = rows[LABELS]
+        kinds = [tuple(label != 0 for label in row) for row in labels]
+        if len(set(kinds)) == 1:
+            return plain
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        for objective, has in zip(self.objectives, zip(*kinds, strict=True), strict=True):
+            if sum(has) * per_step < len(kinds):
+                logger.warning(
+                    f"objective {objective!r} has {sum(has)} of {len(kinds)} pairs: with {per_step} pairs a step, some "
+                    "steps do without it. Accumulate more micro-batches to have it in each"
+                )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StratifiedOrder(kinds, seed, epoch=lambda: int(self.state.epoch or 0))
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's, wrapped in a `mogeo.MultiObjectiveOptimizer`."""
+        super().create_optimizer(model)
+        inner = _inner(self.optimizer)
+        if isinstance(inner, MultiObjectiveOptimizer):
+            if inner.objectives != self.objectives:
+                raise ValueError(
+                    f"the optimizer has the objectives {inner.objectives}, the trainer {self.objectives}: make it with "
+                    f"MultiObjectiveOptimizer(..., objectives={list(self.objectives)})"
+                )
+        else:
+            scaled = self.accelerator.scaler is not None
+            self.optimizer = MultiObjectiveOptimizer(
+                self.optimizer,
+                self.weighting,
+                objectives=self.objectives,
+                nonfinite="propagate" if scaled else "skip",  # a GradScaler has to see infinities
+            )
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step; sums up which share of each has labels for which objective, over all ranks."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        shares = [_labelled_shares(batch[LABELS]) for batch in batches]
+        in_step = [sum(column) for column in zip(*shares, strict=True)] or [0.0] * len(self.objectives)
+        if self.accelerator.num_processes > 1:
+            local = torch.tensor(in_step, dtype=torch.float64, device=self.accelerator.device)
+            in_step = self._sum_over_ranks(local).tolist()
+        self._labelled_in_step = in_step
+        self._brought = set()
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and a backward per objective; after the last micro-batch of a step, the shared direction.
+
+        Returns:
+            What the micro-batch adds to the logged `loss`: the mean over objectives.
+        """
+        with _unreduced(model):
+            model.train()
+            train_mode = getattr(self.optimizer, "train", None)
+            if callable(train_mode):  # schedule-free optimizers
+                train_mode()
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                losses = self._training_losses(model, inputs)
+            del inputs
+            self._backward(losses)
+        if self.accelerator.sync_gradients:
+            # Now, and not in step(): Trainer clips, and callbacks look at p.grad, in between.
+            scaler = self.accelerator.scaler
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
+            self._tally.add_report(self._multi_objective_optimizer.combine(), scale)
+            self._tally.share(self._sum_over_ranks)
+        present = sum(share > 0 for share in self._labelled_in_step)
+        logged = [loss.detach() for loss in losses.values()]
+        return sum(logged, torch.zeros((), device=self.accelerator.device)) / max(1, present)
+
+    def _training_losses(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """This micro-batch's summands of the losses, by objective: over a step and all ranks they make up means."""
+        labels, pairs = self._scored(model, inputs)
+        accumulation, ranks = self.current_gradient_accumulation_steps, self.accelerator.num_processes
+        shares = _labelled_shares(labels)
+        losses = {}
+        for index, (objective, share) in enumerate(zip(self.objectives, shares, strict=True)):
+            if share:
+                column = [row[index] for row in labels]
+                found = pairs.under(column)
+                self._tally.add_pairs(index, round(share * len(labels)), (found.loss, found.accuracy, found.margin))
+                # Trainer takes the mean over micro-batches, and ranks are averaged. That is right where all have the
+                # same share of labels; elsewhere the mean is over the labelled ones. The factor is exactly 1 if all
+                # pairs have labels, and these are DPOTrainer's bits then.
+                factor = share * accumulation * ranks / self._labelled_in_step[index]
+                losses[objective] = found.loss * factor / accumulation
+            elif self._others_wait_for(index):
+                losses[objective] = pairs.nothing()
+            if objective in losses:
+                self._brought.add(index)
+        return losses
+
+    def _others_wait_for(self, index: int) -> bool:
+        """Whether other ranks count on a backward of this objective from this one, which has none of its pairs."""
+        if self.accelerator.num_processes == 1 or not self._labelled_in_step[index]:
+            return False
+        last = self.accelerator.sync_gradients
+        return self.is_fsdp_enabled or (last and index not in self._brought)
+
+    def _backward(self, losses: dict[str, Tensor]) -> None:
+        optimizer, backward = self._multi_objective_optimizer, self.accelerator.backward
+        if losses.keys() == set(self.objectives):
+            optimizer.backward(losses, backward=backward)
+            return
+        for number, (objective, loss) in enumerate(losses.items(), start=1):
+            optimizer.backward(loss, objective=objective, backward=backward, retain_graph=number < len(losses))
+
+    @property
+    def _multi_objective_optimizer(self) -> MultiObjectiveOptimizer:
+        optimizer = _inner(self.optimizer)
+        assert isinstance(optimizer, MultiObjectiveOptimizer)
+        return optimizer
+
+    def _scored(
+        self, model: Callable[..., Any], inputs: dict[str, Any], return_outputs: bool = False
+    ) -> tuple[list[list[int]], ScoredPairs]:
+        rest = {key: inputs[key] for key in inputs if key != LABELS}
+        return inputs[LABELS], ScoredPairs(self, super()._compute_loss, model, rest, return_outputs)
+
+    # ---- evaluation and logs -----------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over objectives, of those with labels in this batch. Evaluation calls this; training does not."""
+        labels, pairs = self._scored(model, inputs, return_outputs)
+        losses = []
+        for index in range(len(self.objectives)):
+            column = [row[index] for row in labels]
+            count = sum(label != 0 for label in column)
+            if count:
+                found = pairs.under(column)
+                self._eval_tally.add_pairs(index, count, (found.loss, found.accuracy, found.margin))
+                losses.append(found.loss)
+        loss = torch.stack(losses).mean()
+        return (loss, pairs.outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, *positional: Any, **named: Any) -> dict[str, float]:
+        """TRL's, which takes the same forms of data as `eval_dataset` does when the trainer is made."""
+        metrics: dict[str, float] = super().evaluate(self._without_sets(eval_dataset, "eval"), *positional, **named)
+        return metrics
+
+    def evaluation_loop(self, dataloader: Any, *positional: Any, **named: Any) -> Any:
+        """Trainer's, with the metrics of each objective; the loss is the mean over objectives of their losses."""
+        self._eval_tally.reset()
+        output = super().evaluation_loop(dataloader, *positional, **named)
+        given = inspect.signature(super().evaluation_loop).bind(dataloader, *positional, **named)
+        given.apply_defaults()
+        prefix = given.arguments["metric_key_prefix"]
+        self._eval_tally.share(self._sum_over_ranks)
+        found = self._eval_tally.values()
+        losses = [value for name, value in found.items() if name.startswith("loss/")]
+        output.metrics[f"{prefix}_loss"] = sum(losses) / len(losses)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the metrics of each objective since the last time."""
+        if self.model.training:
+            logs.update(self._tally.values())
+            self._tally.reset()
+        super().log(logs, start_time)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
+
+
+@dataclass
+class _LabelCollator:
+    """A collator that keeps the labels. They stay lists: the host decides by them, and need not ask the device."""
+
+    pairs: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.pairs(rows), LABELS: [list(row[LABELS]) for row in rows]}
+
+
+def _labelled_shares(labels: Sequence[Sequence[int]]) -> list[float]:
+    """Which share of these pairs has a label for each objective."""
+    return [sum(label != 0 for label in column) / len(labels) for column in zip(*labels, strict=True)]
+
+
+def _inner(optimizer: Any) -> Any:
+    """What Accelerate wrapped."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@contextlib.contextmanager
+def _unreduced(model: nn.Module) -> Iterator[None]:
+    """DDP expects one backward a forward: with several, mogeo averages over ranks, once a step."""
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
+        yield
