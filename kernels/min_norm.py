@@ -56,13 +56,13 @@ _INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _power_of_two(exponent):
+def power_of_two(exponent):
     """2^exponent, for an integer exponent between −1022 and 1023."""
     return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def _exponent(x):
+def exponent_of(x):
     """e with 2^(e−1) ≤ x < 2^e, for x > 0 and finite."""
     small = x < 1e-300  # subnormal, perhaps: its exponent field says nothing
     bits = tl.where(small, x * 1.8014398509481984e16, x).to(tl.int64, bitcast=True)
@@ -74,8 +74,10 @@ def _exponent(x):
 
 
 @triton.jit
-def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE: tl.constexpr):
-    """y [SIDE] with w = A y − b ≥ 0, y ≥ 0, yᵀw = 0, for A with diagonal near 1, positive semi-definite up to rounding.
+def pivoted(A, A_low, q, q_low, scale, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE: tl.constexpr):
+    """y [SIDE] with w = A y + q ≥ 0, y ≥ 0, yᵀw = 0, for A with diagonal near 1, positive semi-definite up to rounding.
+
+    Each w_i is measured in units of scale_i > 0.
 
     The tableau holds z = q + T u: u are the non-basic variables (zero but for the driving one), z the basic ones.
     Variable i is y_i where `support`, else w_i.
@@ -83,7 +85,6 @@ def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE:
     index = tl.arange(0, SIDE)
     row, column = index[:, None], index[None, :]
     T, T_low = A, A_low
-    q, q_low = -b, b * 0.0
     support = index < 0
     dependent = takes_part == 0
     driving = tl.full([], -1, tl.int32)
@@ -100,7 +101,7 @@ def _pivoted(A, A_low, b, takes_part, K: tl.constexpr, SIDE: tl.constexpr, FINE:
 
     while (done == 0) & (iterations < most):
         # Which w is most negative: its variable drives, unless one is on its way already.
-        ratio = tl.where(support | dependent | (q >= -multiplier_tolerance * b), _INFINITY, q / b)
+        ratio = tl.where(support | dependent | (q >= -multiplier_tolerance * scale), _INFINITY, q / scale)
         worst = tl.min(ratio, axis=0)
         chosen = tl.min(tl.where(ratio == worst, index, SIDE), axis=0)
         fresh = driving < 0
@@ -286,24 +287,24 @@ def _min_norm(
     M = tl.where(pairs, M, 0.0)
 
     # Scale by powers of two, exactly: the shortest row to a length near 1, the others by b on top of that.
-    exponents = tl.where(takes_part, _exponent(tl.where(takes_part, squares, 1.0)), 4096)
+    exponents = tl.where(takes_part, exponent_of(tl.where(takes_part, squares, 1.0)), 4096)
     shortest = tl.min(exponents, axis=0)
     shortest = tl.where(shortest == 4096, 0, shortest)
     apart = tl.minimum((exponents - shortest) // 2, _WIDEST)
-    b = _power_of_two(-tl.where(takes_part, apart, 0))
+    b = power_of_two(-tl.where(takes_part, apart, 0))
     half = -shortest // 2
-    first, second = _power_of_two(half), _power_of_two(-shortest - half)
+    first, second = power_of_two(half), power_of_two(-shortest - half)
     plain = tl.where(pairs, M * (b * first)[:, None] * (b * second)[None, :], tl.where(diagonal, 1.0, 0.0))
     norms = tl.where(takes_part, squares, _INFINITY)
 
     # Shifting by bbᵀ makes A definite as soon as the gradients are affinely independent.
     shift = tl.where(pairs, b[:, None] * b[None, :], 0.0)
     A, A_low = two_sum(plain, shift)
-    y, iterations = _pivoted(A, A_low, b, takes_part, K, SIDE, False)
+    y, iterations = pivoted(A, A_low, -b, b * 0.0, b, takes_part, K, SIDE, False)
     weights = tl.where(takes_part, _on_simplex(y, b, norms), 0.0)
     gap, certified = _certified(plain, weights, b, takes_part)
     if certified == 0:
-        y, more = _pivoted(A, A_low, b, takes_part, K, SIDE, True)
+        y, more = pivoted(A, A_low, -b, b * 0.0, b, takes_part, K, SIDE, True)
         weights = tl.where(takes_part, _on_simplex(y, b, norms), 0.0)
         gap, certified = _certified(plain, weights, b, takes_part)
         iterations += more

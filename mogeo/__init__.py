@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mogeo import weightings as weightings
     from mogeo.min_norm import Status as Status
+    from mogeo.ops import Descent as Descent
     from mogeo.ops import MinNorm as MinNorm
     from mogeo.ops import combine as combine
+    from mogeo.ops import descent_weights as descent_weights
     from mogeo.ops import gram as gram
     from mogeo.ops import gram_by_segment as gram_by_segment
     from mogeo.ops import min_norm_weights as min_norm_weights
@@ -24,11 +26,13 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that the command line answers --help without waiting for torch.
 _HOMES = {
+    "Descent": "mogeo.ops",
     "MinNorm": "mogeo.ops",
     "MultiObjectiveOptimizer": "mogeo.optimizer",
     "Status": "mogeo.min_norm",
     "StepReport": "mogeo.report",
     "combine": "mogeo.ops",
+    "descent_weights": "mogeo.ops",
     "gram": "mogeo.ops",
     "gram_by_segment": "mogeo.ops",
     "min_norm_weights": "mogeo.ops",

@@ -1,7 +1,7 @@
 """Gram matrix, combination and min-norm point in plain PyTorch, written for a CPU and its memory hierarchy.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.ops` is the door. Runs on every device, but asks the host
-there: `combine` and `min_norm` copy K and K² numbers to it.
+there: `combine`, `min_norm` and `descent` copy K and K² numbers to it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mogeo import descent as scalar_descent
 from mogeo import min_norm as scalar
 
 _BLOCK = 512  # columns of one partial Gram: an fp32 sum this short keeps 2e-7 of random entries, and costs no speed
@@ -110,6 +111,20 @@ def min_norm(
     gap = torch.tensor([point[1] for point in points], dtype=torch.float64, device=gram.device)
     status = torch.tensor([int(point[2]) for point in points], dtype=torch.int64, device=gram.device)
     return weights, gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])
+
+
+def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K]."""
+    count = gram.shape[-1]
+    matrices = (gram / 2 + gram.mT / 2).reshape(-1, count, count).tolist()
+    found = [
+        scalar_descent.nearest_descent(matrix, given)
+        for matrix, given in zip(matrices, weights.reshape(-1, count).tolist(), strict=True)
+    ]
+    correction = torch.tensor([each[0] for each in found], dtype=torch.float64, device=gram.device)
+    status = torch.tensor([int(each[1]) for each in found], dtype=torch.int64, device=gram.device)
+    correction = correction.reshape(weights.shape)
+    return weights + correction, correction, status.reshape(gram.shape[:-2])
 
 
 def _normalizers(squared_norms: Tensor, losses: Tensor | None, normalize: str, power: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mogeo import cpu
 from mogeo.kernels import combine as combine_kernels
+from mogeo.kernels import descent as descent_kernel
 from mogeo.kernels import gram as gram_kernels
 from mogeo.kernels import min_norm as min_norm_kernel
 
@@ -91,6 +92,15 @@ def min_norm(
             gram.contiguous(), losses, normalize=normalize, power=power, apply_to=apply_to, **options
         )
     return weights, gap, status
+
+
+def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K]."""
+    if gram.shape[-1] > MOST_ROWS:
+        return cpu.descent(gram, weights)
+    with _on(gram):
+        weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous())
+    return weights, correction, status
 
 
 def _suits(rows: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
 from mogeo.constants import constant_tensor
-from mogeo.direction import Direction, Rules, constant_weights, weights_of
+from mogeo.direction import Direction, Rules, weights_of, without
 from mogeo.weightings import MGDA
 
 
@@ -28,20 +28,27 @@ def find_direction(
         rules: of the optimizer; `nonfinite` is "skip" or "propagate".
         contributed: under constant weights, indices of the objectives that row 0 holds gradients of.
     """
-    if constant_weights(rules.weighting, len(losses)) is not None:
+    if rules.constant() is not None:
         return _summed(buffers, losses, absent, rules, contributed)
-    gram = buffers.gram() if getattr(rules.weighting, "needs_gram", True) else None
-    gap = status = bad_weights = None
+    gram = buffers.gram() if rules.needs_gram() else None
+    gap = status = bad_weights = correction = correction_status = None
     if type(rules.weighting) is MGDA:
         assert gram is not None
         weights, gap, status, nonfinite = _min_norm(buffers, gram, losses, absent, rules)
     else:
         weights, bad_weights, nonfinite = _weigh(gram, losses, absent, rules)
+    if gram is not None and rules.guarantee_descent:
+        assert buffers.device_code is not None
+        left_out = nonfinite | ~_present(absent, losses.device)
+        weights, correction, correction_status = buffers.device_code.descent(without(gram, left_out), weights)
     squared_norm, clip = buffers.direct(weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
         nonfinite = nonfinite | (_present(absent, losses.device) & _failed(squared_norm, clip))
-    return Direction(losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status, bad_weights)
+    return Direction(
+        losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status, bad_weights, correction,
+        correction_status,
+    )  # fmt: skip
 
 
 def _min_norm(
@@ -84,7 +91,7 @@ def _summed(
     buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
 ) -> Direction:
     """Constant weights: gradients are summed by now, so where one is not finite it is all or nothing."""
-    constant = constant_weights(rules.weighting, len(losses))
+    constant = rules.constant()
     assert constant is not None
     present = _present(absent, losses.device)
     weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(~present, 0.0)

@@ -29,6 +29,17 @@ class Rules(NamedTuple):
     weighting: Callable[..., Any]
     nonfinite: str  # "skip", "raise" or "propagate"
     max_grad_norm: float | None
+    guarantee_descent: bool = False
+
+    def constant(self) -> tuple[float, ...] | None:
+        """The weights, if they depend on nothing, so that they can be applied during backward; else None."""
+        if self.guarantee_descent or not isinstance(self.weighting, Weighting):
+            return None
+        return self.weighting.constant(len(self.objectives))
+
+    def needs_gram(self) -> bool:
+        """Whether anything here reads the Gram matrix."""
+        return self.guarantee_descent or getattr(self.weighting, "needs_gram", True)
 
 
 class Direction(NamedTuple):
@@ -44,15 +55,12 @@ class Direction(NamedTuple):
     gap: Tensor | None = None
     status: Tensor | None = None
     bad_weights: Tensor | None = None  # bool []: a weighting of the user's returned weights that are not finite
+    correction: Tensor | None = None
+    correction_status: Tensor | None = None
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite, under `nonfinite="raise"`."""
-
-
-def constant_weights(weighting: object, n_objectives: int) -> tuple[float, ...] | None:
-    """The weights, if they depend on nothing, so that they can be applied during backward."""
-    return weighting.constant(n_objectives) if isinstance(weighting, Weighting) else None
 
 
 def find_direction(
@@ -73,7 +81,7 @@ def find_direction(
         RuntimeError: the weighting did not return one finite weight per objective.
     """
     flags = constant_tensor(absent, torch.bool, losses.device)
-    if constant_weights(rules.weighting, len(losses)) is None and getattr(rules.weighting, "needs_gram", True):
+    if rules.needs_gram() and rules.constant() is None:
         return _from_gram(buffers, losses, flags, rules)
     return _from_losses(buffers, losses, flags, rules, contributed)
 
@@ -87,6 +95,9 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
     if bool(left_out.all()):
         return _unusable(losses, gram, nonfinite)
     weights, gap, status = _weigh(buffers, gram, losses, left_out, rules)
+    correction = correction_status = None
+    if rules.guarantee_descent:
+        weights, correction, correction_status = torch.ops.mogeo.descent(without(gram, left_out), weights)
 
     used = weights != 0  # rows left out may hold NaN
     squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
@@ -103,7 +114,9 @@ def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: 
         if rules.nonfinite == "raise":
             raise NonFiniteError(f"the direction of {_quoted(rules, nonfinite)} overflows fp16: scale the losses down")
         return _unusable(losses, gram, nonfinite)
-    return Direction(losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status)
+    return Direction(
+        losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status, None, correction, correction_status
+    )
 
 
 def _over_ranks(
@@ -138,7 +151,7 @@ def _from_losses(
     left_out = absent | nonfinite
     if bool(left_out.all()):
         return _unusable(losses, None, nonfinite)
-    constant = constant_weights(rules.weighting, len(losses))
+    constant = rules.constant()
     if constant is None:
         weights, _, _ = _weigh(buffers, None, losses, left_out, rules)
         buffers.combine(weights)
@@ -207,9 +220,12 @@ def _without(gram: Tensor | None, losses: Tensor, left_out: Tensor) -> tuple[Ten
     others = losses.masked_fill(left_out, 0.0)
     count = (~left_out).sum()
     losses = torch.where(left_out, torch.where(count > 0, others.sum() / count, 1.0), losses)
-    if gram is not None:
-        gram = gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
-    return gram, losses
+    return None if gram is None else without(gram, left_out), losses
+
+
+def without(gram: Tensor, left_out: Tensor) -> Tensor:
+    """A Gram matrix in which the objectives left out have no gradient."""
+    return gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
 
 
 def _poisoned(

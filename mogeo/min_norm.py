@@ -28,7 +28,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 # KKT residual, in units of |g_i| Σ_j a_j |g_j|, up to which a result is certified as optimal.
-_CERTIFICATE_TOLERANCE = 1e-13
+CERTIFICATE_TOLERANCE = 1e-13
 
 
 class Status(IntEnum):
@@ -41,8 +41,8 @@ class Status(IntEnum):
     NONPOSITIVE_LOSS = 4  #: a loss that divides is not positive; its objective has weight 0 (found on a GPU only)
 
 
-class _Arithmetic(NamedTuple):
-    """Numbers to pivot with: float, or Decimal under `_DECIMALS`."""
+class Arithmetic(NamedTuple):
+    """Numbers to pivot with: float, or Decimal under `DECIMALS`."""
 
     number: Callable[[float], Any]
     sqrt: Callable[[Any], Any]
@@ -52,9 +52,9 @@ class _Arithmetic(NamedTuple):
     rounding: Any  # bound on the relative rounding of a sum of 64 products
 
 
-_FLOATS = _Arithmetic(float, math.sqrt, math.fsum, 1e-14, 1e-13, 2.0**-49)
-_DECIMALS = _Arithmetic(Decimal, Decimal.sqrt, sum, Decimal("1e-40"), Decimal("1e-50"), Decimal("1e-70"))
-_DECIMAL_CONTEXT = decimal.Context(prec=80)
+FLOATS = Arithmetic(float, math.sqrt, math.fsum, 1e-14, 1e-13, 2.0**-49)
+DECIMALS = Arithmetic(Decimal, Decimal.sqrt, sum, Decimal("1e-40"), Decimal("1e-50"), Decimal("1e-70"))
+DECIMAL_CONTEXT = decimal.Context(prec=80)
 
 
 def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
@@ -91,18 +91,18 @@ def min_norm(gram: list[list[float]]) -> tuple[list[float], float, Status]:
 
 def _solve(matrix: list[list[float]]) -> tuple[list[float], float, Status]:
     """`min_norm` for a finite matrix with a positive diagonal."""
-    weights = _pivoted(matrix, _FLOATS)
-    gap, certified = _certify(matrix, weights, _FLOATS)
+    weights = _pivoted(matrix, FLOATS)
+    gap, certified = _certify(matrix, weights, FLOATS)
     if not certified:
-        with decimal.localcontext(_DECIMAL_CONTEXT):
-            gap, certified = _certify(matrix, weights, _DECIMALS)
+        with decimal.localcontext(DECIMAL_CONTEXT):
+            gap, certified = _certify(matrix, weights, DECIMALS)
             if not certified:
-                weights = _pivoted(matrix, _DECIMALS)
-                gap, certified = _certify(matrix, weights, _DECIMALS)
+                weights = _pivoted(matrix, DECIMALS)
+                gap, certified = _certify(matrix, weights, DECIMALS)
     return weights, gap, Status.OPTIMAL if certified else Status.STALLED
 
 
-def _pivoted(matrix: list[list[float]], arithmetic: _Arithmetic) -> list[float]:
+def _pivoted(matrix: list[list[float]], arithmetic: Arithmetic) -> list[float]:
     """Weights on the simplex, by principal pivoting on the shifted and scaled matrix."""
     indices = range(len(matrix))
     exact = [[arithmetic.number(value) for value in row] for row in matrix]
@@ -113,7 +113,7 @@ def _pivoted(matrix: list[list[float]], arithmetic: _Arithmetic) -> list[float]:
     unit = [shift / norm / factor for norm, factor in zip(norms, stretch, strict=True)]
     length = [norm * factor for norm, factor in zip(norms, stretch, strict=True)]
     scaled = [[exact[i][j] / length[i] / length[j] + unit[i] * unit[j] for j in indices] for i in indices]
-    solution = _complementarity(scaled, unit, arithmetic)
+    solution = complementarity(scaled, [-value for value in unit], unit, arithmetic)
 
     weights = [float(value * scale) if value > 0 else 0.0 for value, scale in zip(solution, unit, strict=True)]
     total = math.fsum(weights)
@@ -122,17 +122,23 @@ def _pivoted(matrix: list[list[float]], arithmetic: _Arithmetic) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _complementarity(matrix: list[list[Any]], bound: list[Any], arithmetic: _Arithmetic) -> list[Any]:
-    """Solve w = A y − b ≥ 0, y ≥ 0, yᵀw = 0 for A with unit diagonal, positive semi-definite up to rounding; b > 0.
+def complementarity(matrix: list[list[Any]], start: list[Any], scale: list[Any], arithmetic: Arithmetic) -> list[Any]:
+    """Solve w = A y + q ≥ 0, y ≥ 0, yᵀw = 0 for A with unit diagonal, positive semi-definite up to rounding.
 
     The tableau holds z = q + T u: u are the non-basic variables (zero but for the driving one), z the basic ones.
     Variable i is y_i where `support[i]`, else w_i.
+
+    Args:
+        matrix: A.
+        start: q.
+        scale: > 0, what each w_i is measured in.
+        arithmetic: of all these numbers.
     """
-    size = len(bound)
+    size = len(start)
     indices = range(size)
     zero = arithmetic.number(0.0)
     tableau = [row[:] for row in matrix]
-    constant = [-value for value in bound]
+    constant = start[:]
     support = [False] * size
     dependent = [False] * size
     driving = -1
@@ -142,8 +148,8 @@ def _complementarity(matrix: list[list[Any]], bound: list[Any], arithmetic: _Ari
         if driving < 0:
             worst = -arithmetic.multiplier_tolerance
             for i in indices:
-                if not support[i] and not dependent[i] and constant[i] < worst * bound[i]:
-                    worst = constant[i] / bound[i]
+                if not support[i] and not dependent[i] and constant[i] < worst * scale[i]:
+                    worst = constant[i] / scale[i]
                     driving = i
             if driving < 0:
                 break
@@ -189,7 +195,7 @@ def _pivot(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
     constant[index] = -start * inverse
 
 
-def _certify(matrix: list[list[float]], weights: list[float], arithmetic: _Arithmetic) -> tuple[float, bool]:
+def _certify(matrix: list[list[float]], weights: list[float], arithmetic: Arithmetic) -> tuple[float, bool]:
     """The duality gap, and whether (Ma)_i ≥ aᵀMa beyond doubt for every i, to the rounding of row i."""
     number = arithmetic.number
     inside = [(j, number(weight)) for j, weight in enumerate(weights) if weight > 0.0]
@@ -199,6 +205,6 @@ def _certify(matrix: list[list[float]], weights: list[float], arithmetic: _Arith
     radius = arithmetic.total(norms[j] * weight for j, weight in inside)
     # aᵀMa is known to the rounding of its longest rows, which short rows cannot be held to.
     doubt = arithmetic.rounding * radius * radius
-    tolerance = number(_CERTIFICATE_TOLERANCE) * radius
+    tolerance = number(CERTIFICATE_TOLERANCE) * radius
     certified = all(value - slope + doubt <= tolerance * norm for slope, norm in zip(slopes, norms, strict=True))
     return max(float(value - min(slopes)), 0.0), certified

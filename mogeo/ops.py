@@ -1,5 +1,5 @@
-"""The functional core: gram, combine, min_norm_weights. Checks its arguments; the one place that chooses an
-implementation.
+"""The functional core: gram, combine, min_norm_weights, descent_weights. Checks its arguments; the one place that
+chooses an implementation.
 
 Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels (`mogeo.cuda`), all others
 PyTorch operations and the scalar solver (`mogeo.cpu`). The functions are operators of torch (`torch.ops.mogeo`), so
@@ -28,6 +28,14 @@ class MinNorm(NamedTuple):
 
     weights: Tensor  #: fp64 [K], on the simplex
     gap: Tensor  #: fp64 [], the duality gap aᵀMa − min_i (Ma)_i over the hull, in units of the Gram matrix
+    status: Tensor  #: int64 [], a `mogeo.Status`
+
+
+class Descent(NamedTuple):
+    """The direction nearest to a given one that hurts no objective; for a batch, with its leading dimensions."""
+
+    weights: Tensor  #: fp64 [K], w + μ
+    correction: Tensor  #: fp64 [K], μ ≥ 0
     status: Tensor  #: int64 [], a `mogeo.Status`
 
 
@@ -135,11 +143,33 @@ def min_norm_weights(gram: Tensor) -> MinNorm:
 
     Source: Désidéri, *Multiple-gradient descent algorithm (MGDA)*, 2012.
     """
-    if not gram.is_floating_point():
-        raise TypeError(f"gram is {gram.dtype}: pass a real floating-point Gram matrix")
-    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1] or gram.shape[-1] == 0:
-        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square matrix [K, K], K ≥ 1, or a batch of them")
+    _check_gram(gram)
     return normalized_min_norm(gram, None, "none", 1.0, "raw")
+
+
+def descent_weights(gram: Tensor, weights: Tensor) -> Descent:
+    """Weights of the direction nearest to d = Gᵀw that hurts no objective: ⟨v, g_k⟩ ≥ 0 for all k, to first order.
+
+    v = Gᵀ(w + μ), with μ ≥ 0 exact and certified as the weights of `min_norm_weights` are: ⟨v, g_k⟩ is never below
+    −1e-13 ‖g_k‖ Σ_j (|w_j| + μ_j) ‖g_j‖ where the status is `OPTIMAL`. Where d hurts nobody already, w comes back as it
+    is, to the last bit.
+
+    Args:
+        gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding; or [..., K, K].
+        weights: w [K], on the raw gradients; or [..., K].
+
+    Returns:
+        `Descent(weights, correction, status)` on the device of `gram`.
+
+    Raises:
+        TypeError: `gram` is not floating point.
+        ValueError: `gram` is not square, or empty, or `weights` does not fit.
+    """
+    _check_gram(gram)
+    if weights.shape != gram.shape[:-1]:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}: a Gram {tuple(gram.shape)} needs [..., K]")
+    weights = weights.detach().to(device=gram.device, dtype=torch.float64)
+    return Descent(*torch.ops.mogeo.descent(gram.detach().to(torch.float64), weights))
 
 
 def normalized_min_norm(
@@ -197,6 +227,7 @@ _OPERATORS = {
     "combine": "(Tensor rows, Tensor weights) -> Tensor",
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
+    "descent": "(Tensor gram, Tensor weights) -> (Tensor, Tensor, Tensor)",
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
 _LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
@@ -232,7 +263,11 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         result: tuple[Tensor, Tensor, Tensor] = code().min_norm(gram, losses, normalize, power, apply_to)
         return result
 
-    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm):
+    def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights)
+        return result
+
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent):
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
 
 
@@ -261,7 +296,11 @@ def _register_fakes() -> None:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return gram.new_empty(gram.shape[:-1]), gram.new_empty(gram.shape[:-2]), status
 
-    for fake in (gram, gram_by_segment, combine, combine_out, min_norm):
+    def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+        return torch.empty_like(weights), torch.empty_like(weights), status
+
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent):
         torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
 
 
@@ -270,6 +309,13 @@ _register_fakes()
 
 # --------------------------------------------------------------------------------------------------------------------
 # Checks
+
+
+def _check_gram(gram: Tensor) -> None:
+    if not gram.is_floating_point():
+        raise TypeError(f"gram is {gram.dtype}: pass a real floating-point Gram matrix")
+    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1] or gram.shape[-1] == 0:
+        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square matrix [K, K], K ≥ 1, or a batch of them")
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from mogeo import deferred, direction
 from mogeo.buffers import GradientBuffers, signature
 from mogeo.constants import constant_tensor
-from mogeo.direction import Direction, NonFiniteError, Rules, bad_weights, constant_weights
+from mogeo.direction import Direction, NonFiniteError, Rules, bad_weights
 from mogeo.distributed import Group, ranks_of, value_of
 from mogeo.graphs import shared_with_later
 from mogeo.mailbox import Mailbox
@@ -61,6 +61,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             linear, group-dro) see losses one by one but gradients only summed: there "skip" leaves out the whole step
             where a gradient is not finite.
         process_group: with several processes, those that hold this model between them; by default all of them.
+        guarantee_descent: take the direction nearest to d that hurts no objective to first order, ⟨v, g_k⟩ ≥ 0 for all
+            k: v = Σ_k (w_k + μ_k) g_k, exact, from the same Gram matrix (`mogeo.descent_weights`). It is d itself where
+            d hurts nobody, as MGDA's never does. Fixed weights and GroupDRO then need K rows and a Gram matrix as well.
         shard_rows: with several processes and plain (replicated) parameters, average each gradient over ranks as soon
             as it is complete, and keep a piece of it per rank: rows of N + K·N/ranks elements instead of K·N. For use
             inside DDP's `no_sync()`, or without DDP.
@@ -99,6 +102,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         objectives: Sequence[str] | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        guarantee_descent: bool = False,
         process_group: Group | None = None,
         shard_rows: bool = False,
     ) -> None:
@@ -111,6 +115,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self.objectives = None if objectives is None else checked_names(objectives)
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
+        self.guarantee_descent = guarantee_descent
         self.process_group = process_group
         self.shard_rows = shard_rows
         self.report: StepReport | None = None
@@ -139,8 +144,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             )
         self._weighting = resolved
 
-    def _one_row(self, weighting: object) -> bool:
-        return constant_weights(weighting, len(self._names)) is not None
+    def _one_row(self, weighting: Callable[..., Any]) -> bool:
+        return self._rules(weighting).constant() is not None
+
+    def _rules(self, weighting: Callable[..., Any]) -> Rules:
+        return Rules(self._names, weighting, self.nonfinite, self.max_grad_norm, self.guarantee_descent)
 
     def backward(
         self,
@@ -177,7 +185,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         known = self.objectives
         try:
             terms = self._terms(losses, objective)
-            constant = constant_weights(self.weighting, len(self._names))
+            constant = self._rules(self.weighting).constant()
             buffers = self._current_buffers(1 if constant is not None else len(self._names))
             with buffers.capturing():
                 if constant is not None and all(_adds_exactly(term) for _, _, term in terms):
@@ -282,7 +290,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         nan = constant_tensor((torch.nan,), torch.float64, device)[0]
         losses = torch.stack([self._loss_sums.get(k, nan).to(device, non_blocking=True) for k in range(count)])
         absent = tuple(k not in self._loss_sums for k in range(count))
-        rules = Rules(self._names, self.weighting, self.nonfinite, self.max_grad_norm)
+        rules = self._rules(self.weighting)
         on_device = self._decided_on_device(buffers)
         decide = deferred.find_direction if on_device else direction.find_direction
         try:
@@ -308,6 +316,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             nonfinite_counts=self._nonfinite_counts.clone(),
             optimality_gap=found.gap,
             status=found.status,
+            correction=found.correction,
+            correction_status=found.correction_status,
         )
         self._tell(found, on_device)
         return self.report

@@ -39,6 +39,10 @@ class StepReport:
     optimality_gap: Tensor | None = field(default=None)
     #: `mogeo.Status` of the min-norm problem, int64 []; None where there is none.
     status: Tensor | None = field(default=None)
+    #: μ, what `guarantee_descent` added to the weighting's weights, fp64 [K], within `weights`; None without it.
+    correction: Tensor | None = field(default=None)
+    #: `mogeo.Status` of the correction, int64 []: `OPTIMAL` certifies that d hurts no objective, to rounding.
+    correction_status: Tensor | None = field(default=None)
 
     @property
     def grad_norms(self) -> Tensor | None:
@@ -101,6 +105,8 @@ class StepReport:
             "clip_factor": plain(self.clip_factor),
             "optimality_gap": plain(self.optimality_gap),
             "status": plain(self.status),
+            "correction": by_name(self.correction),
+            "correction_status": plain(self.correction_status),
             "skipped": list(self.skipped),
             "nonfinite_counts": by_name(self.nonfinite_counts),
         }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mogeo.constants import constant_tensor
-from mogeo.ops import MinNorm, normalized_min_norm
+from mogeo.ops import MinNorm, descent_weights, normalized_min_norm
 
 
 class Weighting:
@@ -186,6 +186,28 @@ class MGDA(Weighting):
         return f"MGDA(normalize={self.normalize!r}, power={self.power:g}, apply_to={self.apply_to!r})"
 
 
+class UPGrad(Weighting):
+    """The mean of all gradients, each first made to hurt nobody: w = (1/K) Σ_k (e_k + μ_k).
+
+    e_k + μ_k are the weights of the direction nearest to g_k in the dual cone {v : ⟨v, g_j⟩ ≥ 0 for all j}: K quadratic
+    programs of K variables, solved exactly from the Gram matrix (`mogeo.descent_weights`), on a GPU in one launch. The
+    direction hurts no objective, and grows with every gradient alone.
+
+    Source: Quinton & Rey, *Jacobian descent for multi-objective optimization*, 2024 (arXiv 2406.16232), section 3.
+    """
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """Weights on the raw gradients, fp64 [K]."""
+        if gram is None:
+            raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
+        count = len(gram)
+        alone = torch.eye(count, dtype=torch.float64, device=gram.device)
+        return descent_weights(gram.expand(count, count, count), alone).weights.mean(0)
+
+    def __repr__(self) -> str:
+        return "upgrad"
+
+
 def gapo(power: float) -> MGDA:
     """GAPO's gradient rescaling: ĝ = g / ‖g‖^power, w = α / ‖g‖^power. Power 0 is `mgda`, 1 is `mgda-normalized`.
 
@@ -224,6 +246,7 @@ _REGISTRY: dict[str, tuple[Callable[..., Weighting], int, float, str]] = {
     "linear": (lambda *preference: LinearScalarization(preference), 1, math.inf, "linear(0.3, 0.7), one per objective"),
     "group-dro": (GroupDRO, 0, 1, "group-dro, or group-dro(0.01) with its step size"),
     **{name: (functools.partial(_preset, name), 0, 0, name) for name in _MGDA_PRESETS},
+    "upgrad": (UPGrad, 0, 0, "upgrad"),
     "gapo": (gapo, 1, 1, "gapo(0.5), with the power of the norm"),
 }
 #: The registered names.
@@ -233,18 +256,22 @@ WeightingLike = str | Callable[[Tensor, Tensor], Tensor]
 
 
 def resolve(weighting: WeightingLike) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """A weighting from its name, such as `"mgda-decoupled"` or `"linear(0.3, 0.7)"`; any other callable is returned as
-    it is.
+    """A weighting from its name, such as `"mgda-decoupled"` or `"linear(0.3, 0.7)"`, or from one of TorchJD; any other
+    callable is returned as it is.
 
     Raises:
         ValueError: the name is not registered, or its arguments do not fit.
-        TypeError: `weighting` is neither a string nor a callable.
+        TypeError: `weighting` is neither a string nor a callable, or one of TorchJD's that needs more than a Gramian.
     """
     if not isinstance(weighting, str):
         if not callable(weighting):
             raise TypeError(
                 f"weighting={weighting!r}: pass a name ({', '.join(NAMES)}) or a callable (gram, losses) -> weights"
             )
+        from mogeo.integrations import torchjd
+
+        if torchjd.is_torchjds(weighting):
+            return torchjd.adapted(weighting)
         return weighting  # type: ignore[return-value]  # a callable that reads the Gram is passed one
     match = re.fullmatch(r"\s*([a-z0-9+-]+)\s*(?:\((.*)\))?\s*", weighting)
     if match is None or match[1] not in _REGISTRY:

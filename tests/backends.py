@@ -36,6 +36,7 @@ class Backend:
     gram_by_segment: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
     combine: Callable[..., Tensor]
     min_norm_weights: Callable[[Tensor], mogeo.MinNorm]
+    descent_weights: Callable[[Tensor, Tensor], mogeo.Descent]
     thrift: int  #: one example is tried where others try this many
     max_k: int  #: rows of a random example
 
@@ -80,6 +81,12 @@ def _min_norm_weights(gram: Tensor) -> mogeo.MinNorm:
     from mogeo import cuda
 
     return mogeo.MinNorm(*cuda.min_norm(gram.detach().to(torch.float64), None, "none", 1.0, "raw"))
+
+
+def _descent_weights(gram: Tensor, weights: Tensor) -> mogeo.Descent:
+    from mogeo import cuda
+
+    return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -129,10 +136,10 @@ def elsewhere(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------------
 # The table
 
-_FUNCTIONS = (mogeo.gram, mogeo.gram_by_segment, mogeo.combine, mogeo.min_norm_weights)
+_FUNCTIONS = (mogeo.gram, mogeo.gram_by_segment, mogeo.combine, mogeo.min_norm_weights, mogeo.descent_weights)
 
 CPU = Backend(*_FUNCTIONS, thrift=1, max_k=32)
-TRITON = Backend(_gram, _gram_by_segment, _combine, _min_norm_weights, thrift=10, max_k=8)
+TRITON = Backend(_gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, thrift=10, max_k=8)
 CUDA = Backend(*(elsewhere(function, "cuda") for function in _FUNCTIONS), thrift=1, max_k=32)  # type: ignore[misc, arg-type]
 
 _CPU = pytest.param(CPU, id="cpu")

@@ -63,7 +63,7 @@ class Entry:
     @property
     def targets(self) -> tuple[str, ...]:
         """Where it is compiled: everywhere, unless that takes long and the rest of the table says as much."""
-        if self.kernel == "min_norm" and self.count <= 8:
+        if self.kernel == "descent" or (self.kernel == "min_norm" and self.count <= 8):
             return ("sm_90", "sm_100")
         if self.kernel == "combine" and self.count == 32:
             return ("sm_80", "sm_90", "sm_100")
@@ -87,6 +87,7 @@ ENTRIES = (
     *(Entry("scale", 1, dtype) for dtype in (_BF16, _FP32)),
     *(Entry("min_norm", k, _FP64) for k in (2, 4, 8, 16, 32)),
     Entry("min_norm", 4, _FP64, "l2, power 0.5"),
+    *(Entry("descent", k, _FP64) for k in (4, 32)),
 )
 
 
@@ -151,6 +152,13 @@ def _min_norm(entry: Entry) -> Launch:
     return min_norm.launch(_empty(k, k), _empty(k), absent, outputs, *how, propagate=False)
 
 
+def _descent(entry: Entry) -> Launch:
+    from mogeo.kernels import descent
+
+    k = entry.count
+    return descent.launch(_empty(k, k), _empty(k), _empty(k), _empty(k), _empty(dtype=torch.int64))
+
+
 _LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "gram": _gram,
     "reduce": _reduce,
@@ -158,6 +166,7 @@ _LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "settle": _settle,
     "scale": _scale,
     "min_norm": _min_norm,
+    "descent": _descent,
 }
 
 
