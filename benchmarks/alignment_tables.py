@@ -185,9 +185,9 @@ def selection(results: Sequence[Result], merit: Metric) -> str:
 
 COLOURS = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999", "#8B4513", "#6A0DAD",
-    "#B8860B",
+    "#B8860B", "#E6399B", "#4D4D00",
 )  # fmt: skip
-MARKERS = "osD^v<>Pp*X"
+MARKERS = "osD^v<>Pp*Xhd"
 
 
 def draw_trade_offs(path: Path, runs: Runs, objectives: Sequence[str], kind: str, title: str) -> None:
@@ -212,13 +212,15 @@ def draw_trade_offs(path: Path, runs: Runs, objectives: Sequence[str], kind: str
 
 
 def draw_weights(path: Path, runs: Runs, objectives: Sequence[str], title: str) -> None:
-    """w / Σw over the steps, a panel a method: mean over seeds, and in pale each seed."""
+    """w / Σw over the steps, a panel a method whose weights vary: mean over seeds, and in pale each seed."""
     shown = {
         label: [r["explained"]["weights"] for r in by_seed.values()]
         for label, by_seed in runs.items()
         if all(r.get("explained") for r in by_seed.values())
         and any(max(r["explained"]["weight_sd"].values()) > 1e-6 for r in by_seed.values())
     }
+    if not shown:
+        return
     figure = _figure((4 * min(3, len(shown)), 3.2 * math.ceil(len(shown) / 3) + 0.6))
     axes = figure.subplots(math.ceil(len(shown) / 3), min(3, len(shown)), sharey=True, squeeze=False).flatten()
     for axis, (label, seeds) in zip(axes, shown.items(), strict=False):
