@@ -41,6 +41,7 @@ weightings
   mgda-decoupled       min-norm point of the gradients over their losses: objectives that lag behind count more
   mgda                 min-norm point: to first order, no objective gets worse    mgda-normalized   of unit gradients
   gapo(0.5)            of gradients over a power of their norm                    group-dro(0.01)   by losses alone
+  upgrad               mean of the gradients, each first made to hurt no other objective
 
 examples
   mogeo align --model Qwen/Qwen2.5-0.5B-Instruct --data openbmb/UltraFeedback --output runs/qwen
