@@ -230,3 +230,14 @@ def test_ctrl_c_before_training_is_one_line(align, monkeypatch, capsys):
     monkeypatch.setattr(models, "load_model", interrupted)
     assert align() == 130
     assert capsys.readouterr().err.endswith("mogeo: interrupted\n")
+
+
+def test_modpo_runs_from_rows_to_a_table_and_its_weights_are_checked_first(align, tmp_path, capsys):
+    assert align("--weighting", "uniform", "--modpo-weights", "2,1") == 0
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert settings["modpo_weights"] == [2 / 3, 1 / 3]
+    assert "Held-out preferences" in capsys.readouterr().out
+    for wrong, told in (("1,x", "give numbers, or 'equal'"), ("1,2,3", "3 numbers for the objectives")):
+        assert align("--modpo-weights", wrong, output=tmp_path / "other") == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

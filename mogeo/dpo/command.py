@@ -9,6 +9,7 @@ import argparse
 import logging
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dpo.add_argument(
         "--label-smoothing", type=float, default=0.0, metavar="E", help="share of labels taken to be wrong (default: 0)"
     )
+
+    dpo.add_argument(
+        "--modpo-weights", metavar="W,W", help="MODPO: one weight per objective, or 'equal'; trains a DPO model per "
+        "objective first, for the margins (default: plain DPO)",
+    )  # fmt: skip
 
     train = parser.add_argument_group("optimizer (AdamW)")
     train.add_argument(
@@ -184,6 +190,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     import transformers
 
     from mogeo.dpo import models
+    from mogeo.dpo.modpo import align_modpo
     from mogeo.dpo.run_folder import check_output
     from mogeo.dpo.train import Interrupted, align, check_weighting
 
@@ -194,6 +201,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     rows = read_rows(args.data)
     train, held_out = _preferences(rows, args)
     check_weighting(config, len(train.objectives))
+    run_align = align if args.modpo_weights is None else partial(align_modpo, weights=_modpo_weights(args, train))
     if ranks.first:
         print(_data_table(train, held_out).text(), end="\n\n", flush=True)
 
@@ -201,7 +209,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
         transformers.utils.logging.disable_progress_bar()
     model, tokenizer = models.load_model(args.model)
     try:
-        result = align(
+        result = run_align(
             model,
             tokenizer,
             train,
@@ -260,6 +268,19 @@ def _config(args: argparse.Namespace) -> AlignConfig:
         max_length=args.max_length,
         prompt_format=args.prompt_format,
     )
+
+
+def _modpo_weights(args: argparse.Namespace, train: Preferences) -> dict[str, float] | None:
+    """MODPO's weight of each objective; None: equal ones."""
+    if args.modpo_weights == "equal":
+        return None
+    try:
+        weights = [float(part) for part in args.modpo_weights.split(",")]
+    except ValueError:
+        raise InputError(f"--modpo-weights '{args.modpo_weights}': give numbers, or 'equal'") from None
+    if len(weights) != len(train.objectives):
+        raise InputError(f"--modpo-weights has {len(weights)} numbers for the objectives {', '.join(train.objectives)}")
+    return dict(zip(train.objectives, weights, strict=True))
 
 
 def _preferences(rows: list[dict[str, object]], args: argparse.Namespace) -> tuple[Preferences, Preferences]:
