@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,9 @@ def train(
     phases = []
     for preferences in halves:
         tokens = tokenize_preferences(preferences, tokenizer, config.prompt_format, None)
-        phases.append((tokens, score(model, tokens.sequences, batch_size=2 * per_step, pad=pad, precision=_plain())))
+        phases.append(
+            (tokens, score(model, tokens.sequences, batch_size=2 * per_step, pad=pad, precision=nullcontext()))
+        )
     objectives = halves[0].objectives
 
     def losses(step: int, draws: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
@@ -182,7 +185,3 @@ def train(
         )
     model.eval()
     return history
-
-
-def _plain() -> Any:
-    return torch.autocast("cpu", torch.bfloat16, enabled=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -134,14 +135,10 @@ class Setting:
         held_out = with_controls(self.held_out, BEST) if controls else self.held_out
         tokens = tokenize_preferences(held_out, self.tokenizer, "plain", None)
         scores = [
-            score(model, tokens.sequences, batch_size=64, pad=self.tokenizer.pad_token_id, precision=_precision())
+            score(model, tokens.sequences, batch_size=64, pad=self.tokenizer.pad_token_id, precision=nullcontext())
             for model in (policy, reference)
         ]
         return evaluate(*scores, tokens, self.recipe.align.beta)
-
-
-def _precision() -> Any:
-    return torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
 def compute(cell: Cell, recipe: Recipe, scratch: Path) -> Result:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mogeo.dpo.batches import TokenSequence, collate, encode_completion, encode_prompt
+from mogeo.dpo.batches import collate, encode_sequence
 from mogeo.dpo.data import Row, build_preferences, split_rows
 from mogeo.dpo.generate import generate
 from mogeo.dpo.golden import golden_response
@@ -145,10 +145,8 @@ def fine_tune(
     """
     sequences = []
     for row in rows:
-        prompt = encode_prompt(tokenizer, row["instruction"], "plain")
         for completion in row["completions"]:
-            answer = encode_completion(tokenizer, row["instruction"], completion["response"], "plain")
-            sequences.append(TokenSequence((*prompt, *answer), len(prompt)))
+            sequences.append(encode_sequence(tokenizer, row["instruction"], completion["response"], "plain"))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.sft_learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )

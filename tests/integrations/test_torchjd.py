@@ -41,7 +41,7 @@ def make(name: str) -> Any:
             return getattr(torchjd, name)(**GRAMIAN.get(name, {}))
     except ImportError as error:
         assert name in NEEDS_MORE
-        pytest.skip(str(error))
+        pytest.skip(f"TorchJD's {name} needs a package that is not installed: {error}")
 
 
 def test_the_table_is_complete() -> None:
