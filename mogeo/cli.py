@@ -21,6 +21,8 @@ _DESCRIPTION = """\
 Balance several objectives while fine-tuning a language model.
 
   mogeo demo                          four conflicting objectives, a tiny model, a few minutes on a CPU
+  mogeo plan --model M --objectives K
+                                      memory, cost of a step and which mode to take, before anything is loaded
   mogeo align --model M --data D --output O
                                       DPO on your own model and rated data
   mogeo evaluate --model O --judge J --output E
@@ -28,6 +30,7 @@ Balance several objectives while fine-tuning a language model.
 """
 
 _COMMANDS = {
+    "plan": ("mogeo.plan.command", "what a fine-tune with K objectives takes: memory by mode, cost of a step"),
     "align": ("mogeo.dpo.command", "fine-tune a model with one preference set per objective (DPO)"),
     "evaluate": ("mogeo.dpo.evaluate_command", "judge what models say against golden responses: net win rates"),
     "demo": ("mogeo.dpo.demo", "see it work: a small self-made world with four conflicting objectives"),

@@ -1,0 +1,244 @@
+"""Bytes that a rank holds at the peak of a step, item by item and mode by mode. Arithmetic; knows no torch.
+
+What a forward and a backward hold is measured (`mogeo.plan.trace`); all else follows from counts. Per rank, with N the
+trainable elements that it holds, g bytes each, K objectives and n ranks:
+
+    weights            N·g, and the model's buffers
+    optimizer          2·N·g (AdamW), N·g (SGD with momentum, Lion)
+    rows               K·N·g; constant weights N·g; see `Mode`
+    autograd           N·g, with several ranks: gradients are read once a backward is done, by the engine and by mogeo
+    engine             DDP: its buckets, N·g. FSDP2: what is whole for a while, of the model's parts
+    reference          N·g, unless its scores are computed beforehand
+    activations        measured, gradients of single parameters on their way to a row included
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, NamedTuple
+
+from mogeo.dpo.errors import InputError
+
+OPTIMIZERS = {"adamw": 2, "sgd": 1, "lion": 1}
+"""States per parameter, each in the parameter's dtype."""
+
+ENGINES = ("none", "ddp", "ddp-shard-rows", "fsdp2")
+"""One process; DDP; DDP in `no_sync()` with `shard_rows=True`; FSDP2, each layer and the rest of the model a unit."""
+
+PRECISIONS = {"autocast": 4, "fp32": 4, "bf16": 2}
+"""Bytes of a weight, and of its gradient and optimizer states. "autocast": fp32 weights, products in bf16."""
+
+
+class Shape(NamedTuple):
+    """Counts of a model's elements; tied parameters count once."""
+
+    elements: int  #: parameters
+    buffer_bytes: int
+    layers: int
+    layer_elements: int  #: parameters of the largest layer
+    outer_elements: int  #: parameters outside the layers: embeddings, head, last norm
+    lora_elements: int  #: inputs plus outputs of all linear maps in the layers: LoRA trains r times as many parameters
+
+
+class Peaks(NamedTuple):
+    """Bytes at the peak of forward and backward, beside what is there between steps."""
+
+    streamed: int  #: each parameter's gradient is moved away as it is complete: one process
+    kept: int  #: gradients stay until the backward ends: several ranks
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A fine-tune.
+
+    Attributes:
+        shape: of the model, all of which is trained.
+        peaks: of a micro-batch of one objective: losses are callables, so that one graph is alive at once.
+        objectives: K.
+        precision: one of `PRECISIONS`.
+        optimizer: one of `OPTIMIZERS`.
+        engine: one of `ENGINES`.
+        ranks: n; 1 with engine "none".
+        resident_reference: whether the reference model stays, in the weights' dtype.
+        sketch: d, numbers that a sketched row keeps.
+        refresh_every: T, steps from one solve to the next in modes that keep weights in between.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    shape: Shape
+    peaks: Peaks
+    objectives: int
+    precision: str = "autocast"
+    optimizer: str = "adamw"
+    engine: str = "none"
+    ranks: int = 1
+    resident_reference: bool = False
+    sketch: int = 4096
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--objectives", self.objectives),
+            ("--ranks", self.ranks),
+            ("--sketch", self.sketch),
+            ("--refresh-every", self.refresh_every),
+        ):
+            if value < 1:
+                raise InputError(f"{option} {value}: give a whole number of at least 1")
+        if (self.engine == "none") != (self.ranks == 1):
+            raise InputError(
+                f"--engine {self.engine} with --ranks {self.ranks}: one rank goes with engine none, several with "
+                f"{', '.join(ENGINES[1:])}"
+            )
+
+    @property
+    def size(self) -> int:
+        """g: bytes of a weight, and of its gradient."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def held(self) -> int:
+        """N: trainable elements that a rank holds."""
+        return -(-self.shape.elements // self.ranks) if self.engine == "fsdp2" else self.shape.elements
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+Rows = Literal["one", "all", "sketch"]
+EXACTNESS = ("exact", "rounded", "approximate")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to hold K gradients.
+
+    Attributes:
+        name: what the table calls it.
+        keywords: of `MultiObjectiveOptimizer`, as one writes them.
+        rows: "one", the weighted sum, with constant weights; "all", K; "sketch", K short ones.
+        half: rows are bf16, and the direction is not.
+        on_host: rows lie in the host's memory, pinned.
+        refreshes: weights are solved for at every T-th step, and the K rows freed in between.
+        exactness: of the direction, one of `EXACTNESS`: as the weighting says; from rows rounded to bf16; or with weights
+            that are older, or from sketches.
+    """
+
+    name: str
+    keywords: dict[str, str] = field(default_factory=dict)
+    rows: Rows = "all"
+    half: bool = False
+    on_host: bool = False
+    refreshes: bool = False
+    exactness: str = "exact"
+
+
+def modes(setup: Setup) -> list[Mode]:
+    """Those that differ in this setup: plain training first, then the exact one, then what takes less."""
+    half = {"row_dtype": "torch.bfloat16"}
+    host = {"row_device": '"cpu"'}
+    often = {"refresh_every": str(setup.refresh_every), "release_rows": "True"}
+    sketch = {"sketch": str(setup.sketch)}
+    found = [
+        Mode("uniform", {"weighting": '"uniform"'}, rows="one"),
+        Mode("exact"),
+        Mode("bf16 rows", half, half=True, exactness="rounded"),
+        Mode("host rows", host, on_host=True),
+        Mode("bf16 host rows", half | host, half=True, on_host=True, exactness="rounded"),
+        Mode("sketch", sketch, rows="sketch", exactness="approximate"),
+        Mode("refresh", often, refreshes=True, exactness="approximate"),
+        Mode("host rows, refresh", host | often, on_host=True, refreshes=True, exactness="approximate"),
+        Mode("sketch, refresh", sketch | often, rows="sketch", refreshes=True, exactness="approximate"),
+    ]
+    return [mode for mode in found if not (mode.half and setup.size == 2)]
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the peak of a step: on the device, and in the host's memory."""
+
+    weights: int
+    optimizer: int
+    rows: int
+    autograd: int
+    engine: int
+    reference: int
+    activations: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """All of it that lies on the device."""
+        return sum(getattr(self, item.name) for item in fields(self)) - self.host
+
+
+def memory(mode: Mode, setup: Setup) -> Memory:
+    """What a rank holds in a mode."""
+    shape, size, held = setup.shape, setup.size, setup.held
+    weights = held * size + shape.buffer_bytes
+    device_rows, host_rows = _rows(mode, setup)
+    autograd = 0 if setup.engine == "none" else setup.peaks.kept - setup.peaks.streamed
+    engine = 0
+    if setup.engine.startswith("ddp"):
+        engine = held * size
+    elif setup.engine == "fsdp2":
+        autograd = math.ceil(autograd / setup.ranks)
+        # Whole while they run: what is outside the layers, one layer and the next one; and at the end of a unit's
+        # backward its gradients, once as autograd made them and once as they are scattered.
+        engine = size * (shape.outer_elements + 2 * shape.layer_elements)
+        engine += size * max(2 * shape.layer_elements, shape.outer_elements)
+    return Memory(
+        weights=weights,
+        optimizer=OPTIMIZERS[setup.optimizer] * held * size,
+        rows=device_rows,
+        autograd=autograd,
+        engine=engine,
+        reference=weights if setup.resident_reference else 0,
+        activations=setup.peaks.streamed,
+        host=host_rows,
+    )
+
+
+def _rows(mode: Mode, setup: Setup) -> tuple[int, int]:
+    """Bytes of rows and direction, on the device and on the host."""
+    direction = setup.held * setup.size
+    if mode.rows == "one":
+        return direction, 0
+    if mode.rows == "sketch":
+        return direction + setup.objectives * setup.sketch * 4, 0
+    rows = setup.objectives * setup.held * row_size(mode, setup)
+    shared_out = setup.engine == "ddp-shard-rows"
+    if shared_out:
+        rows = math.ceil(rows / setup.ranks)
+    if mode.on_host:
+        return direction, rows
+    # The first row serves as direction, but where it has another dtype, or is a piece.
+    return rows + (direction if mode.half or shared_out else 0), 0
+
+
+def row_size(mode: Mode, setup: Setup) -> int:
+    """Bytes of an element of a row."""
+    return 2 if mode.half else setup.size
+
+
+def fsdp_ranks(mode: Mode, setup: Setup, limit: float) -> int | None:
+    """The fewest ranks of FSDP2, a power of two, on which a mode takes at most `limit` bytes; None beyond 4,096."""
+    for ranks in (2**i for i in range(1, 13)):
+        if memory(mode, replace(setup, engine="fsdp2", ranks=ranks)).device <= limit:
+            return ranks
+    return None
+
+
+def lora_bytes(setup: Setup, lora_rank: int) -> int:
+    """Device bytes of an exact step that trains LoRA's matrices only, the model frozen in bf16, on one process.
+
+    Activations are taken to be those of training all: an upper bound.
+    """
+    trained = lora_rank * setup.shape.lora_elements
+    adapters = trained * 4 * (1 + OPTIMIZERS[setup.optimizer] + setup.objectives)
+    return setup.shape.elements * 2 + setup.shape.buffer_bytes + adapters + setup.peaks.streamed
