@@ -1,7 +1,7 @@
-"""Gram matrix, combination and min-norm point in plain PyTorch, written for a CPU and its memory hierarchy.
+"""Gram matrix, combination, min-norm point and sketch in plain PyTorch, written for a CPU and its memory hierarchy.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.ops` is the door. Runs on every device, but asks the host
-there: `combine`, `min_norm` and `descent` copy K and K² numbers to it.
+there: `combine`, `min_norm`, `descent` and `sketch_` copy what is small to it.
 """
 
 from __future__ import annotations
@@ -125,6 +125,31 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     status = torch.tensor([int(each[1]) for each in found], dtype=torch.int64, device=gram.device)
     correction = correction.reshape(weights.shape)
     return weights + correction, correction, status.reshape(gram.shape[:-2])
+
+
+def sketch_table(signs: Tensor, width: int) -> Tensor:
+    """The table of signs ±1, int8 [n], in the form that `sketch_` reads: fp32."""
+    return signs.to(torch.float32)
+
+
+def sketch_(
+    row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+) -> None:
+    """row += weight · S gradient, as `mogeo.sketch.SignedSketch` says; `parts` divide the work of a GPU.
+
+    Per chunk two fused multiply-adds, of what lies before and behind the end of the buckets.
+    """
+    flat, dimension = gradient.reshape(-1), len(row)
+    for place, rotation, window, sign in chunks.tolist():
+        chunk = flat[place * dimension : (place + 1) * dimension].to(row.dtype)
+        signs = table[window : window + dimension].to(row.dtype)
+        split = min(dimension - rotation, len(chunk))
+        wrapped = len(chunk) - split
+        row[rotation : rotation + split].addcmul_(
+            chunk[:split], signs[rotation : rotation + split], value=weight * sign
+        )
+        if wrapped:
+            row[:wrapped].addcmul_(chunk[split:], signs[:wrapped], value=weight * sign)
 
 
 def _normalizers(squared_norms: Tensor, losses: Tensor | None, normalize: str, power: float) -> Tensor:

@@ -103,5 +103,8 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weights, correction, status
 
 
+sketch_table, sketch_ = cpu.sketch_table, cpu.sketch_
+
+
 def _suits(rows: Tensor) -> bool:
     return len(rows) <= MOST_ROWS and rows.dtype in gram_kernels.DTYPES

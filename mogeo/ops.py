@@ -1,5 +1,5 @@
-"""The functional core: gram, combine, min_norm_weights, descent_weights. Checks its arguments; the one place that
-chooses an implementation.
+"""The functional core: gram, combine, min_norm_weights, descent_weights; and the arithmetic of sketches. Checks its
+arguments (`mogeo.sketch` checks those of sketches); the one place that chooses an implementation.
 
 Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels (`mogeo.cuda`), all others
 PyTorch operations and the scalar solver (`mogeo.cpu`). The functions are operators of torch (`torch.ops.mogeo`), so
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mogeo import cpu
 
-_ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MinNorm(NamedTuple):
@@ -191,6 +191,19 @@ def normalized_min_norm(
     return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
 
 
+def sketch_(
+    row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+) -> None:
+    """row += weight · S gradient, with what `mogeo.sketch.SignedSketch` drew for this tensor; arguments as checked."""
+    torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, parts, table, width, weight)
+
+
+def sketch_table(signs: Tensor, width: int, device: torch.device) -> Tensor:
+    """Signs ±1, int8 [n], on the device and in the form that `sketch_` reads there."""
+    table: Tensor = (_for_cuda() if device.type == "cuda" else cpu).sketch_table(signs, width).to(device)
+    return table
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The choice
 
@@ -228,6 +241,9 @@ _OPERATORS = {
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
     "descent": "(Tensor gram, Tensor weights) -> (Tensor, Tensor, Tensor)",
+    "sketch_": (
+        "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor parts, Tensor table, int width, float weight) -> ()"
+    ),
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
 _LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
@@ -267,7 +283,12 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights)
         return result
 
-    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent):
+    def sketch_(
+        row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+    ) -> None:
+        code().sketch_(row, gradient, chunks, parts, table, width, weight)
+
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
 
 
@@ -300,7 +321,12 @@ def _register_fakes() -> None:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return torch.empty_like(weights), torch.empty_like(weights), status
 
-    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent):
+    def sketch_(
+        row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+    ) -> None:
+        return None
+
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
         torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
 
 
@@ -319,7 +345,7 @@ def _check_gram(gram: Tensor) -> None:
 
 
 def _check_rows(rows: Tensor) -> None:
-    if rows.dtype not in _ROW_DTYPES:
+    if rows.dtype not in ROW_DTYPES:
         raise TypeError(f"rows are {rows.dtype}: pass fp64, fp32, bf16 or fp16")
     if rows.ndim != 2 or rows.shape[0] == 0:
         raise ValueError(f"rows have shape {tuple(rows.shape)}: pass [K, N], one flattened gradient per row, K ≥ 1")
