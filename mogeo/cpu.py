@@ -70,16 +70,16 @@ def _blocked_gram(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all.
 
-    Accumulates in the dtype of the rows, half precision in fp32, and anything in fp64 if a weight leaves fp32's range.
+    Accumulates in the wider dtype of both, at least in fp32, and anything in fp64 if a weight leaves fp32's range.
     """
     terms = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0.0]
     if not terms:
         return out.zero_()
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, out.dtype), torch.float32)
     if max(abs(weight) for _, weight in terms) > torch.finfo(torch.float32).max:
         dtype = torch.float64
     columns = min(_AXPY_CHUNK, out.numel())
-    scratch = None if dtype == rows.dtype else torch.empty(columns, dtype=dtype, device=out.device)
+    scratch = None if dtype == out.dtype else torch.empty(columns, dtype=dtype, device=out.device)
     for start in range(0, out.numel(), _AXPY_CHUNK):
         target = out[start : start + _AXPY_CHUNK]
         partial = target if scratch is None else scratch[: target.numel()]

@@ -94,13 +94,15 @@ def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tens
     Args:
         rows: [K, N], fp64, fp32, bf16 or fp16.
         weights: [K], any real dtype. A row whose weight is 0 is not read, so it may hold NaN.
-        out: where to write, [N], dtype and device of `rows`. `rows[0]` works in place; any other row does not.
+        out: where to write, [N], on the device of `rows`, of any of these dtypes. `rows[0]` works in place; any other
+            row does not.
 
     Returns:
-        `out`, or a new tensor. Half-precision rows are accumulated in fp32 and rounded once.
+        `out`, or a new tensor in the dtype of the rows. Half-precision rows are accumulated in fp32 and rounded once,
+        or not at all if `out` is fp32.
 
     Raises:
-        TypeError: a dtype is not supported, or `out` has another dtype than `rows`.
+        TypeError: a dtype is not supported.
         ValueError: shapes do not fit, or `out` overlaps a row other than the first.
     """
     _check_rows(rows)
@@ -112,8 +114,8 @@ def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tens
     if out is None:
         result: Tensor = torch.ops.mogeo.combine(rows, weights)
         return result
-    if out.dtype != rows.dtype:
-        raise TypeError(f"out is {out.dtype}, but the rows are {rows.dtype}: pass out in the rows' dtype")
+    if out.dtype not in ROW_DTYPES:
+        raise TypeError(f"out is {out.dtype}: pass fp64, fp32, bf16 or fp16")
     if out.shape != (columns,) or out.device != rows.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, but the rows have {columns} columns on {rows.device}"
@@ -354,7 +356,8 @@ def _check_rows(rows: Tensor) -> None:
 def _overlaps_later_row(out: Tensor, rows: Tensor) -> bool:
     if out.numel() == 0 or out.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr():
         return False
-    if out.data_ptr() == rows[0].data_ptr() and out.stride() == rows[0].stride() and rows.stride(0) != 0:
+    in_place = out.dtype == rows.dtype and out.data_ptr() == rows[0].data_ptr()
+    if in_place and out.stride() == rows[0].stride() and rows.stride(0) != 0:
         return False
     first = rows.data_ptr()
     last = rows[-1, -1:].data_ptr()
