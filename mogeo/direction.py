@@ -235,7 +235,7 @@ def _norm_from_gram(decided: Decision) -> Tensor | None:
 def _over_ranks(
     ranks: Ranks | None, gram: Tensor | None, losses: Tensor, absent: Tensor, rules: Rules
 ) -> tuple[Tensor | None, Tensor]:
-    """The Gram matrix, if any, summed and the losses averaged over ranks, in one all-reduce, from which all decide alike.
+    """The Gram matrix, if any, summed and the losses averaged over ranks, in one all-reduce: all decide from the same.
 
     Raises:
         RuntimeError: some ranks have a loss of an objective in this step, and some have not.

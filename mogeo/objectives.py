@@ -114,8 +114,9 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
             inspect.signature(backward).bind(loss, retain_graph=True)
         except TypeError:
             raise TypeError(
-                f"objective {name!r} shares its graph with a later loss, but backward= takes no retain_graph: pass it "
-                "on, as in backward=lambda loss, **kwargs: scaler.scale(loss).backward(**kwargs)"
+                f"objective {name!r} shares its graph with a later loss, or with the backward that sketch= takes once "
+                "more, but backward= takes no retain_graph: pass it on, as in "
+                "backward=lambda loss, **kwargs: scaler.scale(loss).backward(**kwargs)"
             ) from None
     options = {"retain_graph": True} if retain_graph else {}
     try:

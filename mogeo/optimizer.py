@@ -27,7 +27,7 @@ from mogeo.held import HeldWeights
 from mogeo.mailbox import Mailbox
 from mogeo.min_norm import Status
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, in_order, run_backward
-from mogeo.replay import Repeatable
+from mogeo.replay import Repeatable, without_autocast
 from mogeo.report import StepReport
 from mogeo.sketched import SketchedRows
 from mogeo.steering import Steering
@@ -264,8 +264,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             rows = self._fitting_buffers(window)
             if window.calls is not None:
                 terms = [(k, name, t if isinstance(t, Tensor) else Repeatable(t)) for k, name, t in terms]
-                window.calls.append(Call(terms, backward, bool(retain_graph)))
-                call = Call(terms, backward, retain_graph=True)
+                window.calls.append(call := Call(terms, backward, bool(retain_graph)))
             self._run(call, rows, window)
             touched = rows.touched() or (self._plain is not None and self._plain.touched())
             if not touched and (window.weights is None or window.contributed):
@@ -321,6 +320,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             else:
                 rows.select(None, window.weights[index])
             loss = evaluate(name, term)
+            needed_later |= window.calls is not None and isinstance(term, Tensor)
             if self._wanted(index, window.add_loss(index, loss), rows, window):
                 run_backward(name, loss, call.backward, call.retain_graph or needed_later)
             self._collect(rows)
@@ -439,6 +439,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         assert buffers is not None
         assert sketches is not None
         assert window.calls is not None
+        if not all(parameter.requires_grad for parameter in sketches.touched()):
+            raise RuntimeError(
+                "a parameter was frozen between backward() and step(), and the backward that sketch= takes once more "
+                "would miss it: freeze it after step() or zero_grad()"
+            )
         sketches.average_replicas()
         decided = direction.decide(sketches, losses, absent, rules)
         again = Window(None, held=False, calls=None)
@@ -448,14 +453,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             again.weights = tuple(weights.tolist())
             if plain is not None:
                 plain.drop()
-            for call in window.calls:
-                self._run(call, buffers, again)
-            window.calls.clear()
+            with torch.enable_grad(), without_autocast():
+                while window.calls:
+                    self._run(window.calls.pop(0), buffers, again)
             for part in [buffers] if plain is None else [buffers, plain]:
                 part.settle()
                 part.average_replicas()
-        spoilt = any(bool(~value.isfinite()) for value in again.loss_sums.values()) and not decided.poisoned
-        return direction.summed(buffers, decided, absent, rules, plain, spoilt=spoilt)
+        return direction.summed(buffers, decided, absent, rules, plain)
 
     def _decided_on_device(self, rows: Capture) -> bool:
         """Whether the device decides this step, and the host hears of it later."""

@@ -53,6 +53,15 @@ class Repeatable:
             yield
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within this context nothing is computed in another precision than it asks for, whatever surrounds it."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def _autocasts(on_gpu: bool) -> list[_Autocast]:
     return [
         _Autocast(

@@ -16,7 +16,6 @@ from tests.deciders import WAYS, let_decide
 from tests.nets import (
     NAMES,
     Net,
-    assert_left_out,
     callables,
     flat_grad,
     gradient_rows,
