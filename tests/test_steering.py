@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import triton
 from hypothesis import assume, given, settings
 from torch import Tensor
 
@@ -506,3 +507,18 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             steering.weigh(weighting, gram, losses)  # constants are copied to the device once
             with nothing_waits(monkeypatch):
                 steering.weigh(weighting, gram, losses)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="with a GPU the kernels run there")
+def test_a_loss_that_may_not_divide_is_told_and_not_remembered_by_the_kernel_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mogeo import cuda
+
+    monkeypatch.setattr(weightings, "normalized_min_norm", lambda *arguments: MinNorm(*cuda.min_norm(*arguments)))
+    steering, gram = Steering(smoothing=0.5), torch.eye(2, dtype=torch.float64)
+    losses = [torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, 1.0], [1.0, -1.0], [1.0, 1.0])]
+    found = [steering.weigh(resolve("mgda-decoupled"), gram, each) for each in losses]
+    assert [status.item() for _, _, status in found] == [Status.OPTIMAL, Status.NONPOSITIVE_LOSS, Status.OPTIMAL]
+    assert bool(found[1][0].isnan().all())
+    assert found[2][0].tolist() == pytest.approx([0.5, 0.5], rel=1e-12)
