@@ -474,11 +474,13 @@ def test_weights_that_are_not_finite_are_not_remembered(needs_gram: bool) -> Non
     assert steering.weigh(weighting, gram, torch.ones(2))[0].tolist() == [2.0, 3.0]
 
 
-def test_what_is_returned_is_not_the_memory() -> None:
-    steering, weighting = Steering(smoothing=0.5), Replay([[1.0, 1.0], [1.0, 1.0]])
-    gram = torch.eye(2, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "weighting", [Replay([[0.5, 0.5], [0.5, 0.5]]), resolve("uniform")], ids=["memory", "constant"]
+)
+def test_what_is_returned_is_the_callers(weighting: Weighting) -> None:
+    steering, gram = Steering(smoothing=0.5), torch.eye(2, dtype=torch.float64)
     steering.weigh(weighting, gram, torch.ones(2))[0].zero_()
-    assert steering.weigh(weighting, gram, torch.ones(2))[0].tolist() == [1.0, 1.0]
+    assert steering.weigh(weighting, gram, torch.ones(2))[0].tolist() == [0.5, 0.5]
 
 
 def test_a_memory_of_other_objectives_is_refused() -> None:
