@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mogeo.constants import constant_tensor
+from mogeo.min_norm import Status
 from mogeo.weightings import MGDA, Weighting
 
 AnyWeighting = Callable[[Tensor | None, Tensor], Any]
@@ -115,8 +116,8 @@ class Steering:
 
         Returns:
             The weights, fp64 [K], and for the MGDA family gap, fp64 [], and status, int64 [], as of `MGDA.solve`, else
-            None twice. Where a loss ≤ 0 would divide, the weights are NaN if a preference or floor is set, and else
-            what the solver returns: check before.
+            None twice. Where a loss ≤ 0 would divide, the weights are NaN on a GPU; elsewhere only if a preference or a
+            floor is set: check before.
 
         Raises:
             ValueError: the preference or the floor does not fit K objectives, or there is no Gram matrix but a need.
@@ -135,6 +136,8 @@ class Steering:
         gap = status = None
         if isinstance(weighting, MGDA):
             weights, gap, status = weighting.solve(gram, losses, preference, self.min_weight)
+            # A kernel leaves the objective out instead; its weight, 0, is not to be remembered.
+            weights = weights.masked_fill(status == Status.NONPOSITIVE_LOSS, torch.nan)
         else:
             if preference is not None and isinstance(weighting, Weighting):
                 weights = as_weights(weighting, weighting.preferring(preference, gram, losses), losses)

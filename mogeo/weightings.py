@@ -282,10 +282,10 @@ def _min_norm_above(gram: Tensor, floor: float) -> MinNorm:
     live = gram.diagonal() > 0
     scale = 1 - floor * live.sum(dtype=torch.float64)
     shared = floor * gram.sum(1)
-    vertices = scale**2 * gram + scale * (shared[:, None] + shared[None, :]) + floor * shared.sum()
-    # A vertex may be zero, or less by rounding, and would then pass for a solved objective. A constant added to all
-    # entries changes nothing on the simplex, and lifts it.
-    vertices = vertices + floor**2 * gram.diagonal().sum()
+    # ⟨v_i, v_j⟩, but for the same constant in all entries, which changes nothing on the simplex: J m² Σ‖g‖² in place of
+    # m² ‖Σg‖², which is no more. A vertex may be zero, and would else pass for a solved objective.
+    constant = floor**2 * live.sum(dtype=torch.float64) * gram.diagonal().sum()
+    vertices = scale**2 * gram + scale * (shared[:, None] + shared[None, :]) + constant
     beta, gap, status = min_norm_weights(vertices.masked_fill(~(live[:, None] & live[None, :]), 0.0))
     return MinNorm(scale * beta + floor * live.to(torch.float64), gap, status)
 
