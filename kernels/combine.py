@@ -223,7 +223,7 @@ def combine_(rows: Tensor, weights: Tensor, *, gram: Tensor | None = None, max_n
 def combine_into(
     rows: Tensor, weights: Tensor, out: Tensor, *, gram: Tensor | None = None, max_norm: float | None = None
 ) -> Tensor:
-    """As `combine_`, into `out` [N], which is row 0 or overlaps no row."""
+    """As `combine_`, into `out` [N] of any of these dtypes, which is row 0 or overlaps no row."""
     _check(rows, weights)
     if out.numel():
         launch(rows, weights, out, gram, max_norm, None).run()
@@ -233,27 +233,30 @@ def combine_into(
 def direction_(
     blocks: Sequence[Tensor],
     weights: Tensor,
+    outs: Sequence[Tensor] | None = None,
     *,
     gram: Tensor | None = None,
     max_norm: float | None = None,
     discard: bool = True,
 ) -> Direction:
-    """Overwrite row 0 of every block [K, N_b] with the clipped direction, and measure it.
+    """Write the clipped direction of rows in blocks [K, N_b], and measure it.
 
     Args:
         blocks: rows of one list of gradients, split by dtype; all on one device.
         weights: as for `combine_`.
+        outs: where to, [N_b] each, as `out` of `combine_into`; by default over row 0 of each block.
         gram: M of all blocks together. Where it is missing, or has cancelled, a second pass clips by the measured norm.
         max_norm: the length to clip to, over all blocks together; None for no clipping.
         discard: where a direction is not finite (fp16 that overflows), write zeros in its place.
     """
     grids = [_grid(block) if block.shape[1] else 0 for block in blocks]
     squares = torch.empty(sum(grids), dtype=torch.float64, device=weights.device)
-    for block, part in zip(blocks, squares.split(grids), strict=True):
+    outs = [block[0] for block in blocks] if outs is None else outs
+    for block, out, part in zip(blocks, outs, squares.split(grids), strict=True):
         _check(block, weights)
         if block.shape[1]:
-            launch(block, weights, block[0], gram, max_norm, part).run()
-    return finish_([block[0] for block in blocks], squares, weights, gram, max_norm, discard=discard)
+            launch(block, weights, out, gram, max_norm, part).run()
+    return finish_(outs, squares, weights, gram, max_norm, discard=discard)
 
 
 def finish_(

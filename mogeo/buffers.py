@@ -1,35 +1,33 @@
-"""GradientBuffers: one flat row per objective, [K, N] per (dtype, device), filled by autograd and handed out as
-`p.grad`.
+"""GradientBuffers: one flat row per objective, [K, N] per (dtype, device), filled by autograd, and the direction, which
+is handed out as `p.grad`.
 
 Knows parameters and autograd; no weighting and no optimizer. A window is what lies between two directions: `capturing`
-and `select` fill rows (again and again under gradient accumulation), `settle` makes rows readable, `publish` hands row
-0 out.
+and `select` fill rows (again and again under gradient accumulation), `settle` makes rows readable, `combine` sums them
+up in the direction, `publish` hands that out. Where weights are known beforehand, `select(None, weight)` sums
+gradients in the direction as they come, and the rows stay as they are.
 
-Capture by post-accumulate hooks: autograd finishes the gradient of one parameter, the hook moves it into its row and
-drops it. So beside the rows never more than one parameter's gradient exists, and a row costs one copy of a gradient
-still in cache; views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
-
-With several ranks an engine reads `p.grad` after autograd and writes it again, so gradients are moved once a backward
-is done (`collect`). A rank keeps its own part of a sharded parameter, and counts what others hold too by its share.
+The direction lies over row 0, and so takes no memory, unless rows have another dtype or lie on another device than the
+gradients. Of what several ranks hold, each counts its part by its share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mogeo import ops
+from mogeo.capture import Capture, grad_dtype, signature
 from mogeo.constants import constant_tensor
 from mogeo.distributed import Ranks, gradient_of, is_sharded, like_parameter, local_of
 from mogeo.shards import Shards
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
+_STAGED = 1 << 24  # elements that move from the host at a time, where they are summed in another dtype than they have
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
 
 
@@ -42,7 +40,7 @@ class _Kind(NamedTuple):
     sharded: bool  # DTensors
 
 
-class GradientBuffers:
+class GradientBuffers(Capture):
     """Rows of flattened gradients for a fixed list of parameters.
 
     Args:
@@ -51,34 +49,56 @@ class GradientBuffers:
         ranks: the processes that hold the parameters between them, if there are several.
         shard_rows: reduce every gradient of plain parameters as soon as it is complete, and keep a piece of it per
             rank: N + K·N/ranks elements instead of K·N, beside the N that autograd makes.
+        row_dtype: of the rows of wider gradients; None: that of the gradients.
+        host_rows: keep rows in the host's memory: pinned, and filled while autograd goes on.
 
     Attributes:
         blocks: one tensor [K, N_b] per (dtype, device, share) among the parameters.
-        device: where the Gram and everything that follows from it lives: that of the first block.
-        device_code: `mogeo.cuda` where a whole step is decided on the device, else None: the host decides.
+        summed: whether this window's gradients are summed in the direction, and the rows do not count.
+        device: where the Gram and everything that follows from it lives: that of the first parameter.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None = None, *, shard_rows: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        n_rows: int,
+        ranks: Ranks | None = None,
+        *,
+        shard_rows: bool = False,
+        row_dtype: torch.dtype | None = None,
+        host_rows: bool = False,
     ) -> None:
-        self.parameters = list(parameters)
+        super().__init__(parameters, ranks)
         self.n_rows = n_rows
-        self.ranks = ranks
         self.shard_rows = shard_rows and ranks is not None
         self.signature = signature(parameters, n_rows)
         self.blocks: list[Tensor] = []
-        # views[k][i]: row k of parameter i, with the parameter's shape and strides
-        self._views: list[list[Tensor]] = [[torch.empty(0)] * len(self.parameters) for _ in range(n_rows)]
+        self._row_dtype, self._host_rows = row_dtype, host_rows
         self._allocate()
-        self.device = self.blocks[0].device
-        self.device_code = ops.device_code(self.blocks) if ranks is None else None
-        # p.grad of each parameter, over row 0: built once, for a DTensor takes a while to make
+        self.device = self._directions[0].device
+        # The rows that count in a window, row 0 and the direction being one where they share memory.
+        self._rows = range(n_rows)
+        self._direction = n_rows if self._apart else 0
+        # p.grad of each parameter, over the direction: built once, for a DTensor takes a while to make
         self._grads: list[Tensor | None] = [None] * len(self.parameters)
-        # Per row and parameter: written in this window; holding anything but zeros.
-        self._written = [bytearray(len(self.parameters)) for _ in range(n_rows)]
-        self._dirty = [bytearray(len(self.parameters)) for _ in range(n_rows)]
+        # Per row (and direction) and parameter: written in this window; holding anything but zeros.
+        self._written = [bytearray(len(self.parameters)) for _ in self._views]
+        self._dirty = [bytearray(len(self.parameters)) for _ in self._views]
         self._captured = bytearray(len(self.parameters))  # with shard_rows: what the row of all objectives holds
-        self._row, self._weight = 0, 1.0
+        self._row, self._weight, self.summed = 0, 1.0, False
+        alone = ranks is None
+        self._codes = [ops.device_code(blocks) if alone else None for blocks in (self.blocks, self._as_rows())]
+        side = any(block.is_cuda for block in self._directions) and not all(block.is_cuda for block in self.blocks)
+        self._stream = torch.cuda.Stream(self.device) if side else None  # type: ignore[no-untyped-call]  # on which rows move to the host
+
+    @property
+    def device_code(self) -> ModuleType | None:
+        """`mogeo.cuda` where a whole step is decided on the device, else None: the host decides."""
+        return self._codes[self.summed]
+
+    def _as_rows(self) -> list[Tensor]:
+        """The direction as blocks of one row."""
+        return [direction[None] for direction in self._directions]
 
     def _allocate(self) -> None:
         offsets: dict[_Kind, int] = {}
@@ -89,34 +109,59 @@ class GradientBuffers:
             quantum = max(1, _ALIGNMENT // kind.dtype.itemsize)
             offsets[kind] += -(-local_of(parameter).numel() // quantum) * quantum
         quantum = _ROW_QUANTUM * (1 if self.ranks is None else self.ranks.size)  # pieces start aligned, too
-        blocks = {
-            kind: torch.zeros(
-                1 if self.shard_rows and not kind.sharded else self.n_rows,
-                -(-columns // quantum) * quantum,
-                dtype=kind.dtype,
-                device=kind.device,
-            )
-            for kind, columns in offsets.items()
-        }
+        columns = {kind: -(-n // quantum) * quantum for kind, n in offsets.items()}
+        self._kinds, self._kind_of_parameter = list(columns), kinds
+        # All or none, so that one set of flags tells what row 0 and the direction hold.
+        self._apart = self.n_rows > 1 and any(self._place_of_rows(kind) != kind[:2] for kind in columns)
+        blocks = {kind: self._rows_for(kind, n) for kind, n in columns.items()}
         self.blocks = list(blocks.values())
-        self._kinds = list(blocks)
+        directions = {
+            kind: torch.zeros(n, dtype=kind.dtype, device=kind.device)
+            if self._apart and not self._scatters(kind)
+            else blocks[kind][0]
+            for kind, n in columns.items()
+        }
+        self._directions = list(directions.values())
         self._shards: list[Shards | None] = [None] * len(self.blocks)
-        if self.shard_rows and self.ranks is not None:
-            for b, (block, kind) in enumerate(zip(self.blocks, self._kinds, strict=True)):
-                if not kind.sharded:
-                    self._shards[b] = Shards(self.n_rows, block.shape[1], block, self.ranks)
-        ends = dict.fromkeys(blocks, 0)  # of the parameters placed so far
-        gaps: dict[_Kind, list[Tensor]] = {kind: [] for kind in blocks}
-        for i, (parameter, kind, start) in enumerate(zip(self.parameters, kinds, places, strict=True)):
+        for b, kind in enumerate(self._kinds):
+            if self._scatters(kind):
+                self._shards[b] = self._shards_for(b)
+        ends = dict.fromkeys(columns, 0)  # of the parameters placed so far
+        gaps: dict[_Kind, list[Tensor]] = {kind: [] for kind in columns}
+        # views[k][i]: row k of parameter i, with the parameter's shape and strides; the direction last, if apart
+        self._views: list[list[Tensor]] = [[] for _ in range(self.n_rows + self._apart)]
+        for parameter, kind, start in zip(self.parameters, kinds, places, strict=True):
             local = local_of(parameter)
             gaps[kind].append(torch.arange(ends[kind], start))
             ends[kind] = start + local.numel()
-            for k in range(self.n_rows):
-                row = blocks[kind][min(k, len(blocks[kind]) - 1)]
-                self._views[k][i] = _strided_like(row[start : start + local.numel()], local)
-        for kind, block in blocks.items():
-            gaps[kind].append(torch.arange(ends[kind], block.shape[1]))
+            rows = [blocks[kind][min(k, len(blocks[kind]) - 1)] for k in range(self.n_rows)]
+            for views, row in zip(self._views, [*rows, directions[kind]], strict=False):
+                views.append(_strided_like(row[start : start + local.numel()], local))
+        for kind, n in columns.items():
+            gaps[kind].append(torch.arange(ends[kind], n))
         self._padding = [torch.cat(places).to(kind.device) for kind, places in gaps.items()]
+
+    def _place_of_rows(self, kind: _Kind) -> tuple[torch.dtype, torch.device]:
+        narrower = self._row_dtype is not None and self._row_dtype.itemsize < kind.dtype.itemsize
+        dtype = self._row_dtype if narrower and self._row_dtype else kind.dtype
+        return dtype, torch.device("cpu") if self._host_rows else kind.device
+
+    def _scatters(self, kind: _Kind) -> bool:
+        """Whether each gradient is scattered over the ranks as soon as it is complete."""
+        return self.shard_rows and not kind.sharded
+
+    def _rows_for(self, kind: _Kind, columns: int) -> Tensor:
+        if not self._apart or self._scatters(kind):
+            count = 1 if self._scatters(kind) else self.n_rows
+            return torch.zeros(count, columns, dtype=kind.dtype, device=kind.device)
+        dtype, device = self._place_of_rows(kind)
+        pinned = device.type == "cpu" and kind.device.type == "cuda"
+        return torch.zeros(self.n_rows, columns, dtype=dtype, device=device, pin_memory=pinned)
+
+    def _shards_for(self, block: int) -> Shards:
+        assert self.ranks is not None
+        dtype, device = self._place_of_rows(self._kinds[block])
+        return Shards(self.n_rows, self._directions[block], self.ranks, dtype, device)
 
     def _kind_of(self, parameter: Tensor) -> _Kind:
         if not parameter.is_floating_point():
@@ -125,7 +170,7 @@ class GradientBuffers:
                 "point (view a complex parameter as real)"
             )
         share = 1.0 if self.ranks is None else self.ranks.share_of(parameter)
-        return _Kind(_grad_dtype(parameter), parameter.device, share, is_sharded(parameter))
+        return _Kind(grad_dtype(parameter), parameter.device, share, is_sharded(parameter))
 
     def migrate(self, old: GradientBuffers) -> None:
         """Take over the open window of `old`, for the parameters both have.
@@ -138,98 +183,83 @@ class GradientBuffers:
                 "the parameters changed between backward() and step(), and with shard_rows=True the gradients captured "
                 "so far cannot move: change them after step() or zero_grad()"
             )
+        old.wait()
+        self.summed = old.summed
         places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        for k in range(self.n_rows):
+        rows = [(old._direction, self._direction)] if old.summed else [(k, k) for k in self._rows]
+        for source, target in rows:
             for j, parameter in enumerate(old.parameters):
                 i = places.get(id(parameter))
-                if i is not None and old._written[k][j] and old._views[k][j].shape == parameter.shape:
-                    self._views[k][i].copy_(old._views[k][j])
-                    self._written[k][i] = self._dirty[k][i] = 1
+                if i is not None and old._written[source][j] and old._views[source][j].shape == parameter.shape:
+                    self._views[target][i].copy_(old._views[source][j])
+                    self._written[target][i] = self._dirty[target][i] = 1
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """Within this context, gradients that autograd accumulates go to the selected row instead of `p.grad`.
+    def select(self, row: int | None, weight: float = 1.0) -> None:
+        """Send gradients to this row from now on, multiplied by `weight`; None: to the direction, to be summed there.
 
-        What `p.grad` held before comes back at the end.
+        A window is of one sort or the other.
         """
-        held: list[tuple[Tensor, Tensor | None]] = []
-        handles = []
-        try:
-            for parameter in self.parameters:
-                held.append((parameter, parameter.grad))
-                held[-1] = (parameter, self._withhold(parameter))
-            for i, parameter in enumerate(self.parameters):
-                if parameter.requires_grad and self.ranks is None:
-                    hook = partial(self._take, i)
-                    handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, grad in held:
-                parameter.grad = grad
-
-    def select(self, row: int, weight: float = 1.0) -> None:
-        """Send gradients to this row from now on, multiplied by `weight`."""
-        self._row, self._weight = row, weight
+        self.summed = row is None
+        self._row, self._weight = self._direction if row is None else row, weight
 
     def collect(self) -> None:
         """A backward is done: move its gradients to the selected row, where no hooks have done so.
 
         With `shard_rows` that row is the one that all objectives share, and is scattered at once: a collective.
         """
-        if self.ranks is None:
+        before, self._captured = self._captured, bytearray(len(self.parameters))
+        super().collect()
+        if not self.shard_rows:
             return
-        captured = bytearray(len(self.parameters))
-        for i, parameter in enumerate(self.parameters):
-            captured[i] = self._collect(i, parameter)
-        if self.shard_rows:
-            for i, stale in enumerate(self._captured):
-                if stale and not captured[i] and not is_sharded(self.parameters[i]):
-                    self._views[0][i].zero_()  # left there by the objective before, or by the last direction
-            self._captured = captured
-            for block, shards in zip(self.blocks, self._shards, strict=True):
-                if shards is not None:
-                    shards.put(self._row, block[0])
+        for i, stale in enumerate(before):
+            if stale and not self._captured[i] and not is_sharded(self.parameters[i]):
+                self._views[0][i].zero_()  # left there by the objective before, or by the last direction
+        for kind, direction, shards in zip(self._kinds, self._directions, self._shards, strict=True):
+            if shards is not None and self._scatters(kind):
+                shards.put(None if self.summed else self._row, direction)
 
-    def _take(self, index: int, parameter: Tensor) -> None:
-        self._collect(index, parameter)
-
-    def _withhold(self, parameter: Tensor) -> Tensor | None:
-        grad = parameter.grad
-        parameter.grad = None
-        if grad is not None and grad.layout == torch.strided and self._owns(grad):
-            return grad.clone()  # the last direction, not zeroed by the user: row 0 is about to be overwritten
-        return grad
+    def withheld(self, grad: Tensor) -> Tensor:
+        """A copy of the last direction, if the user has not zeroed it: it is about to be overwritten."""
+        return grad.clone() if grad.layout == torch.strided and self._owns(grad) else grad
 
     def _owns(self, grad: Tensor) -> bool:
         storage = local_of(grad).untyped_storage().data_ptr()
-        return any(storage == block.untyped_storage().data_ptr() for block in self.blocks)
+        return any(storage == block.untyped_storage().data_ptr() for block in self._directions)
 
-    def _collect(self, index: int, parameter: Tensor) -> bool:
-        """Move a gradient to the selected row; returns whether there was one."""
-        grad = parameter.grad
-        if grad is None:
-            return False
-        parameter.grad = None
-        if grad.requires_grad:  # under create_graph=True: its graph stays out of the row
-            grad = grad.detach()
-        grad = gradient_of(parameter, grad)
-        if grad.layout != torch.strided:
-            grad = grad.to_dense()
+    def store(self, index: int, grad: Tensor) -> None:
+        """Move a gradient to the selected row."""
         view = self._views[self._row][index]
-        shared = self.shard_rows and not is_sharded(parameter)  # with all objectives, and scattered after each
-        if self._written[self._row][index] and not shared:
-            view.add_(grad, alpha=self._weight)
+        shared = self._scatters(self._kind_of_parameter[index])  # with all objectives, and scattered after each
+        fresh = shared or not self._written[self._row][index]
+        if view.device == grad.device:
+            _write(view, grad, self._weight, fresh)
         else:
-            view.copy_(grad) if self._weight == 1.0 else torch.mul(grad, self._weight, out=view)
-            self._written[self._row][index] = 1
-            self._dirty[self._row][index] = not shared
-        return True
+            self._send(view, grad, fresh)
+        self._written[self._row][index] = self._captured[index] = 1
+        self._dirty[self._row][index] = not shared
+
+    def _send(self, view: Tensor, grad: Tensor, fresh: bool) -> None:
+        """Write a gradient to a row on the host, beside what autograd goes on to do."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(grad.device))
+        with torch.cuda.stream(self._stream):
+            if not fresh:  # added up on the device: the host would have to wait to do it
+                grad = view.to(grad.device, non_blocking=True).to(grad.dtype) + grad
+            narrow = grad.to(view.dtype)
+            view.copy_(narrow, non_blocking=True)
+            for tensor in (grad, narrow):
+                tensor.record_stream(self._stream)
+
+    def wait(self) -> None:
+        """Wait for the rows that are on their way to the host."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def settle(self) -> None:
-        """Zero what this window did not write: rows are then the gradients of this window, complete."""
-        for views, written, dirty in zip(self._views, self._written, self._dirty, strict=True):
+        """Zero what this window did not write: what counts is then the gradients of this window, complete."""
+        self.wait()
+        for k in [self._direction] if self.summed else self._rows:
+            views, written, dirty = self._views[k], self._written[k], self._dirty[k]
             if written == dirty:
                 continue
             for i, stale in enumerate(dirty):
@@ -237,21 +267,27 @@ class GradientBuffers:
                     views[i].zero_()
                     dirty[i] = 0
 
-    def gram(self, n_rows: int | None = None) -> Tensor:
-        """This rank's part of G Gᵀ of the first `n_rows` rows (by default all), fp64 [n_rows, n_rows], on `device`.
+    def gram(self) -> Tensor:
+        """This rank's part of G Gᵀ of the rows, fp64 [K, K], on `device`.
 
         With one process that is G Gᵀ; else the sum over ranks is.
         """
         if self.device_code is not None:
-            gram: Tensor = self.device_code.gram_of_blocks([block[:n_rows] for block in self.blocks])
+            gram: Tensor = self.device_code.gram_of_blocks(self.blocks)
             return gram
-        parts = [self._rows_of(b) for b in range(len(self.blocks))]
-        return torch.stack([ops.gram(rows[:n_rows]).to(self.device) * share for rows, share in parts]).sum(0)
+        return self._sum_of_grams([(self._rows_of(b), self._share_of(b)) for b in range(len(self.blocks))])
 
     def squared_norm(self) -> Tensor:
-        """‖row 0‖² over all ranks, fp64 []."""
-        squared_norm = self.gram(1).squeeze()
+        """‖direction‖² over all ranks, fp64 []."""
+        if self.device_code is not None:
+            squared_norm: Tensor = self.device_code.gram_of_blocks(self._as_rows()).squeeze()
+            return squared_norm
+        parts = [(self._direction_of(b)[None], self._share_of(b)) for b in range(len(self.blocks))]
+        squared_norm = self._sum_of_grams(parts).squeeze()
         return squared_norm if self.ranks is None else self.ranks.sum_(squared_norm)
+
+    def _sum_of_grams(self, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+        return torch.stack([ops.gram(rows).to(self.device) * share for rows, share in parts]).sum(0)
 
     def average_replicas(self) -> None:
         """Average rows of plain parameters over ranks, unless they are the same on all: an engine did so already.
@@ -263,81 +299,102 @@ class GradientBuffers:
         if self.ranks is None or not plain:
             return
         if not self.shard_rows:
-            if not self.ranks.differ(torch.cat([_fingerprint(self.blocks[b]).to(self.device) for b in plain])):
+            counting = [self._directions[b][None] if self.summed else self.blocks[b] for b in plain]
+            if not self.ranks.differ(torch.cat([_fingerprint(rows).to(self.device) for rows in counting])):
                 return
-            for b in plain:
-                block = self.blocks[b]
-                self._shards[b] = shards = self._shards[b] or Shards(len(block), block.shape[1], block, self.ranks)
-                for k, row in enumerate(block):
-                    shards.put(k, row)
+            for b, rows in zip(plain, counting, strict=True):
+                self._shards[b] = shards = self._shards[b] or self._shards_for(b)
+                for k, row in enumerate(rows):
+                    shards.put(None if self.summed else k, row)
         for shard in self._shards:
-            if shard is not None:
+            if shard is not None and not self.summed:
                 shard.settle()
         # A parameter that this rank did not touch, but another did, has a gradient now.
         written = torch.tensor([list(flags) for flags in self._written], dtype=torch.uint8, device=self.device)
         for flags, union in zip(self._written, self.ranks.max_(written).tolist(), strict=True):
             flags[:] = bytes(union)
 
-    def _rows_of(self, block: int) -> tuple[Tensor, float]:
-        """The rows that count now, [K, n], and with which share."""
+    def _active(self, block: int) -> Shards | None:
         shards = self._shards[block]
-        if shards is not None and shards.active:
-            return shards.rows, 1.0
-        return self.blocks[block], self._kinds[block].share
+        return shards if shards is not None and shards.active else None
+
+    def _rows_of(self, block: int) -> Tensor:
+        """The rows that count now, [K, n]."""
+        shards = self._active(block)
+        return self.blocks[block] if shards is None else shards.rows
+
+    def _direction_of(self, block: int) -> Tensor:
+        """Where the direction belongs now, [n]."""
+        shards = self._active(block)
+        return self._directions[block] if shards is None else shards.direction
+
+    def _share_of(self, block: int) -> float:
+        return self._kinds[block].share if self._active(block) is None else 1.0
 
     def combine(self, weights: Tensor) -> None:
-        """Overwrite row 0 with wᵀ rows, for weights of the first rows."""
+        """Overwrite the direction with wᵀ rows."""
         for b in range(len(self.blocks)):
-            rows, _ = self._rows_of(b)
-            ops.combine(rows[: len(weights)], weights, out=rows[0])
+            rows, direction = self._rows_of(b), self._direction_of(b)
+            if rows.device == direction.device:
+                ops.combine(rows, weights, out=direction)
+            else:
+                _combine_from_host(rows, weights, direction)
         self._mark_combined()
 
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the direction by a factor, fp64 []; by 0 even where it is not finite."""
+        for b in range(len(self.blocks)):
+            direction = self._direction_of(b)
+            ops.combine(direction[None], factor[None], out=direction)
+
     def direct(self, weights: Tensor, gram: Tensor | None, max_norm: float | None, *, discard: bool) -> Any:
-        """`combine`, clipped and measured on the device, for weights of all rows; see `mogeo.kernels.combine`.
+        """`combine`, clipped and measured on the device; see `mogeo.kernels.combine`.
 
         Returns:
             Its `Direction`: squared norm and clip factor.
         """
         assert self.device_code is not None
-        direction = self.device_code.direction_(self.blocks, weights, gram=gram, max_norm=max_norm, discard=discard)
+        direction = self.device_code.direction_(
+            self.blocks, weights, self._directions, gram=gram, max_norm=max_norm, discard=discard
+        )
         self._mark_combined()
         if not discard:  # then weights may be NaN, and NaN · 0 stands where no gradient ever was
-            self._dirty[0][:] = b"\1" * len(self.parameters)
+            self._dirty[self._direction][:] = b"\1" * len(self.parameters)
             self._clean_padding()
         return direction
 
     def finish(self, squared_norm: Tensor, max_norm: float | None, *, discard: bool) -> Any:
-        """Clip, or discard, what row 0 holds already, as `direct` does, from its squared norm, fp64 [1]."""
+        """Clip, or discard, what the direction holds already, as `direct` does, from its squared norm, fp64 [1]."""
         assert self.device_code is not None
-        parts = [block[0] for block in self.blocks]
         one = constant_tensor((1.0,), torch.float64, self.device)
-        return self.device_code.finish_(parts, squared_norm, one, None, max_norm, discard=discard)
+        return self.device_code.finish_(self._directions, squared_norm, one, None, max_norm, discard=discard)
 
     def _mark_combined(self) -> None:
-        self._dirty[0][:] = bytes(any(flags) for flags in zip(*self._dirty, strict=True))
+        rows = [self._dirty[k] for k in self._rows]
+        self._dirty[self._direction][:] = bytes(any(flags) for flags in zip(*rows, strict=True))
 
     def _clean_padding(self) -> None:
-        """Zero what lies between the parameters in row 0: a NaN there would outlast the step."""
-        for block, padding in zip(self.blocks, self._padding, strict=True):
+        """Zero what lies between the parameters in the direction: a NaN there would outlast the step."""
+        for direction, padding in zip(self._directions, self._padding, strict=True):
             if padding.numel():
-                block[0].index_fill_(0, padding, 0.0)
+                direction.index_fill_(0, padding, 0.0)
 
     def poison(self) -> None:
-        """Overwrite row 0 with NaN. Not by NaN weights: they would reach the padding, which nothing ever zeroes."""
+        """Fill the direction with NaN. Not by NaN weights: they would reach the padding, which nothing ever zeroes."""
         for shards in self._shards:
             if shards is not None:
                 shards.active = False
-        for view in self._views[0]:
+        for view in self._views[self._direction]:
             view.fill_(torch.nan)
         self._captured[:] = b"\1" * len(self.parameters)
-        self._dirty[0][:] = b"\1" * len(self.parameters)
+        self._dirty[self._direction][:] = b"\1" * len(self.parameters)
 
     def direction_overflowed(self) -> bool:
         """Whether finite fp16 rows were combined into something fp16 cannot hold, on any rank."""
-        firsts = [self._rows_of(b)[0][0] for b, kind in enumerate(self._kinds) if kind.dtype == torch.float16]
-        if not firsts:
+        halves = [self._direction_of(b) for b, kind in enumerate(self._kinds) if kind.dtype == torch.float16]
+        if not halves:
             return False
-        overflowed = any(not bool(row.isfinite().all()) for row in firsts)
+        overflowed = any(not bool(direction.isfinite().all()) for direction in halves)
         if self.ranks is not None:
             overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
         return overflowed
@@ -346,27 +403,19 @@ class GradientBuffers:
         """Parameters that some row was written for in this window."""
         return {p for p, *written in zip(self.parameters, *self._written, strict=True) if any(written)}
 
-    def ranks_hint(self) -> str:
-        """What else may be why sharded parameters have no gradient."""
-        if not any(kind.sharded for kind in self._kinds):
-            return ""
-        return (
-            " Or was set_requires_gradient_sync(False) called? FSDP2 then keeps gradients to itself, and adds them to "
-            "those of the next objective: leave it on, and call backward() several times before step() to accumulate"
-        )
-
     def publish(self) -> None:
-        """Add row 0 to `p.grad` of every parameter that some row was written for, and close the window. A collective.
+        """Add the direction to `p.grad` of every parameter that something was written for, and close the window. A
+        collective.
 
-        `p.grad` then is a view of row 0: it lasts until the next window is filled. Other parameters keep theirs.
+        `p.grad` then is a view of the direction: it lasts until the next window. Other parameters keep theirs.
         """
-        for block, shards in zip(self.blocks, self._shards, strict=True):
+        for direction, shards in zip(self._directions, self._shards, strict=True):
             if shards is not None and shards.active:
-                shards.gather(block[0])
+                shards.gather(direction)
                 self._captured[:] = b"\1" * len(self.parameters)
-                self._dirty[0][:] = b"\1" * len(self.parameters)
+                self._dirty[self._direction][:] = b"\1" * len(self.parameters)
         for i, (parameter, view, *written) in enumerate(
-            zip(self.parameters, self._views[0], *self._written, strict=True)
+            zip(self.parameters, self._views[self._direction], *self._written, strict=True)
         ):
             if not any(written):
                 continue
@@ -377,6 +426,18 @@ class GradientBuffers:
             parameter.grad = self._grads[i]
         self.drop()
 
+    def without_rows(self) -> GradientBuffers:
+        """Buffers that hold the published direction, and `p.grad` with it, but no other row. Drop these then."""
+        lean = GradientBuffers(self.parameters, 1, self.ranks, shard_rows=self.shard_rows)
+        for mine, its in zip(self._directions, lean._directions, strict=True):
+            its.copy_(mine)
+        lean._dirty[0][:] = self._dirty[self._direction]
+        lean._captured[:] = self._captured
+        for i, (parameter, view, grad) in enumerate(zip(self.parameters, lean._views[0], self._grads, strict=True)):
+            if grad is not None and parameter.grad is grad:
+                parameter.grad = lean._grads[i] = like_parameter(view, parameter)
+        return lean
+
     def drop(self) -> None:
         """Close the window without handing anything out."""
         for written in self._written:
@@ -384,6 +445,28 @@ class GradientBuffers:
         for shards in self._shards:
             if shards is not None:
                 shards.drop()
+        self.summed = False
+
+
+def _write(view: Tensor, grad: Tensor, weight: float, fresh: bool) -> None:
+    if not fresh:
+        view.add_(grad, alpha=weight)
+    elif weight == 1.0:
+        view.copy_(grad)
+    else:
+        torch.mul(grad, weight, out=view)
+
+
+def _combine_from_host(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """wᵀ rows for rows on the host, in place where the dtype allows it; only the sum moves to the device."""
+    weights = weights.cpu()
+    if rows.dtype == out.dtype:
+        out.copy_(ops.combine(rows, weights, out=rows[0]), non_blocking=True)
+        return
+    staging = torch.empty(min(_STAGED, len(out)), dtype=out.dtype, pin_memory=out.is_cuda)
+    for start in range(0, len(out), _STAGED):
+        part, target = rows[:, start : start + _STAGED], out[start : start + _STAGED]
+        target.copy_(ops.combine(part, weights, out=staging[: len(target)]))
 
 
 def _fingerprint(block: Tensor) -> Tensor:
@@ -396,16 +479,6 @@ def _fingerprint(block: Tensor) -> Tensor:
     stretches = math.gcd(columns // _ROW_QUANTUM, 16)
     parts = block.view(count, stretches, -1, _ROW_QUANTUM)
     return parts.sum(2, dtype=torch.float64).flatten()
-
-
-def signature(parameters: Sequence[Tensor], n_rows: int) -> tuple[object, ...]:
-    """What a layout depends on. Compare it only while the parameters are alive: it holds their ids."""
-    return (n_rows, *((id(p), local_of(p).shape, local_of(p).stride(), _grad_dtype(p), p.device) for p in parameters))
-
-
-def _grad_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype that autograd gives this parameter's gradient: from torch 2.10 on it may be chosen."""
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
 def _strided_like(flat: Tensor, parameter: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Gram matrix, combination and min-norm point in plain PyTorch, written for a CPU and its memory hierarchy.
+"""Gram matrix, combination, min-norm point and sketch in plain PyTorch, written for a CPU and its memory hierarchy.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.ops` is the door. Runs on every device, but asks the host
-there: `combine`, `min_norm` and `descent` copy K and K² numbers to it.
+there: `combine`, `min_norm`, `descent` and `sketch_` copy what is small to it.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def _blocked_gram(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all.
 
-    Accumulates in the dtype of the rows, half precision in fp32, and anything in fp64 if a weight leaves fp32's range.
+    Accumulates in the wider dtype of both, at least in fp32, and anything in fp64 if a weight leaves fp32's range.
     """
     terms = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0.0]
     if not terms:
         return out.zero_()
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, out.dtype), torch.float32)
     if max(abs(weight) for _, weight in terms) > torch.finfo(torch.float32).max:
         dtype = torch.float64
     columns = min(_AXPY_CHUNK, out.numel())
-    scratch = None if dtype == rows.dtype else torch.empty(columns, dtype=dtype, device=out.device)
+    scratch = None if dtype == out.dtype else torch.empty(columns, dtype=dtype, device=out.device)
     for start in range(0, out.numel(), _AXPY_CHUNK):
         target = out[start : start + _AXPY_CHUNK]
         partial = target if scratch is None else scratch[: target.numel()]
@@ -125,6 +125,31 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     status = torch.tensor([int(each[1]) for each in found], dtype=torch.int64, device=gram.device)
     correction = correction.reshape(weights.shape)
     return weights + correction, correction, status.reshape(gram.shape[:-2])
+
+
+def sketch_table(signs: Tensor, width: int) -> Tensor:
+    """The table of signs ±1, int8 [n], in the form that `sketch_` reads: fp32."""
+    return signs.to(torch.float32)
+
+
+def sketch_(
+    row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+) -> None:
+    """row += weight · S gradient, as `mogeo.sketch.SignedSketch` says; `parts` divide the work of a GPU.
+
+    Per chunk two fused multiply-adds, of what lies before and behind the end of the buckets.
+    """
+    flat, dimension = gradient.reshape(-1), len(row)
+    for place, rotation, window, sign in chunks.tolist():
+        chunk = flat[place * dimension : (place + 1) * dimension].to(row.dtype)
+        signs = table[window : window + dimension].to(row.dtype)
+        split = min(dimension - rotation, len(chunk))
+        wrapped = len(chunk) - split
+        row[rotation : rotation + split].addcmul_(
+            chunk[:split], signs[rotation : rotation + split], value=weight * sign
+        )
+        if wrapped:
+            row[:wrapped].addcmul_(chunk[split:], signs[:wrapped], value=weight * sign)
 
 
 def _normalizers(squared_norms: Tensor, losses: Tensor | None, normalize: str, power: float) -> Tensor:

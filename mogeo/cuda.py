@@ -29,10 +29,10 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def direction_(blocks: Sequence[Tensor], weights: Tensor, **options: Any) -> Any:
+def direction_(blocks: Sequence[Tensor], weights: Tensor, outs: Sequence[Tensor], **options: Any) -> Any:
     """`mogeo.kernels.combine.direction_`."""
     with _on(weights):
-        return combine_kernels.direction_(blocks, weights, **options)
+        return combine_kernels.direction_(blocks, weights, outs, **options)
 
 
 def finish_(parts: Sequence[Tensor], squares: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -101,6 +101,9 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with _on(gram):
         weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous())
     return weights, correction, status
+
+
+sketch_table, sketch_ = cpu.sketch_table, cpu.sketch_
 
 
 def _suits(rows: Tensor) -> bool:

@@ -12,31 +12,31 @@ from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
 from mogeo.constants import constant_tensor
-from mogeo.direction import Direction, Rules, weights_of, without
+from mogeo.direction import Decision, Direction, Rules, weigh, without
 from mogeo.weightings import MGDA
 
 
 def find_direction(
     buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
 ) -> Direction:
-    """Weigh the rows, or what constant weights summed during backward, and put the clipped direction into row 0.
+    """Weigh the rows, or take what was weighed during backward, and leave the clipped direction in the buffers.
 
     Args:
-        buffers: settled rows on one device; one row of weighted gradients where weights are constant.
+        buffers: settled rows on one device; the sum of weighted gradients, where weights are known beforehand.
         losses: fp64 [K], NaN where absent.
         absent: K flags.
         rules: of the optimizer; `nonfinite` is "skip" or "propagate".
-        contributed: under constant weights, indices of the objectives that row 0 holds gradients of.
+        contributed: where weights are known beforehand, indices of the objectives whose gradients were summed.
     """
     if rules.constant() is not None:
         return _summed(buffers, losses, absent, rules, contributed)
     gram = buffers.gram() if rules.needs_gram() else None
     gap = status = bad_weights = correction = correction_status = None
-    if type(rules.weighting) is MGDA:
+    if type(rules.weighting) is MGDA and rules.steering is None:
         assert gram is not None
         weights, gap, status, nonfinite = _min_norm(buffers, gram, losses, absent, rules)
     else:
-        weights, bad_weights, nonfinite = _weigh(gram, losses, absent, rules)
+        weights, gap, status, bad_weights, nonfinite = _weigh(gram, losses, absent, rules)
     if gram is not None and rules.guarantee_descent:
         assert buffers.device_code is not None
         left_out = nonfinite | ~_present(absent, losses.device)
@@ -45,10 +45,10 @@ def find_direction(
     if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
         nonfinite = nonfinite | (_present(absent, losses.device) & _failed(squared_norm, clip))
-    return Direction(
-        losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status, bad_weights, correction,
-        correction_status,
-    )  # fmt: skip
+    decided = Decision(
+        losses, weights, gram, nonfinite, True, False, gap, status, bad_weights, correction, correction_status
+    )
+    return Direction(decided, squared_norm, clip)
 
 
 def _min_norm(
@@ -75,16 +75,16 @@ def _min_norm(
 
 def _weigh(
     gram: Tensor | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of any other weighting, whether they are not finite, and which objectives are not."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Weights of any other weighting, gap, status, whether weights are not finite, and which objectives are not."""
     finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
     nonfinite = _present(absent, losses.device) & ~finite
     left_out = ~_present(absent, losses.device) | nonfinite
-    weights = weights_of(gram, losses, left_out, rules)
+    weights, gap, status = weigh(gram, losses, left_out, rules)
     bad_weights = (~weights.isfinite()).any()
     if rules.nonfinite == "propagate":
         weights = weights.masked_fill(nonfinite.any(), torch.nan)
-    return weights, bad_weights, nonfinite
+    return weights, gap, status, bad_weights, nonfinite
 
 
 def _summed(
@@ -98,10 +98,10 @@ def _summed(
     nonfinite = present & ~losses.isfinite()
     summed = constant_tensor(tuple(k in contributed for k in range(len(losses))), torch.bool, losses.device)
     # Zero, or NaN where a summed loss is not finite: its gradient is not to be trusted either.
-    squared_norm = buffers.gram(1).reshape(1) + (losses.masked_fill(~summed, 0.0) * 0.0).sum()
+    squared_norm = buffers.squared_norm().reshape(1) + (losses.masked_fill(~summed, 0.0) * 0.0).sum()
     squared_norm, clip = buffers.finish(squared_norm, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     nonfinite = nonfinite | (present & _failed(squared_norm, clip))
-    return Direction(losses, weights, None, squared_norm, clip, nonfinite, True)
+    return Direction(Decision(losses, weights, None, nonfinite, True), squared_norm, clip)
 
 
 def _failed(squared_norm: Tensor, clip: Tensor) -> Tensor:

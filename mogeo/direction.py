@@ -1,20 +1,23 @@
 """From captured rows and losses to one direction: who takes part, with which weights, and how long it may be.
 
-Knows rows (`GradientBuffers`) and weightings; no optimizer. What it finds, it leaves in row 0. Here the host decides,
-which on a CPU costs nothing; `mogeo.deferred` does the same where a GPU decides.
+Knows rows (`GradientBuffers`) and weightings; no optimizer. `decide` finds weights from what rows, or sketches of them,
+tell; `find_direction` leaves the direction in the buffers. Here the host decides, which on a CPU costs nothing;
+`mogeo.deferred` does the same where a GPU decides.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
 from mogeo.constants import constant_tensor
-from mogeo.distributed import packed
+from mogeo.distributed import Ranks, packed
+from mogeo.steering import Steering
 from mogeo.weightings import MGDA, Weighting, require_positive_losses
 
 # Below this share of (Σ w_k ‖g_k‖)², ‖d‖² = wᵀMw has cancelled down to the rounding of an fp32 Gram: measure it
@@ -23,35 +26,50 @@ _CANCELLED = 1e-4
 
 
 class Rules(NamedTuple):
-    """What the user decided about every step."""
+    """What the user decided about every step, and what the step before left."""
 
     objectives: tuple[str, ...]
     weighting: Callable[..., Any]
     nonfinite: str  # "skip", "raise" or "propagate"
     max_grad_norm: float | None
     guarantee_descent: bool = False
+    steering: Steering | None = None
+    held: tuple[float, ...] | None = None  # weights that an earlier step found, and this one takes
 
     def constant(self) -> tuple[float, ...] | None:
-        """The weights, if they depend on nothing, so that they can be applied during backward; else None."""
-        if self.guarantee_descent or not isinstance(self.weighting, Weighting):
+        """The weights, if they are known beforehand, so that they can be applied during backward; else None."""
+        if self.held is not None:
+            return self.held
+        if self.guarantee_descent:
             return None
-        return self.weighting.constant(len(self.objectives))
+        if self.steering is not None:
+            return self.steering.constant(self.weighting, len(self.objectives))
+        return self.weighting.constant(len(self.objectives)) if isinstance(self.weighting, Weighting) else None
 
     def needs_gram(self) -> bool:
         """Whether anything here reads the Gram matrix."""
         return self.guarantee_descent or getattr(self.weighting, "needs_gram", True)
 
 
-class Direction(NamedTuple):
-    """The direction in row 0, and how it came about; fields as in `StepReport`."""
+class Rows(Protocol):
+    """What there is to decide from: gradient rows, or sketches of them."""
+
+    ranks: Ranks | None
+
+    def gram(self) -> Tensor:
+        """This rank's part of the Gram matrix, fp64 [K, K]."""
+        ...
+
+
+class Decision(NamedTuple):
+    """Weights, and how they came about; fields as in `StepReport`."""
 
     losses: Tensor  # averaged over ranks, if there are several
     weights: Tensor
     gram: Tensor | None
-    squared_norm: Tensor
-    clip_factor: Tensor
     nonfinite: Tensor
-    usable: bool  # False: no objective could take part, and row 0 means nothing
+    usable: bool  # False: no objective could take part
+    poisoned: bool = False  # what is not finite must reach `p.grad`
     gap: Tensor | None = None
     status: Tensor | None = None
     bad_weights: Tensor | None = None  # bool []: a weighting of the user's returned weights that are not finite
@@ -59,21 +77,26 @@ class Direction(NamedTuple):
     correction_status: Tensor | None = None
 
 
+class Direction(NamedTuple):
+    """The direction that lies in the buffers, and how it came about."""
+
+    decision: Decision
+    squared_norm: Tensor
+    clip_factor: Tensor
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite, under `nonfinite="raise"`."""
 
 
-def find_direction(
-    buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
-) -> Direction:
-    """Weigh the rows, or what constant weights summed during backward, and put the clipped direction into row 0.
+def decide(rows: Rows, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
+    """Weights for gradients of which the Gram matrix, or the losses, tell.
 
     Args:
-        buffers: settled rows; one row of weighted gradients where weights are constant.
+        rows: settled.
         losses: fp64 [K], NaN where absent.
         absent: K flags.
         rules: of the optimizer.
-        contributed: under constant weights, indices of the objectives that row 0 holds gradients of.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, and the rules say raise.
@@ -81,130 +104,216 @@ def find_direction(
         RuntimeError: the weighting did not return one finite weight per objective.
     """
     flags = constant_tensor(absent, torch.bool, losses.device)
-    if rules.needs_gram() and rules.constant() is None:
-        return _from_gram(buffers, losses, flags, rules)
-    return _from_losses(buffers, losses, flags, rules, contributed)
-
-
-def _from_gram(buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules) -> Direction:
-    gram, losses = _over_ranks(buffers, buffers.gram(), losses, absent, rules)
-    nonfinite = ~absent & ~(losses.isfinite() & gram.diagonal().isfinite())
+    gram = rows.gram() if rules.needs_gram() else None
+    gram, losses = _over_ranks(rows.ranks, gram, losses, flags, rules)
+    nonfinite = ~flags & ~losses.isfinite()
+    if gram is not None:
+        nonfinite |= ~flags & ~gram.diagonal().isfinite()
     if bool(nonfinite.any()) and rules.nonfinite != "skip":
-        return _poisoned(buffers, losses, gram, nonfinite, rules)
-    left_out = absent | nonfinite
+        return _poisoned(losses, gram, nonfinite, rules)
+    left_out = flags | nonfinite
     if bool(left_out.all()):
         return _unusable(losses, gram, nonfinite)
-    weights, gap, status = _weigh(buffers, gram, losses, left_out, rules)
+    weights, gap, status = _weigh(rows.ranks, gram, losses, left_out, rules)
     correction = correction_status = None
     if rules.guarantee_descent:
+        assert gram is not None
         weights, correction, correction_status = torch.ops.mogeo.descent(without(gram, left_out), weights)
+    return Decision(
+        losses, weights, gram, nonfinite, True, False, gap, status, None, correction, correction_status
+    )  # fmt: skip
 
-    used = weights != 0  # rows left out may hold NaN
-    squared_norm = weights[used] @ gram[used][:, used] @ weights[used]
-    reach = weights[used].abs() @ gram.diagonal()[used].sqrt()
-    if squared_norm < _CANCELLED * reach**2:
-        buffers.combine(weights)
-        squared_norm = buffers.squared_norm()
-        clip = _clip(buffers, squared_norm, rules)
-    else:
-        clip = _clip_factor(squared_norm, rules)
-        buffers.combine(weights * clip)
-    if rules.nonfinite != "propagate" and buffers.direction_overflowed():
-        nonfinite = ~absent
-        if rules.nonfinite == "raise":
-            raise NonFiniteError(f"the direction of {_quoted(rules, nonfinite)} overflows fp16: scale the losses down")
-        return _unusable(losses, gram, nonfinite)
-    return Direction(
-        losses, weights, gram, squared_norm, clip, nonfinite, True, gap, status, None, correction, correction_status
-    )
+
+def find_direction(
+    buffers: GradientBuffers,
+    losses: Tensor,
+    absent: tuple[bool, ...],
+    rules: Rules,
+    contributed: set[int],
+    plain: GradientBuffers | None = None,
+) -> Direction:
+    """Weigh the rows, or take what was weighed during backward, and leave the clipped direction in the buffers.
+
+    Args:
+        buffers: settled rows; the sum of weighted gradients, where weights are known beforehand.
+        losses: fp64 [K], NaN where absent.
+        absent: K flags.
+        rules: of the optimizer.
+        contributed: where weights are known beforehand, indices of the objectives whose gradients were summed.
+        plain: settled mean gradients of parameters that no weights apply to: clipped with the direction, in length too.
+
+    Raises:
+        NonFiniteError, ValueError, RuntimeError: as `decide` does.
+    """
+    if rules.constant() is not None:
+        decided, spoilt = _known_beforehand(buffers.ranks, losses, absent, rules, contributed)
+        return summed(buffers, decided, absent, rules, plain, spoilt=spoilt)
+    decided = decide(buffers, losses, absent, rules)
+    if decided.poisoned or not decided.usable:
+        return summed(buffers, decided, absent, rules)
+    squared_norm = _norm_from_gram(decided)
+    if squared_norm is None:
+        buffers.combine(decided.weights)
+        return summed(buffers, decided, absent, rules, plain)
+    beside = 0.0 if plain is None else plain.squared_norm()
+    clip = _clip_factor(squared_norm + beside, rules)
+    buffers.combine(decided.weights * clip)
+    if rules.nonfinite != "propagate" and (not math.isfinite(beside) or buffers.direction_overflowed()):
+        return _failed(decided, absent, rules)
+    if plain is not None and clip < 1:
+        plain.scale(clip)
+    return Direction(decided, squared_norm, clip)
+
+
+def summed(
+    buffers: GradientBuffers,
+    decided: Decision,
+    absent: tuple[bool, ...],
+    rules: Rules,
+    plain: GradientBuffers | None = None,
+    *,
+    spoilt: bool = False,
+) -> Direction:
+    """Measure and clip a direction that lies in the buffers already; see that it is finite.
+
+    Args:
+        decided: how its weights came about.
+        spoilt: it holds gradients that must not count. Like one that is not finite, it is all or nothing.
+
+    Raises:
+        NonFiniteError: it is not finite, and the rules say raise.
+    """
+    if decided.poisoned:
+        buffers.poison()
+    if decided.poisoned or not decided.usable:
+        return Direction(decided, decided.weights.sum(), torch.ones_like(decided.losses).mean())
+    squared_norm = buffers.squared_norm()
+    whole = squared_norm if plain is None else squared_norm + plain.squared_norm()
+    if spoilt or not bool(whole.isfinite()):
+        if rules.nonfinite != "propagate":
+            return _failed(decided, absent, rules)
+        decided = decided._replace(nonfinite=~constant_tensor(absent, torch.bool, whole.device))
+    clip = _clip_factor(whole, rules)
+    if clip < 1:
+        for part in [buffers] if plain is None else [buffers, plain]:
+            part.scale(clip)
+    return Direction(decided, squared_norm, clip)
+
+
+def _failed(decided: Decision, absent: tuple[bool, ...], rules: Rules) -> Direction:
+    """Gradients are summed by now, so where one is not finite, it is all or nothing.
+
+    Raises:
+        NonFiniteError: the rules say raise.
+    """
+    nonfinite = ~constant_tensor(absent, torch.bool, decided.losses.device)
+    if rules.nonfinite == "raise":
+        if decided.gram is not None:
+            raise NonFiniteError(
+                f"the direction of {_quoted(rules, nonfinite)} is not finite, although their gradients are: it "
+                "overflows fp16, or a group with multi_objective=False has a gradient that does. Scale the losses down"
+            )
+        raise NonFiniteError(
+            f"the summed gradient of {_quoted(rules, nonfinite)} is not finite; {rules.weighting!r} keeps no "
+            "gradients apart to tell whose it is"
+        )
+    unusable = _unusable(decided.losses, decided.gram, nonfinite)
+    return Direction(unusable, unusable.weights.sum(), torch.ones_like(unusable.losses).mean())
+
+
+def _norm_from_gram(decided: Decision) -> Tensor | None:
+    """‖d‖² = wᵀMw; None where there is no Gram matrix, or not enough digits are left of it."""
+    if decided.gram is None:
+        return None
+    used = decided.weights != 0  # rows left out may hold NaN
+    weights, gram = decided.weights[used], decided.gram[used][:, used]
+    squared_norm = weights @ gram @ weights
+    reach = weights.abs() @ gram.diagonal().sqrt()
+    return None if squared_norm < _CANCELLED * reach**2 else squared_norm
 
 
 def _over_ranks(
-    buffers: GradientBuffers, gram: Tensor, losses: Tensor, absent: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor]:
-    """The Gram matrix summed and the losses averaged over ranks, in one all-reduce, from which all decide alike.
+    ranks: Ranks | None, gram: Tensor | None, losses: Tensor, absent: Tensor, rules: Rules
+) -> tuple[Tensor | None, Tensor]:
+    """The Gram matrix, if any, summed and the losses averaged over ranks, in one all-reduce: all decide from the same.
 
     Raises:
         RuntimeError: some ranks have a loss of an objective in this step, and some have not.
     """
-    ranks = buffers.ranks
     if ranks is None:
         return gram, losses
-    pack = ranks.sum_(packed([gram, losses.masked_fill(absent, 0.0) / ranks.size, absent.to(torch.float64)]))
-    summed, mean, missing = torch.split(pack, [gram.numel(), len(losses), len(losses)])
+    part = losses.new_zeros(0) if gram is None else gram
+    pack = ranks.sum_(packed([part, losses.masked_fill(absent, 0.0) / ranks.size, absent.to(torch.float64)]))
+    summed, mean, missing = torch.split(pack, [part.numel(), len(losses), len(losses)])
     partly = (missing > 0) & (missing < ranks.size)
     if bool(partly.any()):
         raise RuntimeError(
             f"objective {_quoted(rules, partly)} has a loss on some ranks of this step and none on others: every rank "
             "must hand over the same objectives"
         )
-    return summed.reshape(gram.shape), mean.masked_fill(absent, torch.nan)
+    return None if gram is None else summed.reshape(gram.shape), mean.masked_fill(absent, torch.nan)
 
 
-def _from_losses(
-    buffers: GradientBuffers, losses: Tensor, absent: Tensor, rules: Rules, contributed: set[int]
-) -> Direction:
-    _, losses = _over_ranks(buffers, losses.new_zeros(0), losses, absent, rules)
-    nonfinite = ~absent & ~losses.isfinite()
+def _known_beforehand(
+    ranks: Ranks | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
+) -> tuple[Decision, bool]:
+    """What is left to decide where weights were applied during backward; and whether what was summed is spoilt."""
+    flags = constant_tensor(absent, torch.bool, losses.device)
+    _, losses = _over_ranks(ranks, None, losses, flags, rules)
+    nonfinite = ~flags & ~losses.isfinite()
     if bool(nonfinite.any()) and rules.nonfinite != "skip":
-        return _poisoned(buffers, losses, None, nonfinite, rules)
-    left_out = absent | nonfinite
+        return _poisoned(losses, None, nonfinite, rules), False
+    left_out = flags | nonfinite
     if bool(left_out.all()):
-        return _unusable(losses, None, nonfinite)
+        return _unusable(losses, None, nonfinite), False
     constant = rules.constant()
-    if constant is None:
-        weights, _, _ = _weigh(buffers, None, losses, left_out, rules)
-        buffers.combine(weights)
-    else:
-        weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(left_out, 0.0)
-    squared_norm = buffers.squared_norm()
-    # Gradients are summed by now: where one is not finite, or belongs to an objective that became so later in the
-    # window, it is all or nothing.
-    mixed = constant is not None and any(nonfinite[k] for k in contributed)
-    if mixed or not bool(squared_norm.isfinite()):
-        nonfinite = ~absent
-        if rules.nonfinite == "raise":
-            raise NonFiniteError(
-                f"the summed gradient of {_quoted(rules, nonfinite)} is not finite; {rules.weighting!r} keeps no "
-                "gradients apart to tell whose it is"
-            )
-        if rules.nonfinite == "skip":
-            return _unusable(losses, None, nonfinite)
-    clip = _clip(buffers, squared_norm, rules)
-    return Direction(losses, weights, None, squared_norm, clip, nonfinite, True)
+    assert constant is not None
+    weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(left_out, 0.0)
+    # An objective whose loss became not finite later in the window: its first gradients are in the sum.
+    spoilt = any(bool(nonfinite[k]) for k in contributed)
+    return Decision(losses, weights, None, nonfinite, True), spoilt
 
 
 def _weigh(
-    buffers: GradientBuffers, gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
+    ranks: Ranks | None, gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, gap and status."""
     weighting = rules.weighting
-    if isinstance(weighting, MGDA):
-        gram, losses = _without(gram, losses, left_out)
-        if gram is not None and weighting.needs_positive_losses:
-            require_positive_losses(gram, losses, rules.objectives, weighting)
-        weights, gap, status = weighting.solve(gram, losses)
-        return weights.masked_fill(left_out, 0.0), gap, status
-    weights = weights_of(gram, losses, left_out, rules)
-    if buffers.ranks is not None:  # a weighting of the user's may draw at random, or hold a state of its own
-        weights = buffers.ranks.first_(weights.contiguous())
-    if not bool(weights.isfinite().all()):
-        raise bad_weights(weighting, weights, len(losses))
-    return weights, None, None
+    if gram is not None and isinstance(weighting, MGDA) and weighting.needs_positive_losses:
+        seen, known = _without(gram, losses, left_out)
+        require_positive_losses(gram if seen is None else seen, known, rules.objectives, weighting)
+    weights, gap, status = weigh(gram, losses, left_out, rules)
+    if not isinstance(weighting, MGDA):
+        if ranks is not None:  # a weighting of the user's may draw at random, or hold a state of its own
+            weights = ranks.first_(weights.contiguous())
+        if not bool(weights.isfinite().all()):
+            raise bad_weights(weighting, weights, len(losses))
+    return weights, gap, status
 
 
-def weights_of(gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules) -> Tensor:
-    """What a weighting returns, fp64 [K]; 0 for an objective left out. Whether they are finite is not looked at."""
+def weigh(
+    gram: Tensor | None, losses: Tensor, left_out: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weights, fp64 [K], 0 for an objective left out; gap and status, if any. They need not be finite."""
+    weighting = rules.weighting
     gram, losses = _without(gram, losses, left_out)
-    # Clones: what a weighting of the user's does to its arguments stays there.
-    returned = rules.weighting(None if gram is None else gram.clone(), losses.clone())
+    gap = status = None
+    if isinstance(weighting, MGDA) and rules.steering is None:
+        returned, gap, status = weighting.solve(gram, losses)
+    else:
+        # Clones: what a weighting of the user's does to its arguments stays there.
+        mine = None if gram is None else gram.clone(), losses.clone()
+        if rules.steering is None:
+            returned = weighting(*mine)
+        else:
+            returned, gap, status = rules.steering.weigh(weighting, *mine)
     try:
         weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device)
     except (TypeError, ValueError, RuntimeError):
-        raise bad_weights(rules.weighting, returned, len(losses)) from None
+        raise bad_weights(weighting, returned, len(losses)) from None
     if weights.shape != losses.shape:
-        raise bad_weights(rules.weighting, returned, len(losses))
-    return weights.detach().masked_fill(left_out, 0.0)
+        raise bad_weights(weighting, returned, len(losses))
+    return weights.detach().masked_fill(left_out, 0.0), gap, status
 
 
 def bad_weights(weighting: object, returned: object, count: int) -> RuntimeError:
@@ -228,29 +337,16 @@ def without(gram: Tensor, left_out: Tensor) -> Tensor:
     return gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
 
 
-def _poisoned(
-    buffers: GradientBuffers, losses: Tensor, gram: Tensor | None, nonfinite: Tensor, rules: Rules
-) -> Direction:
-    """What is not finite reaches `p.grad`, as IEEE arithmetic has it; or it raises."""
+def _poisoned(losses: Tensor, gram: Tensor | None, nonfinite: Tensor, rules: Rules) -> Decision:
+    """What is not finite is to reach `p.grad`, as IEEE arithmetic has it; or it raises."""
     if rules.nonfinite == "raise":
         names = _quoted(rules, nonfinite)
         raise NonFiniteError(f"objective {names}: loss or gradient not finite; nonfinite='skip' would leave it out")
-    buffers.poison()
-    weights = torch.full_like(losses, torch.nan)
-    return Direction(losses, weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, True)
+    return Decision(losses, torch.full_like(losses, torch.nan), gram, nonfinite, True, poisoned=True)
 
 
-def _unusable(losses: Tensor, gram: Tensor | None, nonfinite: Tensor) -> Direction:
-    weights = torch.zeros_like(losses)
-    return Direction(losses, weights, gram, weights.sum(), torch.ones_like(losses).mean(), nonfinite, False)
-
-
-def _clip(buffers: GradientBuffers, squared_norm: Tensor, rules: Rules) -> Tensor:
-    """Clip the direction in row 0; returns the factor."""
-    clip = _clip_factor(squared_norm, rules)
-    if clip < 1:
-        buffers.combine(clip[None])
-    return clip
+def _unusable(losses: Tensor, gram: Tensor | None, nonfinite: Tensor) -> Decision:
+    return Decision(losses, torch.zeros_like(losses), gram, nonfinite, False)
 
 
 def _clip_factor(squared_norm: Tensor, rules: Rules) -> Tensor:

@@ -114,8 +114,9 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
             inspect.signature(backward).bind(loss, retain_graph=True)
         except TypeError:
             raise TypeError(
-                f"objective {name!r} shares its graph with a later loss, but backward= takes no retain_graph: pass it "
-                "on, as in backward=lambda loss, **kwargs: scaler.scale(loss).backward(**kwargs)"
+                f"objective {name!r} shares its graph with a later loss, or with the backward that sketch= takes once "
+                "more, but backward= takes no retain_graph: pass it on, as in "
+                "backward=lambda loss, **kwargs: scaler.scale(loss).backward(**kwargs)"
             ) from None
     options = {"retain_graph": True} if retain_graph else {}
     try:
@@ -128,3 +129,23 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
             f"handed over "
             "as tensors in one call; across calls, or with callables over a common forward, pass retain_graph=True"
         ) from error
+
+
+def in_order(values: Mapping[str, float] | Sequence[float], names: tuple[str, ...] | None) -> tuple[float, ...]:
+    """One value per objective, in the order of the objectives; as given, as long as that is not known.
+
+    Raises:
+        ValueError: a mapping does not name each objective once.
+    """
+    if not isinstance(values, Mapping):
+        return tuple(values)
+    if names is None:
+        return tuple(values.values())
+    unknown = [name for name in values if name not in names]
+    missing = [name for name in names if name not in values]
+    if unknown or missing:
+        raise ValueError(
+            f"preference does not match the objectives {list(names)}: missing {missing}, unknown {unknown}. Give each "
+            "objective a number"
+        )
+    return tuple(values[name] for name in names)

@@ -1,5 +1,5 @@
-"""The functional core: gram, combine, min_norm_weights, descent_weights. Checks its arguments; the one place that
-chooses an implementation.
+"""The functional core: gram, combine, min_norm_weights, descent_weights; and the arithmetic of sketches. Checks its
+arguments (`mogeo.sketch` checks those of sketches); the one place that chooses an implementation.
 
 Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels (`mogeo.cuda`), all others
 PyTorch operations and the scalar solver (`mogeo.cpu`). The functions are operators of torch (`torch.ops.mogeo`), so
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mogeo import cpu
 
-_ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MinNorm(NamedTuple):
@@ -94,13 +94,15 @@ def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tens
     Args:
         rows: [K, N], fp64, fp32, bf16 or fp16.
         weights: [K], any real dtype. A row whose weight is 0 is not read, so it may hold NaN.
-        out: where to write, [N], dtype and device of `rows`. `rows[0]` works in place; any other row does not.
+        out: where to write, [N], on the device of `rows`, of any of these dtypes. `rows[0]` works in place; any other
+            row does not.
 
     Returns:
-        `out`, or a new tensor. Half-precision rows are accumulated in fp32 and rounded once.
+        `out`, or a new tensor in the dtype of the rows. Half-precision rows are accumulated in fp32 and rounded once,
+        or not at all if `out` is fp32.
 
     Raises:
-        TypeError: a dtype is not supported, or `out` has another dtype than `rows`.
+        TypeError: a dtype is not supported.
         ValueError: shapes do not fit, or `out` overlaps a row other than the first.
     """
     _check_rows(rows)
@@ -112,8 +114,8 @@ def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tens
     if out is None:
         result: Tensor = torch.ops.mogeo.combine(rows, weights)
         return result
-    if out.dtype != rows.dtype:
-        raise TypeError(f"out is {out.dtype}, but the rows are {rows.dtype}: pass out in the rows' dtype")
+    if out.dtype not in ROW_DTYPES:
+        raise TypeError(f"out is {out.dtype}: pass fp64, fp32, bf16 or fp16")
     if out.shape != (columns,) or out.device != rows.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, but the rows have {columns} columns on {rows.device}"
@@ -191,6 +193,19 @@ def normalized_min_norm(
     return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
 
 
+def sketch_(
+    row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+) -> None:
+    """row += weight · S gradient, with what `mogeo.sketch.SignedSketch` drew for this tensor; arguments as checked."""
+    torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, parts, table, width, weight)
+
+
+def sketch_table(signs: Tensor, width: int, device: torch.device) -> Tensor:
+    """Signs ±1, int8 [n], on the device and in the form that `sketch_` reads there."""
+    table: Tensor = (_for_cuda() if device.type == "cuda" else cpu).sketch_table(signs, width).to(device)
+    return table
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The choice
 
@@ -228,6 +243,9 @@ _OPERATORS = {
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
     "descent": "(Tensor gram, Tensor weights) -> (Tensor, Tensor, Tensor)",
+    "sketch_": (
+        "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor parts, Tensor table, int width, float weight) -> ()"
+    ),
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
 _LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
@@ -267,7 +285,12 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights)
         return result
 
-    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent):
+    def sketch_(
+        row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+    ) -> None:
+        code().sketch_(row, gradient, chunks, parts, table, width, weight)
+
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
 
 
@@ -300,7 +323,12 @@ def _register_fakes() -> None:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return torch.empty_like(weights), torch.empty_like(weights), status
 
-    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent):
+    def sketch_(
+        row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
+    ) -> None:
+        return None
+
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
         torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
 
 
@@ -319,7 +347,7 @@ def _check_gram(gram: Tensor) -> None:
 
 
 def _check_rows(rows: Tensor) -> None:
-    if rows.dtype not in _ROW_DTYPES:
+    if rows.dtype not in ROW_DTYPES:
         raise TypeError(f"rows are {rows.dtype}: pass fp64, fp32, bf16 or fp16")
     if rows.ndim != 2 or rows.shape[0] == 0:
         raise ValueError(f"rows have shape {tuple(rows.shape)}: pass [K, N], one flattened gradient per row, K ≥ 1")
@@ -328,7 +356,8 @@ def _check_rows(rows: Tensor) -> None:
 def _overlaps_later_row(out: Tensor, rows: Tensor) -> bool:
     if out.numel() == 0 or out.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr():
         return False
-    if out.data_ptr() == rows[0].data_ptr() and out.stride() == rows[0].stride() and rows.stride(0) != 0:
+    in_place = out.dtype == rows.dtype and out.data_ptr() == rows[0].data_ptr()
+    if in_place and out.stride() == rows[0].stride() and rows.stride(0) != 0:
         return False
     first = rows.data_ptr()
     last = rows[-1, -1:].data_ptr()

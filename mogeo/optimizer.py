@@ -1,14 +1,15 @@
 """MultiObjectiveOptimizer: capture → gram → weigh → combine → base.step().
 
-Knows the order of things and no mathematics: rows are filled by `mogeo.buffers`, multiplied by `mogeo.ops`, weighed by
-`mogeo.weightings`; the manners of torch.optim are `mogeo.wrapper`'s.
+Knows the order of things and no mathematics: rows are filled by `mogeo.buffers` (or `mogeo.sketched`), multiplied by
+`mogeo.ops`, weighed by `mogeo.weightings`; the manners of torch.optim are `mogeo.wrapper`'s.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,17 +17,29 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mogeo import deferred, direction
-from mogeo.buffers import GradientBuffers, signature
+from mogeo.buffers import GradientBuffers
+from mogeo.capture import Capture, signature
 from mogeo.constants import constant_tensor
 from mogeo.direction import Direction, NonFiniteError, Rules, bad_weights
-from mogeo.distributed import Group, ranks_of, value_of
+from mogeo.distributed import Group, ranks_of
 from mogeo.graphs import shared_with_later
+from mogeo.held import HeldWeights
 from mogeo.mailbox import Mailbox
 from mogeo.min_norm import Status
-from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, run_backward
+from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, in_order, run_backward
+from mogeo.replay import Repeatable, without_autocast
 from mogeo.report import StepReport
+from mogeo.sketched import SketchedRows
+from mogeo.steering import Steering
 from mogeo.weightings import MGDA, WeightingLike, require_positive_losses, resolve
+from mogeo.window import Call, Term, Window
 from mogeo.wrapper import OptimizerWrapper
+
+# What is saved so that a run that goes on otherwise is told of it.
+_SETTINGS = (
+    "max_grad_norm", "nonfinite", "guarantee_descent", "refresh_every", "preference", "min_weight", "smoothing",
+    "row_dtype", "host_rows", "release_rows", "sketch", "shard_rows",
+)  # fmt: skip
 
 
 class MultiObjectiveOptimizer(OptimizerWrapper):
@@ -64,9 +77,30 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         guarantee_descent: take the direction nearest to d that hurts no objective to first order, ⟨v, g_k⟩ ≥ 0 for all
             k: v = Σ_k (w_k + μ_k) g_k, exact, from the same Gram matrix (`mogeo.descent_weights`). It is d itself where
             d hurts nobody, as MGDA's never does. Fixed weights and GroupDRO then need K rows and a Gram matrix as well.
+        refresh_every: solve for the weights at every T-th step only. In between, gradients are weighed by what the last
+            solve found while autograd brings them: one backward of the weighted sum where losses are tensors. A
+            guarantee of descent then is one for the steps that solve. Read once per solve from a GPU, which waits.
+        preference: which objectives should gain more: positive numbers, by name or in the order of the objectives;
+            only their ratios count, and equal ones change nothing. `mogeo.steering.Steering` says how each weighting
+            takes it.
+        min_weight: a floor m < 1/K under the coefficients, which sum to one, so that no objective starves.
+        smoothing: s < 1: weights are averaged over solves, λ ← sλ + (1 − s)w.
+        row_dtype: keep rows in this dtype where gradients are wider, such as torch.bfloat16 for fp32. The direction
+            keeps the gradients' dtype, in N elements of its own.
+        host_rows: keep rows in pinned host memory, moved there while autograd goes on: K·N elements of the host's
+            memory, and N of the GPU's for the direction. The host multiplies and combines them.
+        release_rows: with `refresh_every`, give the memory of rows back after each solve.
+        sketch: keep d numbers per objective in place of N: a random projection, from which the Gram matrix is
+            estimated to ‖g_i‖‖g_j‖·√(2/d), and after the solve one weighted backward for the direction, of exact
+            gradients. Losses that are callables are evaluated once more for it, with the same random numbers; of
+            tensors the graph is kept until then. Best with `refresh_every`.
         shard_rows: with several processes and plain (replicated) parameters, average each gradient over ranks as soon
             as it is complete, and keep a piece of it per rank: rows of N + K·N/ranks elements instead of K·N. For use
             inside DDP's `no_sync()`, or without DDP.
+
+    Parameters in groups with an entry `"multi_objective": False` (heads of single tasks, value heads) stay out of the
+    Gram matrix and take the mean of all objectives' gradients, 1/K Σ_k g_k, unweighted. `max_grad_norm` then clips
+    direction and mean together. The host decides such steps.
 
     With several processes, losses and gradients are averaged over ranks, and every rank decides the same from the same
     numbers: docs/distributed.md has a recipe per engine. All ranks must hand over the same objectives.
@@ -92,7 +126,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         ValueError: an argument does not fit.
     """
 
-    _transient = ("_buffers", "_mailbox", "_loss_sums", "_contributed", "_due")
+    _transient = ("_buffers", "_plain", "_sketches", "_mailbox", "_window")
 
     def __init__(
         self,
@@ -103,6 +137,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         max_grad_norm: float | None = None,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
         guarantee_descent: bool = False,
+        refresh_every: int = 1,
+        preference: Mapping[str, float] | Sequence[float] | None = None,
+        min_weight: float = 0.0,
+        smoothing: float = 0.0,
+        row_dtype: torch.dtype | None = None,
+        host_rows: bool = False,
+        release_rows: bool = False,
+        sketch: int | None = None,
         process_group: Group | None = None,
         shard_rows: bool = False,
     ) -> None:
@@ -111,44 +153,76 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip', 'raise' or 'propagate'")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: pass a positive norm, or None for no clipping")
+        if row_dtype is not None and not row_dtype.is_floating_point:
+            raise ValueError(f"row_dtype={row_dtype}: choose a floating dtype, such as torch.bfloat16")
+        if sketch is not None and (sketch < 1 or row_dtype is not None or host_rows or shard_rows):
+            raise ValueError(
+                f"sketch={sketch}: pass how many numbers to keep per objective, such as 262144; without row_dtype, "
+                "host_rows and shard_rows, for there are no rows then"
+            )
         self._weighting: Callable[..., Any] = resolve(weighting)
         self.objectives = None if objectives is None else checked_names(objectives)
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.guarantee_descent = guarantee_descent
+        self.preference = dict(preference) if isinstance(preference, Mapping) else preference
+        self.min_weight = min_weight
+        self.smoothing = smoothing
+        self.row_dtype = row_dtype
+        self.host_rows = host_rows
+        self.release_rows = release_rows
+        self.sketch = sketch
         self.process_group = process_group
         self.shard_rows = shard_rows
+        self._held = HeldWeights(refresh_every)
+        self._steering: Steering | None = None  # once objectives have an order
+        Steering(None if preference is None else in_order(preference, None), min_weight, smoothing)  # checks them
         self.report: StepReport | None = None
         self._nonfinite_counts = torch.zeros(len(self.objectives or ()), dtype=torch.int64)
         self._warned = False
         self._reset()
 
     def _reset(self) -> None:
-        """Forget buffers and window: they are rebuilt by the next `backward`."""
+        """Forget buffers, window and memory: they are rebuilt by the next `backward`."""
         self._buffers: GradientBuffers | None = None
+        self._plain: GradientBuffers | None = None  # mean gradients of groups with multi_objective=False
+        self._sketches: SketchedRows | None = None
         self._mailbox = Mailbox()
-        self._drop_window()
+        self._window: Window | None = None
 
     @property
     def weighting(self) -> Callable[..., Any]:
-        """The resolved weighting. Assign a name or callable to change it, between steps."""
+        """The resolved weighting. Assign a name or callable to change it, between steps; the next step then solves."""
         return self._weighting
 
     @weighting.setter
     def weighting(self, weighting: WeightingLike) -> None:
         resolved = resolve(weighting)
-        if self._due and self._one_row(resolved) != self._one_row(self._weighting):
+        if self._window is not None and self._window.weights != self._rules(resolved).constant():
             raise RuntimeError(
                 f"gradients captured for {self._weighting!r} do not suit {resolved!r}: one of them sums them during "
                 "backward. Change the weighting after step() or zero_grad()"
             )
         self._weighting = resolved
+        self._held.forget()
+        self._steering = None
 
-    def _one_row(self, weighting: Callable[..., Any]) -> bool:
-        return self._rules(weighting).constant() is not None
+    @property
+    def refresh_every(self) -> int:
+        """T: the weights are solved at every T-th step. Assign another number at any time."""
+        return self._held.refresh_every
 
-    def _rules(self, weighting: Callable[..., Any]) -> Rules:
-        return Rules(self._names, weighting, self.nonfinite, self.max_grad_norm, self.guarantee_descent)
+    @refresh_every.setter
+    def refresh_every(self, refresh_every: int) -> None:
+        self._held.refresh_every = HeldWeights(refresh_every).refresh_every
+
+    def _rules(self, weighting: Callable[..., Any], held: tuple[float, ...] | None = None) -> Rules:
+        if self._steering is None and (self.preference is not None or self.min_weight or self.smoothing):
+            preference = None if self.preference is None else in_order(self.preference, self._names)
+            self._steering = Steering(preference, self.min_weight, self.smoothing)
+        return Rules(
+            self._names, weighting, self.nonfinite, self.max_grad_norm, self.guarantee_descent, self._steering, held
+        )
 
     def backward(
         self,
@@ -185,84 +259,102 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         known = self.objectives
         try:
             terms = self._terms(losses, objective)
-            constant = self._rules(self.weighting).constant()
-            buffers = self._current_buffers(1 if constant is not None else len(self._names))
-            with buffers.capturing():
-                if constant is not None and all(_adds_exactly(term) for _, _, term in terms):
-                    self._backward_sum(terms, constant, backward, bool(retain_graph))
-                    buffers.collect()
-                else:
-                    self._backward_each(buffers, terms, constant, backward, bool(retain_graph))
-            if not buffers.touched() and (constant is None or self._contributed):
+            window = self._window or self._opened()
+            call = Call(terms, backward, bool(retain_graph))
+            rows = self._fitting_buffers(window)
+            if window.calls is not None:
+                terms = [(k, name, t if isinstance(t, Tensor) else Repeatable(t)) for k, name, t in terms]
+                window.calls.append(call := Call(terms, backward, bool(retain_graph)))
+            self._run(call, rows, window)
+            touched = rows.touched() or (self._plain is not None and self._plain.touched())
+            if not touched and (window.weights is None or window.contributed):
                 raise ValueError(
                     "no loss reached a parameter of the base optimizer: was the model copied, or its parameters "
-                    "replaced, after the optimizer was made?" + buffers.ranks_hint()
+                    "replaced, after the optimizer was made?" + rows.ranks_hint()
                 )
         except BaseException:
             self._drop_window()
             self.objectives = known
             raise
-        self._due = True
+        self._window = window
 
-    def _backward_each(
-        self,
-        buffers: GradientBuffers,
-        terms: Sequence[tuple[int, str, Loss]],
-        constant: tuple[float, ...] | None,
-        backward: Callable[..., object] | None,
-        retain_graph: bool,
-    ) -> None:
-        """One backward per objective, into its own row; with constant weights, weighted into the one row there is."""
-        tensors = [term for _, _, term in terms if isinstance(term, Tensor)]
-        shared = iter(shared_with_later(tensors))
-        for index, name, term in terms:
-            needed_later = isinstance(term, Tensor) and next(shared)
-            if constant is None:
-                buffers.select(index)
+    def _opened(self) -> Window:
+        """A new window, with the weights that are known for it."""
+        held = None
+        if self._rules(self.weighting).constant() is None:
+            held = self._held.known()
+        weights = self._rules(self.weighting, held).constant()
+        return Window(weights, held is not None, [] if weights is None and self.sketch is not None else None)
+
+    def _run(self, call: Call, rows: Capture, window: Window) -> None:
+        """Forward and backward of every loss of a call, gradients into rows, or weighed into the direction."""
+        with self._capturing(rows):
+            if window.weights is not None and self._plain is None and all(_adds_exactly(t) for _, _, t in call.terms):
+                self._backward_sum(call, rows, window)
             else:
-                buffers.select(0, constant[index])
+                self._backward_each(call, rows, window)
+
+    @contextmanager
+    def _capturing(self, rows: Capture) -> Iterator[None]:
+        with rows.capturing():
+            if self._plain is None:
+                yield
+            else:
+                self._plain.select(None, 1 / len(self._names))
+                with self._plain.capturing():
+                    yield
+
+    def _collect(self, rows: Capture) -> None:
+        rows.collect()
+        if self._plain is not None:
+            self._plain.collect()
+
+    def _backward_each(self, call: Call, rows: Capture, window: Window) -> None:
+        """One backward per objective, into its own row, or weighed into the direction."""
+        tensors = [term for _, _, term in call.terms if isinstance(term, Tensor)]
+        shared = iter(shared_with_later(tensors))
+        for index, name, term in call.terms:
+            needed_later = isinstance(term, Tensor) and next(shared)
+            if window.weights is None:
+                rows.select(index)
+            else:
+                rows.select(None, window.weights[index])
             loss = evaluate(name, term)
-            value = self._add_loss(index, loss)
-            if constant is None or self._can_be_summed(index, value, constant[index]):
-                run_backward(name, loss, backward, retain_graph or needed_later)
-            buffers.collect()
+            needed_later |= window.calls is not None and isinstance(term, Tensor)
+            if self._wanted(index, window.add_loss(index, loss), rows, window):
+                run_backward(name, loss, call.backward, call.retain_graph or needed_later)
+            self._collect(rows)
             del loss  # or the next callable runs while this graph is still alive
 
-    def _backward_sum(
-        self,
-        terms: Sequence[tuple[int, str, Loss]],
-        constant: tuple[float, ...],
-        backward: Callable[..., object] | None,
-        retain_graph: bool,
-    ) -> None:
-        """Constant weights and loss tensors: one backward of the weighted sum, as in plain training."""
-        assert self._buffers is not None
-        self._buffers.select(0)  # the weights are in the sum
+    def _backward_sum(self, call: Call, rows: Capture, window: Window) -> None:
+        """Known weights and loss tensors: one backward of the weighted sum, as in plain training."""
+        assert window.weights is not None
+        rows.select(None)  # the weights are in the sum
         summands: dict[str, Tensor] = {}
         with torch.enable_grad():
-            for index, name, term in terms:
+            for index, name, term in call.terms:
                 loss = evaluate(name, term)
-                if self._can_be_summed(index, self._add_loss(index, loss), constant[index]):
-                    summands[name] = loss.reshape(()) * constant[index]
+                if self._wanted(index, window.add_loss(index, loss), rows, window):
+                    summands[name] = loss.reshape(()) * window.weights[index]
             if summands:
                 total = torch.stack([summand.double() for summand in summands.values()]).sum()
         if summands:
-            run_backward(" + ".join(summands), total, backward, retain_graph)
+            run_backward(" + ".join(summands), total, call.backward, call.retain_graph)
+        self._collect(rows)
 
-    def _can_be_summed(self, index: int, value: Tensor, weight: float) -> bool:
-        """Note that an objective contributes to the one row; not if its loss is not finite, for it would stay in."""
-        assert self._buffers is not None
-        # Nor where other ranks would wait for this one's backward.
-        asks = self.nonfinite != "propagate" and not (self._decided_on_device(self._buffers) or self._buffers.ranks)
-        if weight == 0 or (asks and not bool(value.isfinite())):
+    def _wanted(self, index: int, value: Tensor, rows: Capture, window: Window) -> bool:
+        """Whether a loss is differentiated: not if it is not finite and its gradient would be summed with others'."""
+        if window.weights is None and self._plain is None:
+            return True
+        if window.weights is not None and window.weights[index] == 0 and self._plain is None:
             return False
-        self._contributed.add(index)
+        # Not where other ranks would wait for this one's backward.
+        asks = self.nonfinite != "propagate" and not (self._decided_on_device(rows) or rows.ranks)
+        if asks and not bool(value.isfinite()):
+            return False
+        if window.weights is not None:
+            window.contributed.add(index)
         return True
-
-    def _add_loss(self, index: int, loss: Tensor) -> Tensor:
-        value = value_of(loss.detach()).to(torch.float64).reshape(())
-        self._loss_sums[index] = self._loss_sums[index] + value if index in self._loss_sums else value
-        return value
 
     @torch.no_grad()
     def combine(self) -> StepReport:
@@ -277,56 +369,103 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
         On a GPU the last two are raised for an earlier step, once the host hears of it.
         """
-        if not self._due:
+        window = self._window
+        if window is None:
             if self.report is None:
                 raise RuntimeError("nothing to combine: call backward(losses) first")
             return self.report
-        buffers = self._buffers
-        assert buffers is not None
         self._read_mail()
-        buffers.settle()
-        buffers.average_replicas()
-        count, device = len(self._names), buffers.device
-        nan = constant_tensor((torch.nan,), torch.float64, device)[0]
-        losses = torch.stack([self._loss_sums.get(k, nan).to(device, non_blocking=True) for k in range(count)])
-        absent = tuple(k not in self._loss_sums for k in range(count))
-        rules = self._rules(self.weighting)
-        on_device = self._decided_on_device(buffers)
-        decide = deferred.find_direction if on_device else direction.find_direction
         try:
-            found = decide(buffers, losses, absent, rules, self._contributed)
+            found = self._find_direction(window)
         except NonFiniteError:
             self._drop_window()
             raise
-        if found.usable:
+        decided = found.decision
+        buffers, plain = self._buffers, self._plain
+        assert buffers is not None
+        if decided.usable:
             buffers.publish()
+            if plain is not None:
+                plain.publish()
+        on_device = window.calls is None and self._decided_on_device(buffers)
         self._drop_window()
-        if self._nonfinite_counts.device != device:
-            self._nonfinite_counts = self._nonfinite_counts.to(device)
-        self._nonfinite_counts += found.nonfinite
+        absent = constant_tensor(window.absent(len(self._names)), torch.bool, buffers.device)
+        if window.held:
+            self._held.used()
+        elif decided.usable and not decided.poisoned:
+            self._held.solved(decided.weights, ~(absent | decided.nonfinite))
+        if self.release_rows and buffers.n_rows > 1:
+            self._buffers = buffers.without_rows()
+        if self._nonfinite_counts.device != buffers.device:
+            self._nonfinite_counts = self._nonfinite_counts.to(buffers.device)
+        self._nonfinite_counts += decided.nonfinite
         self.report = StepReport(
             objectives=self._names,
-            losses=found.losses,
-            weights=found.weights,
-            gram=found.gram,
+            losses=decided.losses,
+            weights=decided.weights,
+            gram=decided.gram,
             squared_norm=found.squared_norm,
             clip_factor=found.clip_factor,
-            nonfinite=found.nonfinite,
-            absent=constant_tensor(absent, torch.bool, device).clone(),  # a report is the user's, a constant everyone's
+            nonfinite=decided.nonfinite,
+            absent=absent.clone(),  # a report is the user's, a constant everyone's
             nonfinite_counts=self._nonfinite_counts.clone(),
-            optimality_gap=found.gap,
-            status=found.status,
-            correction=found.correction,
-            correction_status=found.correction_status,
+            optimality_gap=decided.gap,
+            status=decided.status,
+            correction=decided.correction,
+            correction_status=decided.correction_status,
+            age=self._held.age if window.held else 0,
         )
-        self._tell(found, on_device)
+        self._tell(decided, on_device)
         return self.report
 
-    def _decided_on_device(self, buffers: GradientBuffers) -> bool:
-        """Whether the device decides this step, and the host hears of it later."""
-        return buffers.device_code is not None and self.nonfinite != "raise"
+    def _find_direction(self, window: Window) -> Direction:
+        """Weights, if they are not known, and the direction in the buffers."""
+        buffers, plain = self._buffers, self._plain
+        assert buffers is not None
+        losses, absent = window.losses(len(self._names), buffers.device), window.absent(len(self._names))
+        rules = self._rules(self.weighting, window.weights if window.held else None)
+        if window.calls is not None:
+            return self._find_by_sketches(window, losses, absent, rules)
+        for part in [buffers] if plain is None else [buffers, plain]:
+            part.settle()
+            part.average_replicas()
+        if self._decided_on_device(buffers):
+            return deferred.find_direction(buffers, losses, absent, rules, window.contributed)
+        return direction.find_direction(buffers, losses, absent, rules, window.contributed, plain)
 
-    def _tell(self, found: Direction, on_device: bool) -> None:
+    def _find_by_sketches(self, window: Window, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Direction:
+        """Weights from the sketches; then every call once more, its gradients weighed into the direction."""
+        buffers, plain, sketches = self._buffers, self._plain, self._sketches
+        assert buffers is not None
+        assert sketches is not None
+        assert window.calls is not None
+        if not all(parameter.requires_grad for parameter in sketches.touched()):
+            raise RuntimeError(
+                "a parameter was frozen between backward() and step(), and the backward that sketch= takes once more "
+                "would miss it: freeze it after step() or zero_grad()"
+            )
+        sketches.average_replicas()
+        decided = direction.decide(sketches, losses, absent, rules)
+        again = Window(None, held=False, calls=None)
+        if decided.usable:
+            # What is not finite gets there by itself.
+            weights = torch.ones_like(decided.weights) if decided.poisoned else decided.weights
+            again.weights = tuple(weights.tolist())
+            if plain is not None:
+                plain.drop()
+            with torch.enable_grad(), without_autocast():
+                while window.calls:
+                    self._run(window.calls.pop(0), buffers, again)
+            for part in [buffers] if plain is None else [buffers, plain]:
+                part.settle()
+                part.average_replicas()
+        return direction.summed(buffers, decided, absent, rules, plain)
+
+    def _decided_on_device(self, rows: Capture) -> bool:
+        """Whether the device decides this step, and the host hears of it later."""
+        return rows.device_code is not None and self.nonfinite != "raise" and self._plain is None
+
+    def _tell(self, found: direction.Decision, on_device: bool) -> None:
         """Warn of objectives left out: at once, or by a letter that `_read_mail` reads once it is here."""
         if on_device:
             verdict = found.status if found.bad_weights is None else found.bad_weights
@@ -341,10 +480,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         for (nonfinite, *verdict), (names, weighting, losses, gram) in self._mailbox.arrived():
             if not self._warned and self.nonfinite == "skip":
                 self._warn(nonfinite, names)
-            if verdict == [[True]] and type(weighting) is not MGDA:
-                raise bad_weights(weighting, "values that are not finite", len(names))
-            if verdict == [[Status.NONPOSITIVE_LOSS]]:
+            if verdict == [[Status.NONPOSITIVE_LOSS]] or (verdict == [[True]] and isinstance(weighting, MGDA)):
                 require_positive_losses(gram, losses, names, weighting)
+            elif verdict == [[True]]:
+                raise bad_weights(weighting, "values that are not finite", len(names))
 
     def _warn(self, nonfinite: list[bool], names: tuple[str, ...]) -> None:
         if any(nonfinite):
@@ -362,7 +501,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         assert self.objectives is not None
         return self.objectives
 
-    def _terms(self, losses: Losses, objective: str | None) -> list[tuple[int, str, Loss]]:
+    def _terms(self, losses: Losses, objective: str | None) -> list[Term]:
         """(index, name, loss) in the order of the objectives; the first call fixes them."""
         named = by_name(losses, objective, self.objectives)
         if self.objectives is None:
@@ -370,38 +509,67 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._nonfinite_counts = torch.zeros(len(named), dtype=torch.int64)
         return [(k, name, named[name]) for k, name in enumerate(self.objectives) if name in named]
 
-    def _current_buffers(self, n_rows: int) -> GradientBuffers:
-        """Buffers that fit the parameters as they are now; an open window moves over to new ones."""
-        listed = dict.fromkeys(
-            p for group in self.base.param_groups for p in group["params"]
-        )  # torch allows repetition
-        captured = self._buffers.touched() if self._buffers is not None and self._due else set()
-        parameters = [p for p in listed if p.requires_grad or p in captured]  # frozen within a window: still part of it
-        if not parameters:
-            raise ValueError("no parameter of the base optimizer requires grad: nothing to optimize")
-        if self._buffers is None or self._buffers.signature != signature(parameters, n_rows):
-            ranks = ranks_of(self.process_group)
+    def _fitting_buffers(self, window: Window) -> Capture:
+        """What captures this window, made for the parameters as they are now; an open window moves over to it."""
+        mine: dict[Tensor, None] = {}  # torch allows repetition
+        others: dict[Tensor, None] = {}
+        for group in self.base.param_groups:
+            (mine if group.get("multi_objective", True) else others).update(dict.fromkeys(group["params"]))
+        # Frozen within a window: still part of it.
+        captured: set[Tensor] = set()
+        if self._window is not None:
+            for part in (self._buffers, self._plain, self._sketches):
+                captured |= set() if part is None else part.touched()
+        mine, others = ({p: None for p in ps if p.requires_grad or p in captured} for ps in (mine, others))
+        if not mine:
+            raise ValueError(
+                "no parameter of the base optimizer requires grad: nothing to optimize"
+                + (" (outside groups with multi_objective=False)" if others else "")
+            )
+        count = len(self._names)
+        keeps_rows = window.calls is None and (window.weights is None or (window.held and not self.release_rows))
+        n_rows = count if keeps_rows and self.sketch is None else 1
+        fits = self._buffers is not None and self._buffers.signature == signature(list(mine), n_rows)
+        plain_fits = (self._plain.signature if self._plain else ()) == (signature(list(others), 1) if others else ())
+        ranks = self._buffers.ranks if fits and self._buffers is not None else ranks_of(self.process_group)
+        if not (fits and plain_fits):
             if ranks is not None:
                 ranks.agreed("the names or the order of the objectives", self._names)
-            old, self._buffers = self._buffers if self._due else None, None  # freed first, unless it holds a window
-            self._buffers = GradientBuffers(parameters, n_rows, ranks, shard_rows=self.shard_rows)
-            if old is not None:
-                self._buffers.migrate(old)
-        return self._buffers
+            old = (self._buffers, self._plain) if self._window is not None else (None, None)
+            self._buffers = self._plain = None  # freed first, unless they hold a window
+            self._buffers = GradientBuffers(
+                list(mine), n_rows, ranks,
+                shard_rows=self.shard_rows, row_dtype=self.row_dtype, host_rows=self.host_rows,
+            )  # fmt: skip
+            self._plain = GradientBuffers(list(others), 1, ranks) if others else None
+            for new, before in zip((self._buffers, self._plain), old, strict=True):
+                if new is not None and before is not None:
+                    new.migrate(before)
+        assert self._buffers is not None
+        if window.calls is None:
+            return self._buffers
+        assert self.sketch is not None
+        if self._sketches is None or self._sketches.signature != signature(list(mine), count):
+            if self._window is not None:
+                raise RuntimeError(
+                    "the parameters changed between backward() and step(), and sketches cannot move: change them after "
+                    "step() or zero_grad()"
+                )
+            self._sketches = SketchedRows(list(mine), count, ranks, dimension=self.sketch)
+        return self._sketches
 
     def _drop_window(self) -> None:
         """Start a new window: nothing captured, nothing due."""
-        if self._buffers is not None:
-            self._buffers.drop()
-        self._loss_sums: dict[int, Tensor] = {}  # objective index → sum of its losses in this window
-        self._contributed: set[int] = set()  # objectives whose gradients the one row of constant weights holds
-        self._due = False
+        for part in (self._buffers, self._plain, self._sketches):
+            if part is not None:
+                part.drop()
+        self._window = None
 
     # what mogeo.wrapper asks for
 
     def prepare_step(self) -> None:
         """Combine, if that is still due."""
-        if self._due:
+        if self._window is not None:
             self.combine()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -417,6 +585,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             "nonfinite_counts": self._nonfinite_counts.tolist(),
             "weighting_kind": type(self.weighting).__name__,
             "weighting": getattr(self.weighting, "state_dict", dict)(),
+            "held": self._held.state_dict(),
+            "steering": None if self._steering is None else self._steering.state_dict(),
+            "settings": {name: _plain_value(getattr(self, name)) for name in _SETTINGS},
         }
 
     def check_own_state(self, own: dict[str, Any]) -> None:
@@ -429,8 +600,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             )
 
     def load_own_state(self, own: dict[str, Any]) -> None:
-        """Restore objectives, counters and the weighting's state, and drop gradients captured so far."""
+        """Restore objectives, counters, held weights and the weighting's state; drop gradients captured so far.
+
+        Settings stay as they are here; where others were saved, a warning says so.
+        """
         self._reset()
+        self._held.forget()
+        self._steering = None
         if not own.get("objectives"):
             return
         self.objectives = tuple(own["objectives"])
@@ -438,10 +614,20 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         kind = type(self.weighting).__name__
         if own["weighting_kind"] == kind:
             getattr(self.weighting, "load_state_dict", lambda state: None)(own["weighting"])
+            if own.get("held"):
+                self._held.load_state_dict(own["held"])
+            steering = self._rules(self.weighting).steering
+            if own.get("steering") and steering is not None:
+                steering.load_state_dict(own["steering"])
         elif own["weighting"]:
             warnings.warn(
                 f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}", stacklevel=3
             )
+        here = {name: _plain_value(getattr(self, name)) for name in _SETTINGS}
+        others = {name: value for name, value in own.get("settings", here).items() if here.get(name, value) != value}
+        if others:
+            saved = ", ".join(f"{name}={value!r}" for name, value in others.items())
+            warnings.warn(f"the state was saved with {saved}; this optimizer keeps its own settings", stacklevel=3)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MultiObjectiveOptimizer:
         """A copy that shares the process group, which cannot be copied (nor pickled)."""
@@ -462,3 +648,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 def _adds_exactly(term: Loss) -> bool:
     """Whether a weighted sum of such losses has exact enough gradients: a weight in bf16 is off by 0.2 %."""
     return isinstance(term, Tensor) and term.dtype in (torch.float32, torch.float64)
+
+
+def _plain_value(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, tuple) else value

@@ -23,11 +23,12 @@ class StepReport:
     losses: Tensor
     #: w, weights on the raw gradients before clipping, fp64 [K]. 0 for an objective left out.
     weights: Tensor
-    #: ⟨g_i, g_j⟩, fp64 [K, K]; None for weightings that need no Gram matrix.
+    #: ⟨g_i, g_j⟩, fp64 [K, K]; with `sketch`, an unbiased estimate. None where this step needed none.
     gram: Tensor | None
     #: ‖d‖², before clipping, fp64 [].
     squared_norm: Tensor
-    #: min(1, max_grad_norm / ‖d‖), fp64 []: what d was multiplied by.
+    #: min(1, max_grad_norm / ‖d‖), fp64 []: what d was multiplied by. ‖d‖ counts the gradients of groups with
+    #: `multi_objective=False` here.
     clip_factor: Tensor
     #: Objectives left out because a loss or gradient was not finite, bool [K].
     nonfinite: Tensor
@@ -43,6 +44,8 @@ class StepReport:
     correction: Tensor | None = field(default=None)
     #: `mogeo.Status` of the correction, int64 []: `OPTIMAL` certifies that d hurts no objective, to rounding.
     correction_status: Tensor | None = field(default=None)
+    #: Steps since these weights were solved for: 0 but in between the solves of `refresh_every`.
+    age: int = 0
 
     @property
     def grad_norms(self) -> Tensor | None:
@@ -107,6 +110,7 @@ class StepReport:
             "status": plain(self.status),
             "correction": by_name(self.correction),
             "correction_status": plain(self.correction_status),
+            "age": self.age,
             "skipped": list(self.skipped),
             "nonfinite_counts": by_name(self.nonfinite_counts),
         }

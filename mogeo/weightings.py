@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mogeo.constants import constant_tensor
-from mogeo.ops import MinNorm, descent_weights, normalized_min_norm
+from mogeo.min_norm import Status
+from mogeo.ops import MinNorm, descent_weights, min_norm_weights, normalized_min_norm
 
 
 class Weighting:
@@ -35,6 +36,10 @@ class Weighting:
     def constant(self, n_objectives: int) -> tuple[float, ...] | None:
         """The K weights, where they depend on nothing: the optimizer then needs no gradient rows. Else None."""
         return None
+
+    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """Weights under a preference p among the objectives, fp64 [K], > 0, of mean 1; by default w·p."""
+        return self(gram, losses) * preference
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step: small tensors, numbers, strings, None, lists, and dicts by strings."""
@@ -161,20 +166,62 @@ class MGDA(Weighting):
         self.needs_positive_losses = normalize in ("loss", "loss+")
 
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
-        """Weights on the raw gradients, fp64 [K]."""
-        return self.solve(gram, losses).weights
-
-    def solve(self, gram: Tensor | None, losses: Tensor) -> MinNorm:
-        """Weights on the raw gradients, with the gap (in units of the normalised Gram matrix) and status of the solve.
+        """Weights on the raw gradients, fp64 [K].
 
         Raises:
             ValueError: there is no Gram matrix, or a loss that divides is not positive.
         """
+        if gram is not None and self.needs_positive_losses:
+            require_positive_losses(gram, losses, [str(k) for k in range(losses.numel())], self)
+        return self.solve(gram, losses).weights
+
+    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """The weights of `solve` under a preference."""
+        return self.solve(gram, losses, preference).weights
+
+    def solve(
+        self, gram: Tensor | None, losses: Tensor, preference: Tensor | None = None, min_weight: float = 0.0
+    ) -> MinNorm:
+        """Weights on the raw gradients, with gap and status of the solve; nothing waits for a GPU.
+
+        Under a preference p, α solves the problem of g̃_k / p_k, and α_k / p_k, scaled to the sum 1 again, takes the
+        place of α_k. So d of `mgda` lies along the min-norm point of the g_k / p_k, and where all weights are positive
+        it descends in proportion to p. The scaling keeps the length: without it, a preference would shorten the step.
+
+        Args:
+            gram: M [K, K]. An objective with a zero row has weight 0, and no floor.
+            losses: L [K], > 0 where they divide; that is the caller's to check.
+            preference: p [K], fp64, > 0.
+            min_weight: m, a floor under the α_k of this problem: 0 ≤ m < 1/J for the J objectives with a gradient.
+
+        Returns:
+            `MinNorm`, with the gap in units of the normalised Gram matrix, over the hull that the floor leaves. With a
+            preference or a floor, a loss ≤ 0 that divides gives NaN weights and `Status.NONPOSITIVE_LOSS`.
+
+        Raises:
+            ValueError: there is no Gram matrix.
+        """
         if gram is None:
             raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
-        if self.needs_positive_losses:
-            require_positive_losses(gram, losses, [str(k) for k in range(losses.numel())], self)
-        return normalized_min_norm(gram, losses, self.normalize, self.power, self.apply_to)
+        if preference is None and min_weight == 0:
+            return normalized_min_norm(gram, losses, self.normalize, self.power, self.apply_to)
+        normalizers = self._normalizers(gram, losses)
+        divisors = normalizers if preference is None else normalizers * preference
+        normalized = gram / (divisors[:, None] * divisors[None, :])
+        alpha, gap, status = _min_norm_above(normalized, min_weight)
+        if preference is not None:
+            alpha = alpha / preference
+            alpha = torch.where(alpha != 0, alpha / alpha.sum(), 0.0)
+        weights = alpha if self.apply_to == "raw" else torch.where(alpha != 0, alpha / normalizers, 0.0)
+        wrong = normalizers.isnan().any()
+        return MinNorm(weights.masked_fill(wrong, torch.nan), gap, status.masked_fill(wrong, Status.NONPOSITIVE_LOSS))
+
+    def _normalizers(self, gram: Tensor, losses: Tensor) -> Tensor:
+        """n, fp64 [K]: 1 where the gradient is zero, NaN where a loss ≤ 0 would divide one that is not."""
+        norms, losses = gram.diagonal().sqrt(), losses.to(torch.float64)
+        base = {"none": torch.ones_like(norms), "l2": norms, "loss": losses, "loss+": losses * norms}[self.normalize]
+        n = torch.where(base > 0, base, torch.nan) ** self.power
+        return torch.where(norms > 0, n, 1.0)
 
     def __repr__(self) -> str:
         settings = (self.normalize, self.power, self.apply_to)
@@ -198,11 +245,19 @@ class UPGrad(Weighting):
 
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Weights on the raw gradients, fp64 [K]."""
+        return self._harmless(gram).mean(0)
+
+    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """w = (1/K) Σ_k p_k (e_k + μ_k): the mean of p_k g_k, each first made to hurt nobody."""
+        return (preference[:, None] * self._harmless(gram)).mean(0)
+
+    def _harmless(self, gram: Tensor | None) -> Tensor:
+        """e_k + μ_k, fp64 [K, K], a row for each k."""
         if gram is None:
             raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
         count = len(gram)
         alone = torch.eye(count, dtype=torch.float64, device=gram.device)
-        return descent_weights(gram.expand(count, count, count), alone).weights.mean(0)
+        return descent_weights(gram.expand(count, count, count), alone).weights
 
     def __repr__(self) -> str:
         return "upgrad"
@@ -214,6 +269,25 @@ def gapo(power: float) -> MGDA:
     Source: arXiv 2507.01915, brought to DPO losses.
     """
     return MGDA("l2", power=power, apply_to="normalized")
+
+
+def _min_norm_above(gram: Tensor, floor: float) -> MinNorm:
+    """argmin αᵀAα over the part of the simplex where α_k ≥ m for every k with a gradient, J of them; the others get 0.
+
+    α = m + (1 − Jm)β, with β on the whole simplex: vertex k stands for v_k = (1 − Jm) g_k + m Σ_j g_j, so that β is the
+    min-norm point of a Gram matrix again.
+    """
+    if floor == 0:
+        return min_norm_weights(gram)
+    live = gram.diagonal() > 0
+    scale = 1 - floor * live.sum(dtype=torch.float64)
+    shared = floor * gram.sum(1)
+    # ⟨v_i, v_j⟩, but for the same constant in all entries, which changes nothing on the simplex: J m² Σ‖g‖² in place of
+    # m² ‖Σg‖², which is no more. A vertex may be zero, and would else pass for a solved objective.
+    constant = floor**2 * live.sum(dtype=torch.float64) * gram.diagonal().sum()
+    vertices = scale**2 * gram + scale * (shared[:, None] + shared[None, :]) + constant
+    beta, gap, status = min_norm_weights(vertices.masked_fill(~(live[:, None] & live[None, :]), 0.0))
+    return MinNorm(scale * beta + floor * live.to(torch.float64), gap, status)
 
 
 def require_positive_losses(gram: Tensor, losses: Tensor, objectives: Sequence[str], weighting: object) -> None:

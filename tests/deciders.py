@@ -1,6 +1,9 @@
-"""Who decides a step: the host, as on a CPU, or the device, as on a GPU. For tests of both on CPU tensors.
+"""How a step is made: by host or device, from rows under the direction, rows apart from it, or sketches. For tests.
 
-The device's way runs the Triton kernels under their interpreter. Knows nothing of what is tested.
+The host decides on a CPU, the device on a GPU; its way runs the Triton kernels under their interpreter, on CPU tensors.
+Rows lie apart from the direction where they have another dtype or device; here they do without any rounding. A sketch
+much longer than a small net's gradient loses nothing, so that what holds for rows must hold for sketches.
+Knows nothing of what is tested.
 """
 
 from __future__ import annotations
@@ -9,17 +12,29 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
+import torch
 import triton
 from torch import Tensor
 
-from mogeo import ops
+from mogeo import MultiObjectiveOptimizer, ops
+from mogeo.buffers import GradientBuffers
 
 DECIDERS = ("host", "device")
+WAYS = (*DECIDERS, "rows apart", "sketched")
+
+SKETCH = 1 << 16
 
 
 def let_decide(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make optimizers decide their steps this way until the test ends."""
-    if who == "host":
+    """Make optimizers step this way until the test ends."""
+    if who == "sketched":
+        monkeypatch.setitem(MultiObjectiveOptimizer.__init__.__kwdefaults__, "sketch", SKETCH)  # type: ignore[arg-type]
+        return
+    if who == "rows apart":
+        elsewhere = torch.device("cpu", 0)  # is not torch.device("cpu"), and names the same
+        place = GradientBuffers._place_of_rows
+        monkeypatch.setattr(GradientBuffers, "_place_of_rows", lambda *them: (place(*them)[0], elsewhere))
+    if who in ("host", "rows apart"):
         return
     if not triton.knobs.runtime.interpret:
         pytest.skip("on a machine with a GPU the kernels run there, not under the interpreter")

@@ -1,4 +1,4 @@
-"""Inputs that are hard on purpose: Gram matrices by family, and rows by dtype and layout.
+"""Inputs that are hard on purpose: Gram matrices by family, rows by dtype and layout, and what to sketch.
 
 Knows nothing of mogeo. `FAMILIES[name](rng, k)` gives one fp64 Gram [k, k] of that family from a numpy Generator, so
 that the benchmark and the tests measure the same matrices; the hypothesis strategies below draw a family, a size and a
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
@@ -287,3 +288,38 @@ def segmented_rows(draw: st.DrawFn, max_k: int = 32) -> tuple[Tensor, list[int]]
     drawn = draw(rows(max_k))
     n = drawn.shape[1]
     return drawn, [0, *sorted(draw(st.lists(st.integers(0, n), max_size=6))), n]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hypothesis: sketches
+
+# One bucket, odd and prime numbers, with vectors of 2, 4 and 8, and more than any block of a kernel at these sizes.
+SKETCH_DIMENSIONS = (1, 2, 7, 12, 16, 24, 37, 64, 100, 104, 1000)
+
+
+class Sketched(NamedTuple):
+    """What a sketch is made of, and a gradient to add to a row."""
+
+    sizes: list[int]
+    dimension: int
+    seed: int
+    index: int  #: which of the tensors the gradient is of
+    gradient: Tensor  #: of that size, some dtype and layout
+    row: Tensor  #: [dimension], what is there already
+    weight: float
+
+
+@st.composite
+def sketched(draw: st.DrawFn, max_size: int = 300, dimensions: Sequence[int] = SKETCH_DIMENSIONS) -> Sketched:
+    """A gradient [k, n] among other tensors, of less than a chunk or of many, and empty ones; rows of fp32 or fp64."""
+    k = draw(st.integers(1, 4))
+    sizes = draw(st.lists(st.integers(0, max_size // k).map(lambda n: n * k), min_size=1, max_size=3))
+    index, dimension = draw(st.integers(0, len(sizes) - 1)), draw(st.sampled_from(dimensions))
+    dtype, layout = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LAYOUTS))
+    seed = draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(k, sizes[index] // k, dtype=torch.float64, generator=generator).to(dtype)
+    wide = dtype == torch.float64 or draw(st.booleans())
+    row = torch.randn(dimension, dtype=torch.float64 if wide else torch.float32, generator=generator)
+    weight = draw(st.sampled_from([1.0, -0.5, 0.0, 3e5]))
+    return Sketched(sizes, dimension, seed, index, lay_out(gradient, layout), row, weight)

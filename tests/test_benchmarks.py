@@ -32,11 +32,21 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
         ("solver.py", ["--samples", "1", "--repeats", "1"]),
         ("communication.py", ["--ranks", "2", "--width", "32", "--rounds", "2", "--objectives", "2"]),
         ("paper_step.py", ["--model", "tiny", "--layers", "1", "--tokens", "16"]),
+        ("smoothing.py", ["--quick", "--seeds", "1"]),
         ("step_overhead.py", ["--tokens", "128", "--rounds", "2", "--objectives", "2", "--only", "plain"]),
         ("step_overhead.py", [*QWEN, "torchjd best effort"]),
         ("step_overhead.py", [*QWEN, "mogeo", "--weights", "bf16", "--alternate"]),
     ],
-    ids=["kernels", "solver", "communication", "paper", "llama", "qwen autocast", "qwen bf16, one at a time"],
+    ids=[
+        "kernels",
+        "solver",
+        "communication",
+        "paper",
+        "smoothing",
+        "llama",
+        "qwen autocast",
+        "qwen bf16, one at a time",
+    ],
 )
 def test_runs_and_writes_its_figures(script: str, options: list[str], tmp_path: Path) -> None:
     target = tmp_path / "figures.json"

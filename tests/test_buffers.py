@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mogeo.buffers import GradientBuffers, signature
+from mogeo.buffers import GradientBuffers
+from mogeo.capture import signature
 
 
 def parameters() -> list[nn.Parameter]:
@@ -33,7 +34,7 @@ def test_gram_sums_over_blocks_and_ignores_what_is_stale() -> None:
     fill(buffers, 1, (b, 3.0), (c, 1.0))
     buffers.settle()
     assert buffers.gram().tolist() == [[3 + 20, 10], [10, 36 + 5]]
-    assert buffers.gram(1).tolist() == [[23]]
+    assert buffers.squared_norm().tolist() == 23
     buffers.combine(torch.tensor([1.0, 1.0]))
     buffers.drop()  # the direction in row 0 is stale from here on, for every parameter
     fill(buffers, 0, (a, 1.0))

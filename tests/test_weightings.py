@@ -158,6 +158,33 @@ def test_a_loss_that_divides_must_be_positive(normalize: str, loss: float) -> No
         MGDA(normalize)(gram, torch.tensor([1.0, loss]))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", [*ALL, "upgrad"])
+@given(problem=problems(), scale=st.floats(0.01, 100.0))
+def test_a_preference_without_a_favourite_changes_no_direction(
+    name: str, problem: tuple[Tensor, Tensor], scale: float
+) -> None:
+    gram, losses = problem
+    equal = torch.full((4,), scale, dtype=torch.float64)
+    preferred = resolve(name).preferring(equal, gram, losses)
+    assert_same_weights(
+        preferred / preferred.sum(), weights_of(name, gram, losses) / weights_of(name, gram, losses).sum()
+    )
+
+
+@pytest.mark.parametrize("name", MGDA_FAMILY)
+@given(problem=problems(), favourite=st.integers(0, 3))
+def test_the_familys_preference_keeps_the_sum_of_its_coefficients(
+    name: str, problem: tuple[Tensor, Tensor], favourite: int
+) -> None:
+    gram, losses = problem
+    preference = torch.ones(4, dtype=torch.float64)
+    preference[favourite] = 3.0
+    norms = gram.diagonal().sqrt()
+    n = {"mgda-normalized": norms, "gapo(0.5)": norms.sqrt()}.get(name, torch.ones_like(norms))
+    coefficients = resolve(name).preferring(preference, gram, losses) * n
+    assert coefficients.sum().item() == pytest.approx(1.0, rel=1e-12)
+
+
 def test_linear_weights() -> None:
     losses = torch.ones(2, dtype=torch.float64)
     assert LinearScalarization()(None, losses).tolist() == [0.5, 0.5]

@@ -61,13 +61,14 @@ def solve(a: Matrix, b: Sequence[Fraction]) -> list[Fraction] | None:
     return [row[-1] for row in rows]
 
 
-def min_norm_point(m: Matrix) -> Optimum:
-    """The global minimum of αᵀMα over the simplex, for any symmetric M, by enumerating the supports.
+def min_norm_point(m: Matrix, floor: Fraction = Fraction(0)) -> Optimum:
+    """The global minimum of αᵀMα over the simplex where α ≥ floor, for any symmetric M, by enumerating the supports.
 
-    Take a minimiser of smallest support S. It is stationary there: M_SS α_S = λ1, Σα = 1, and its value is λ. Were
-    this bordered system singular, there would be v ≠ 0 with Σv = 0 and M_SS v = μ1, where μ = αᵀM_SS v = λΣv = 0:
-    f is constant along v, and moving along ±v until a weight hits zero gives a minimiser of smaller support. So the
-    system is regular, and the regular systems with solutions ≥ 0 contain the answer. No definiteness is assumed.
+    The support S are the weights above the floor. Take a minimiser of smallest support. It is stationary there:
+    (Mα)_S = λ1, Σα = 1. Were this bordered system singular, there would be v ≠ 0 on S with Σv = 0 and M_SS v = μ1: f is
+    constant along v, for its slope is 2λΣv = 0 and its curvature 2μΣv = 0, and moving along ±v until a weight hits the
+    floor gives a minimiser of smaller support. So the system is regular, and the regular systems with solutions ≥ floor
+    contain the answer. No definiteness is assumed.
     """
     k = len(m)
     best: Optimum | None = None
@@ -75,13 +76,15 @@ def min_norm_point(m: Matrix) -> Optimum:
         for support in combinations(range(k), size):
             bordered = [[*(m[i][j] for j in support), Fraction(-1)] for i in support]
             bordered.append([Fraction(1)] * size + [Fraction(0)])
-            solution = solve(bordered, [Fraction(0)] * size + [Fraction(1)])
-            if solution is None or min(solution[:-1]) < 0:
+            rest = [j for j in range(k) if j not in support]
+            pull = [-floor * sum((m[i][j] for j in rest), start=Fraction(0)) for i in support]
+            solution = solve(bordered, [*pull, 1 - floor * len(rest)])
+            if solution is None or min(solution[:-1]) < floor:
                 continue
-            if best is None or solution[-1] < best.value:
-                weights = [Fraction(0)] * k
-                for i, w in zip(support, solution[:-1], strict=True):
-                    weights[i] = w
-                best = Optimum(solution[-1], weights)
+            weights = [floor] * k
+            for i, w in zip(support, solution[:-1], strict=True):
+                weights[i] = w
+            if best is None or value(m, weights) < best.value:
+                best = Optimum(value(m, weights), weights)
     assert best is not None  # the vertices are regular: [[m_ii, -1], [1, 0]]
     return best

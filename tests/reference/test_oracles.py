@@ -54,6 +54,18 @@ def test_nothing_on_the_simplex_is_below_the_enumerated_optimum(gram: Tensor, se
         assert exact.value(m, exact.on_simplex(weights.tolist())) >= best.value
 
 
+@SOME
+@given(strategies.integer_grams(max_k=4), st.fractions(0, Fraction(9, 40), max_denominator=40), st.integers(0, 2**20))
+def test_nothing_above_the_floor_is_below_the_enumerated_optimum(gram: Tensor, floor: Fraction, seed: int) -> None:
+    m = exact.symmetric(gram.tolist())
+    best = exact.min_norm_point(m, floor)
+    assert min(best.weights) >= floor
+    assert sum(best.weights) == 1
+    for weights in np.random.default_rng(seed).dirichlet(np.full(len(m), 0.5), 20):
+        inside = [floor + (1 - len(m) * floor) * w for w in exact.on_simplex(weights.tolist())]
+        assert exact.value(m, inside) >= best.value
+
+
 def test_enumeration_knows_indefinite_matrices() -> None:
     """αᵀMα of [[1, -3], [-3, 1]] is 1 - 8·α_1·α_2: -1 in the middle, though both vertices are at 1."""
     best = exact.min_norm_point(exact.symmetric([[1.0, -3.0], [-3.0, 1.0]]))
