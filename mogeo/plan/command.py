@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from mogeo.plan.trace import Trace
 
 _DESCRIPTION = """\
-Tell what a fine-tune with K objectives takes before anything is loaded or rented: memory per rank, item by item and mode
-by mode; what a step costs over plain training; and which mode to take. Needs the model's config only. Activations are
-measured, by running the model's shapes through the DPO loss and its backward.
+Tell what a fine-tune with K objectives takes before anything is loaded or rented: memory per rank, item by item and
+mode by mode; what a step costs over plain training; and which mode to take. Needs the model's config only. Activations
+are measured, by running the model's shapes through the DPO loss and its backward.
 """
 
 _EPILOG = f"""\
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the reference model stays on the device (default: its scores are computed beforehand, as by mogeo align)",
     )  # fmt: skip
     how.add_argument(
-        "--sketch", type=int, default=4096, metavar="D", help="numbers in a sketched row (default: %(default)s)"
+        "--sketch", type=int, default=262_144, metavar="D", help="numbers in a sketched row (default: %(default)s)"
     )
     how.add_argument(
         "--refresh-every", type=int, default=10, metavar="T", help="steps between solves (default: %(default)s)"
@@ -242,8 +242,8 @@ def _heading(args: argparse.Namespace, config: Any, setup: Setup) -> str:
 def _assumptions(args: argparse.Namespace, device: Device, limit: float, unknown: Sequence[Mode]) -> str:
     pace = device.fp32 if args.precision == "fp32" else device.bf16
     lines = [
-        f"taken for granted: {args.device} with {_gb(device.memory)} GB, of which {_gb(device.memory - limit)} stay free; "
-        f"{pace / 1e12:g} TFLOP/s (of which {COMPUTE_EFFICIENCY:.0%}), {device.bandwidth / 1e9:g} GB/s memory, "
+        f"taken for granted: {args.device} with {_gb(device.memory)} GB, of which {_gb(device.memory - limit)} stay "
+        f"free; {pace / 1e12:g} TFLOP/s (of which {COMPUTE_EFFICIENCY:.0%}), {device.bandwidth / 1e9:g} GB/s memory, "
         f"{device.pcie / 1e9:g} GB/s PCIe, {device.link / 1e9:g} GB/s between ranks (of which "
         f"{BANDWIDTH_EFFICIENCY:.0%}), {HOST_BANDWIDTH / 1e9:g} GB/s on the host"
     ]
@@ -288,7 +288,7 @@ _BASES = {
 
 def _keywords(mode: Mode, setup: Setup) -> str:
     keywords = dict(mode.keywords)
-    if setup.engine == "ddp-shard-rows":
+    if setup.engine == "ddp-shard-rows" and mode.rows == "all":
         keywords["shard_rows"] = "True"
     return "".join(f", {name}={value}" for name, value in keywords.items())
 
@@ -311,8 +311,8 @@ def _nothing_fits(args: argparse.Namespace, setup: Setup, candidates: Sequence[C
     balancing = [c for c in candidates if c.mode.rows != "one"]
     smallest = min(balancing, key=lambda c: c.memory.device)
     lines = [
-        f"Nothing fits into {_gb(limit)} GB: {smallest.mode.name} takes the least, {_gb(smallest.memory.device)} GB, of "
-        f"which {_gb(smallest.memory.activations)} are activations."
+        f"Nothing fits into {_gb(limit)} GB: {smallest.mode.name} takes the least, {_gb(smallest.memory.device)} GB, "
+        f"of which {_gb(smallest.memory.activations)} are activations."
     ]
     for mode in {"exact": balancing[0].mode, smallest.mode.name: smallest.mode}.values():
         ranks = fsdp_ranks(mode, setup, limit)

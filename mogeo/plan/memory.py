@@ -76,7 +76,7 @@ class Setup:
     engine: str = "none"
     ranks: int = 1
     resident_reference: bool = False
-    sketch: int = 4096
+    sketch: int = 262_144
     refresh_every: int = 10
 
     def __post_init__(self) -> None:
@@ -122,8 +122,8 @@ class Mode:
         half: rows are bf16, and the direction is not.
         on_host: rows lie in the host's memory, pinned.
         refreshes: weights are solved for at every T-th step, and the K rows freed in between.
-        exactness: of the direction, one of `EXACTNESS`: as the weighting says; from rows rounded to bf16; or with weights
-            that are older, or from sketches.
+        exactness: of the direction, one of `EXACTNESS`: as the weighting says; from rows rounded to bf16; or with
+            weights that are older, or from sketches.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Mode:
 def modes(setup: Setup) -> list[Mode]:
     """Those that differ in this setup: plain training first, then the exact one, then what takes less."""
     half = {"row_dtype": "torch.bfloat16"}
-    host = {"row_device": '"cpu"'}
+    host = {"host_rows": "True"}
     often = {"refresh_every": str(setup.refresh_every), "release_rows": "True"}
     sketch = {"sketch": str(setup.sketch)}
     found = [
@@ -174,7 +174,8 @@ class Memory:
     @property
     def device(self) -> int:
         """All of it that lies on the device."""
-        return sum(getattr(self, item.name) for item in fields(self)) - self.host
+        everything: int = sum(getattr(self, item.name) for item in fields(self))
+        return everything - self.host
 
 
 def memory(mode: Mode, setup: Setup) -> Memory:
@@ -228,7 +229,7 @@ def row_size(mode: Mode, setup: Setup) -> int:
 
 def fsdp_ranks(mode: Mode, setup: Setup, limit: float) -> int | None:
     """The fewest ranks of FSDP2, a power of two, on which a mode takes at most `limit` bytes; None beyond 4,096."""
-    for ranks in (2**i for i in range(1, 13)):
+    for ranks in (1 << i for i in range(1, 13)):
         if memory(mode, replace(setup, engine="fsdp2", ranks=ranks)).device <= limit:
             return ranks
     return None

@@ -220,7 +220,7 @@ def _run(config: Any, layers: int, sequences: int, tokens: int, precision: Preci
             loss = losses.dpo_loss(chosen - rejected, 0.1).sum()
             del scores, chosen, rejected
             live.enter("head")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     return live
 
 
@@ -254,7 +254,7 @@ def _reason(error: Exception) -> str:
 # ---- the watch -------------------------------------------------------------------------------------------------------
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of storages that are alive, phase by phase, beside those that were there from the start.
 
     Args:
@@ -268,7 +268,7 @@ class _Live(TorchDispatchMode):
     """
 
     def __init__(self, held: list[Tensor], scored: tuple[int, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.streamed: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         self.flops: dict[str, float] = {}
