@@ -360,10 +360,23 @@ def test_combine_names_a_wrong_number_of_weights(shape: tuple[int, ...]) -> None
         mogeo.combine(gaussian(2, 10), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
-def test_combine_names_an_out_of_another_dtype(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=rf"out.*{dtype}.*float32"):
-        mogeo.combine(gaussian(2, 10), torch.ones(2), out=torch.empty(10, dtype=dtype))
+def test_combine_names_an_out_that_is_not_floating_point() -> None:
+    with pytest.raises(TypeError, match=r"out is torch.int32: pass fp64, fp32, bf16 or fp16"):
+        mogeo.combine(gaussian(2, 10), torch.ones(2), out=torch.empty(10, dtype=torch.int32))
+
+
+@everywhere
+@pytest.mark.parametrize("of_out", DTYPES)
+@pytest.mark.parametrize("of_rows", DTYPES)
+def test_combine_rounds_once_to_the_dtype_of_out(of_rows: torch.dtype, of_out: torch.dtype, backend: Backend) -> None:
+    """Half-precision rows under an fp32 direction keep every digit that their sum has."""
+    rows, weights = gaussian(3, 300).to(of_rows), torch.tensor([0.5, -1.25, 3.0])
+    out = torch.full((300,), torch.nan, dtype=of_out)
+    backend.combine(rows, weights, out=out)
+    exact = weights.double() @ rows.double()
+    reach = weights.abs().double() @ rows.double().abs()
+    rounding = torch.finfo(of_out).eps + 4 * torch.finfo(torch.promote_types(of_rows, torch.float32)).eps
+    assert ((out.double() - exact).abs() <= rounding * reach + 1e-7).all()
 
 
 @pytest.mark.parametrize("shape", [(9,), (11,), (1, 10), (10, 1)])
