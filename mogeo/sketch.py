@@ -91,8 +91,9 @@ class SignedSketch:
         drawn = torch.stack([places, rotations, starts, flips], dim=1).to(torch.int32)
         # Sorted by r mod A: what is rotated alike within vectors is added up as whole vectors.
         tensors = [chunks[(chunks[:, 1] % self.width).argsort(stable=True)] for chunks in torch.split(drawn, counts)]
-        #: Per tensor int32 [C, 4], a chunk's place in the tensor, r, t and σ; and [P, 3], see `_parts`.
-        self.chunks = [chunks.to(device) for chunks in tensors]
+        #: Per tensor int32 [C, 4], a chunk's place in the tensor, r, t and σ: on the CPU, whose code reads them.
+        self.chunks = tensors
+        #: Per tensor int32 [P, 3], see `_parts`.
         self.parts = [_parts(chunks, dimension, self.width).to(device) for chunks in tensors]
         self.table = ops.sketch_table(signs, self.width, device)  #: u, in the form that the device's code reads
 
