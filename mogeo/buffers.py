@@ -89,7 +89,8 @@ class GradientBuffers(Capture):
         alone = ranks is None
         self._codes = [ops.device_code(blocks) if alone else None for blocks in (self.blocks, self._as_rows())]
         side = any(block.is_cuda for block in self._directions) and not all(block.is_cuda for block in self.blocks)
-        self._stream = torch.cuda.Stream(self.device) if side else None  # type: ignore[no-untyped-call]  # on which rows move to the host
+        # On which rows move to the host.
+        self._stream = torch.cuda.Stream(self.device) if side else None  # type: ignore[no-untyped-call]
 
     @property
     def device_code(self) -> ModuleType | None:

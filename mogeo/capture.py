@@ -32,13 +32,13 @@ class Capture:
         ranks: the processes that hold the parameters between them, if there are several.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks | None = None) -> None:
-        self.parameters = list(parameters)
-        self.ranks = ranks
-
     device: torch.device
     #: What the layout depends on: see `signature`.
     signature: tuple[object, ...]
+
+    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks | None = None) -> None:
+        self.parameters = list(parameters)
+        self.ranks = ranks
 
     @property
     def device_code(self) -> ModuleType | None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
+from mogeo.capture import Capture
 from mogeo.constants import constant_tensor
 from mogeo.distributed import Ranks, packed
 from mogeo.steering import Steering
-from mogeo.weightings import MGDA, Weighting, require_positive_losses
+from mogeo.weightings import MGDA, Weighting, as_weights, bad_weights, require_positive_losses
 
 # Below this share of (Σ w_k ‖g_k‖)², ‖d‖² = wᵀMw has cancelled down to the rounding of an fp32 Gram: measure it
 # instead.
@@ -51,16 +52,6 @@ class Rules(NamedTuple):
         return self.guarantee_descent or getattr(self.weighting, "needs_gram", True)
 
 
-class Rows(Protocol):
-    """What there is to decide from: gradient rows, or sketches of them."""
-
-    ranks: Ranks | None
-
-    def gram(self) -> Tensor:
-        """This rank's part of the Gram matrix, fp64 [K, K]."""
-        ...
-
-
 class Decision(NamedTuple):
     """Weights, and how they came about; fields as in `StepReport`."""
 
@@ -89,11 +80,11 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite, under `nonfinite="raise"`."""
 
 
-def decide(rows: Rows, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
+def decide(rows: Capture, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
     """Weights for gradients of which the Gram matrix, or the losses, tell.
 
     Args:
-        rows: settled.
+        rows: settled gradients, or sketches of them.
         losses: fp64 [K], NaN where absent.
         absent: K flags.
         rules: of the optimizer.
@@ -299,29 +290,15 @@ def weigh(
     gram, losses = _without(gram, losses, left_out)
     gap = status = None
     if isinstance(weighting, MGDA) and rules.steering is None:
-        returned, gap, status = weighting.solve(gram, losses)
+        weights, gap, status = weighting.solve(gram, losses)
     else:
         # Clones: what a weighting of the user's does to its arguments stays there.
         mine = None if gram is None else gram.clone(), losses.clone()
         if rules.steering is None:
-            returned = weighting(*mine)
+            weights = as_weights(weighting, weighting(*mine), losses)
         else:
-            returned, gap, status = rules.steering.weigh(weighting, *mine)
-    try:
-        weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise bad_weights(weighting, returned, len(losses)) from None
-    if weights.shape != losses.shape:
-        raise bad_weights(weighting, returned, len(losses))
-    return weights.detach().masked_fill(left_out, 0.0), gap, status
-
-
-def bad_weights(weighting: object, returned: object, count: int) -> RuntimeError:
-    """The error for a weighting that did not return one finite weight per objective."""
-    return RuntimeError(
-        f"weighting {weighting!r} returned {returned!r} for {count} objectives: it must return one finite weight per "
-        "objective"
-    )
+            weights, gap, status = rules.steering.weigh(weighting, *mine)
+    return weights.masked_fill(left_out, 0.0), gap, status
 
 
 def _without(gram: Tensor | None, losses: Tensor, left_out: Tensor) -> tuple[Tensor | None, Tensor]:

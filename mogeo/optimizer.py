@@ -20,7 +20,7 @@ from mogeo import deferred, direction
 from mogeo.buffers import GradientBuffers
 from mogeo.capture import Capture, signature
 from mogeo.constants import constant_tensor
-from mogeo.direction import Direction, NonFiniteError, Rules, bad_weights
+from mogeo.direction import Direction, NonFiniteError, Rules
 from mogeo.distributed import Group, ranks_of
 from mogeo.graphs import shared_with_later
 from mogeo.held import HeldWeights
@@ -31,7 +31,7 @@ from mogeo.replay import Repeatable, without_autocast
 from mogeo.report import StepReport
 from mogeo.sketched import SketchedRows
 from mogeo.steering import Steering
-from mogeo.weightings import MGDA, WeightingLike, require_positive_losses, resolve
+from mogeo.weightings import MGDA, WeightingLike, bad_weights, require_positive_losses, resolve
 from mogeo.window import Call, Term, Window
 from mogeo.wrapper import OptimizerWrapper
 
@@ -260,11 +260,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         try:
             terms = self._terms(losses, objective)
             window = self._window or self._opened()
-            call = Call(terms, backward, bool(retain_graph))
             rows = self._fitting_buffers(window)
             if window.calls is not None:
                 terms = [(k, name, t if isinstance(t, Tensor) else Repeatable(t)) for k, name, t in terms]
-                window.calls.append(call := Call(terms, backward, bool(retain_graph)))
+            call = Call(terms, backward, bool(retain_graph))
+            if window.calls is not None:
+                window.calls.append(call)
             self._run(call, rows, window)
             touched = rows.touched() or (self._plain is not None and self._plain.touched())
             if not touched and (window.weights is None or window.contributed):
@@ -280,11 +281,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def _opened(self) -> Window:
         """A new window, with the weights that are known for it."""
-        held = None
-        if self._rules(self.weighting).constant() is None:
-            held = self._held.known()
-        weights = self._rules(self.weighting, held).constant()
-        return Window(weights, held is not None, [] if weights is None and self.sketch is not None else None)
+        weights = self._rules(self.weighting).constant()
+        held = self._held.known() if weights is None else None
+        solves = weights is None and held is None
+        return Window(weights or held, held is not None, [] if solves and self.sketch is not None else None)
 
     def _run(self, call: Call, rows: Capture, window: Window) -> None:
         """Forward and backward of every loss of a call, gradients into rows, or weighed into the direction."""
@@ -426,9 +426,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         rules = self._rules(self.weighting, window.weights if window.held else None)
         if window.calls is not None:
             return self._find_by_sketches(window, losses, absent, rules)
-        for part in [buffers] if plain is None else [buffers, plain]:
-            part.settle()
-            part.average_replicas()
+        self._complete()
         if self._decided_on_device(buffers):
             return deferred.find_direction(buffers, losses, absent, rules, window.contributed)
         return direction.find_direction(buffers, losses, absent, rules, window.contributed, plain)
@@ -456,10 +454,15 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             with torch.enable_grad(), without_autocast():
                 while window.calls:
                     self._run(window.calls.pop(0), buffers, again)
-            for part in [buffers] if plain is None else [buffers, plain]:
+            self._complete()
+        return direction.summed(buffers, decided, absent, rules, plain)
+
+    def _complete(self) -> None:
+        """Make the gradients of this window, on all ranks, what the buffers hold."""
+        for part in (self._buffers, self._plain):
+            if part is not None:
                 part.settle()
                 part.average_replicas()
-        return direction.summed(buffers, decided, absent, rules, plain)
 
     def _decided_on_device(self, rows: Capture) -> bool:
         """Whether the device decides this step, and the host hears of it later."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mogeo.constants import constant_tensor
 from mogeo.min_norm import Status
-from mogeo.weightings import MGDA, Weighting
+from mogeo.weightings import MGDA, Weighting, as_weights
 
 AnyWeighting = Callable[[Tensor | None, Tensor], Any]
 
@@ -189,21 +189,3 @@ class Steering:
                 f"min_weight={self.min_weight:g} for K = {count} objectives: the weights would exceed their sum, 1; "
                 f"pass less than 1/K = {1 / count:g}"
             )
-
-
-def as_weights(weighting: AnyWeighting, returned: Any, losses: Tensor) -> Tensor:
-    """What a weighting returned, as fp64 [K] on the device of `losses`; whether it is finite is not looked at.
-
-    Raises:
-        RuntimeError: it is not one number per objective.
-    """
-    try:
-        weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device).detach()
-    except (TypeError, ValueError, RuntimeError):
-        weights = None
-    if weights is None or weights.shape != losses.shape:
-        raise RuntimeError(
-            f"weighting {weighting!r} returned {returned!r} for {losses.numel()} objectives: it must return one finite "
-            "weight per objective"
-        )
-    return weights

@@ -290,6 +290,29 @@ def _min_norm_above(gram: Tensor, floor: float) -> MinNorm:
     return MinNorm(scale * beta + floor * live.to(torch.float64), gap, status)
 
 
+def as_weights(weighting: object, returned: Any, losses: Tensor) -> Tensor:
+    """What a weighting returned, as fp64 [K] on the device of `losses`; whether it is finite is not looked at.
+
+    Raises:
+        RuntimeError: it is not one number per objective.
+    """
+    try:
+        weights = torch.as_tensor(returned, dtype=torch.float64, device=losses.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise bad_weights(weighting, returned, len(losses)) from None
+    if weights.shape != losses.shape:
+        raise bad_weights(weighting, returned, len(losses))
+    return weights
+
+
+def bad_weights(weighting: object, returned: object, count: int) -> RuntimeError:
+    """The error for a weighting that did not return one finite weight per objective."""
+    return RuntimeError(
+        f"weighting {weighting!r} returned {returned!r} for {count} objectives: it must return one finite weight per "
+        "objective"
+    )
+
+
 def require_positive_losses(gram: Tensor, losses: Tensor, objectives: Sequence[str], weighting: object) -> None:
     """Raise ValueError, naming the objective, where a loss ≤ 0 belongs to a gradient that is not zero."""
     dividing = losses.masked_fill(~(gram.diagonal() > 0), 1.0).tolist()
