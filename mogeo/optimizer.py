@@ -451,9 +451,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             again.weights = tuple(weights.tolist())
             if plain is not None:
                 plain.drop()
-            with torch.enable_grad(), without_autocast():
-                while window.calls:
-                    self._run(window.calls.pop(0), buffers, again)
+            try:
+                with torch.enable_grad(), without_autocast():
+                    while window.calls:
+                        self._run(window.calls.pop(0), buffers, again)
+            except BaseException:
+                self._drop_window()  # as in backward: half a sum is no direction
+                raise
             self._complete()
         return direction.summed(buffers, decided, absent, rules, plain)
 

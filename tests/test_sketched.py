@@ -114,6 +114,30 @@ def test_parameters_that_change_within_a_window_are_refused() -> None:
     optimizer.step()
 
 
+def test_a_loss_that_fails_the_second_time_drops_the_window() -> None:
+    """What the first pass summed is not taken for the whole at the next try."""
+    net, x = Net(), inputs()
+    losses, evaluated = callables(net, x), 0
+
+    def fails_once() -> Tensor:
+        nonlocal evaluated
+        evaluated += 1
+        if evaluated == 2:
+            raise ConnectionError
+        return losses["honesty"]()
+
+    optimizer = wrapped(net, sketch=1 << 12)
+    optimizer.backward({**losses, "honesty": fails_once})
+    with pytest.raises(ConnectionError):
+        optimizer.combine()
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(RuntimeError, match="nothing to combine"):
+        optimizer.combine()
+    optimizer.backward({**losses, "honesty": fails_once})
+    report = optimizer.combine()
+    torch.testing.assert_close(flat_grad(net), report.weights @ gradient_rows(net, x))
+
+
 def test_constant_weights_need_no_sketch() -> None:
     net, x = Net(), inputs()
     optimizer = wrapped(net, "uniform", sketch=64)
