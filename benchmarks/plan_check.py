@@ -245,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that this script runs")
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose description holds all these")
-    parser.add_argument("--repeats", type=int, default=3, help="of the resident measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="of the resident measurement; 0 leaves it out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--by", help=argparse.SUPPRESS)
@@ -271,13 +271,12 @@ def main() -> None:
             continue
         exact = measure(case, "allocations")
         rss = sorted(measure(case, "resident") for _ in range(options.repeats))
-        middle = statistics.median(rss)
-        spread = f"{middle / MIB:.0f} ({rss[0] / MIB:.0f} … {rss[-1] / MIB:.0f})"
-        print(
-            f"{label:66}{expected / MIB:9.0f}{exact / MIB:11.0f}{expected / exact - 1:+8.1%}{spread:>38}"
-            f"{expected / middle - 1:+8.1%}",
-            flush=True,
-        )
+        line = f"{label:66}{expected / MIB:9.0f}{exact / MIB:11.0f}{expected / exact - 1:+8.1%}"
+        if rss:
+            middle = statistics.median(rss)
+            spread = f"{middle / MIB:.0f} ({rss[0] / MIB:.0f} … {rss[-1] / MIB:.0f})"
+            line += f"{spread:>38}{expected / middle - 1:+8.1%}"
+        print(line, flush=True)
         results.append({**asdict(case), "planned": expected, "allocated": exact, "resident": rss})
     for label in left_out:
         print(f"left out: {label}: this version of mogeo has no such keyword")
