@@ -127,29 +127,25 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weights + correction, correction, status.reshape(gram.shape[:-2])
 
 
-def sketch_table(signs: Tensor, width: int) -> Tensor:
-    """The table of signs ±1, int8 [n], in the form that `sketch_` reads: fp32."""
-    return signs.to(torch.float32)
+def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """What `sketch_` reads: signs ±1, int8 [n], as fp32 on the device; chunks, int32 [C, 3] per tensor, on the host."""
+    return signs.to(device, torch.float32), list(chunks)
 
 
-def sketch_(
-    row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
-) -> None:
-    """row += weight · S gradient, as `mogeo.sketch.SignedSketch` says; `parts` divide the work of a GPU.
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+    """row += S gradient, as `mogeo.sketch.SignedSketch` says.
 
     Per chunk two fused multiply-adds, of what lies before and behind the end of the buckets.
     """
     flat, dimension = gradient.reshape(-1), len(row)
-    for place, rotation, window, sign in chunks.tolist():
-        chunk = flat[place * dimension : (place + 1) * dimension].to(row.dtype)
-        signs = table[window : window + dimension].to(row.dtype)
+    for start, (rotation, window, sign) in zip(range(0, len(flat), dimension), chunks.tolist(), strict=True):
+        chunk = flat[start : start + dimension].to(row.dtype)
+        mine = signs[window : window + dimension].to(row.dtype)
         split = min(dimension - rotation, len(chunk))
         wrapped = len(chunk) - split
-        row[rotation : rotation + split].addcmul_(
-            chunk[:split], signs[rotation : rotation + split], value=weight * sign
-        )
+        row[rotation : rotation + split].addcmul_(chunk[:split], mine[rotation : rotation + split], value=sign)
         if wrapped:
-            row[:wrapped].addcmul_(chunk[split:], signs[:wrapped], value=weight * sign)
+            row[:wrapped].addcmul_(chunk[split:], mine[:wrapped], value=sign)
 
 
 def _normalizers(squared_norms: Tensor, losses: Tensor | None, normalize: str, power: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gram matrix, combination, min-norm point and direction on a GPU: the Triton kernels, and what to do beside them.
+"""Gram matrix, combination, min-norm point, direction, sketches on a GPU: the Triton kernels, and what else it takes.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.ops` is the door. Everything stays on the device, and
 nothing waits for it. Where the kernels do not reach, PyTorch operations serve: for the Gram of fp64 rows, whose
@@ -19,6 +19,7 @@ from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import descent as descent_kernel
 from mogeo.kernels import gram as gram_kernels
 from mogeo.kernels import min_norm as min_norm_kernel
+from mogeo.kernels import sketch as sketch_kernels
 
 #: Objectives, or rows, up to which everything is decided on the device.
 MOST_ROWS = min(gram_kernels.MAX_ROWS, combine_kernels.MAX_ROWS, min_norm_kernel.MAX_OBJECTIVES)
@@ -103,7 +104,13 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weights, correction, status
 
 
-sketch_table, sketch_ = cpu.sketch_table, cpu.sketch_
+sketch_tables = sketch_kernels.tables
+
+
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+    """row += S gradient, with what `sketch_tables` returned."""
+    with _on(row):
+        sketch_kernels.sketch_(row, gradient, chunks, signs)
 
 
 def _suits(rows: Tensor) -> bool:

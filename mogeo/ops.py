@@ -193,17 +193,21 @@ def normalized_min_norm(
     return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
 
 
-def sketch_(
-    row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
-) -> None:
-    """row += weight · S gradient, with what `mogeo.sketch.SignedSketch` drew for this tensor; arguments as checked."""
-    torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, parts, table, width, weight)
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+    """row += S gradient, with what `sketch_tables` returned for this tensor; arguments as checked."""
+    torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, signs)
 
 
-def sketch_table(signs: Tensor, width: int, device: torch.device) -> Tensor:
-    """Signs ±1, int8 [n], on the device and in the form that `sketch_` reads there."""
-    table: Tensor = (_for_cuda() if device.type == "cuda" else cpu).sketch_table(signs, width).to(device)
-    return table
+def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """What `mogeo.sketch.SignedSketch` drew, in the form and the place that `sketch_` reads it for that device.
+
+    Args:
+        signs: ±1, int8 [n].
+        chunks: per tensor int32 [C, 3], a chunk's rotation, the first entry of its window, and its sign.
+    """
+    code = _for_cuda() if device.type == "cuda" else cpu
+    table, moved = code.sketch_tables(signs, chunks, device)
+    return table, moved
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -243,9 +247,7 @@ _OPERATORS = {
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
     "descent": "(Tensor gram, Tensor weights) -> (Tensor, Tensor, Tensor)",
-    "sketch_": (
-        "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor parts, Tensor table, int width, float weight) -> ()"
-    ),
+    "sketch_": "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor signs) -> ()",
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
 _LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
@@ -285,10 +287,8 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights)
         return result
 
-    def sketch_(
-        row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
-    ) -> None:
-        code().sketch_(row, gradient, chunks, parts, table, width, weight)
+    def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+        code().sketch_(row, gradient, chunks, signs)
 
     for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
@@ -323,9 +323,7 @@ def _register_fakes() -> None:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return torch.empty_like(weights), torch.empty_like(weights), status
 
-    def sketch_(
-        row: Tensor, gradient: Tensor, chunks: Tensor, parts: Tensor, table: Tensor, width: int, weight: float
-    ) -> None:
+    def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
         return None
 
     for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):

@@ -306,7 +306,6 @@ class Sketched(NamedTuple):
     index: int  #: which of the tensors the gradient is of
     gradient: Tensor  #: of that size, some dtype and layout
     row: Tensor  #: [dimension], what is there already
-    weight: float
 
 
 @st.composite
@@ -321,5 +320,4 @@ def sketched(draw: st.DrawFn, max_size: int = 300, dimensions: Sequence[int] = S
     gradient = torch.randn(k, sizes[index] // k, dtype=torch.float64, generator=generator).to(dtype)
     wide = dtype == torch.float64 or draw(st.booleans())
     row = torch.randn(dimension, dtype=torch.float64 if wide else torch.float32, generator=generator)
-    weight = draw(st.sampled_from([1.0, -0.5, 0.0, 3e5]))
-    return Sketched(sizes, dimension, seed, index, lay_out(gradient, layout), row, weight)
+    return Sketched(sizes, dimension, seed, index, lay_out(gradient, layout), row)

@@ -38,6 +38,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = 1 << 30
 # Chunks of it, where segments or the caller decide how many.
 CHUNKS = 1 << 15
+# Buckets of a sketch of it.
+BUCKETS = 1 << 18
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -88,6 +90,10 @@ ENTRIES = (
     *(Entry("min_norm", k, _FP64) for k in (2, 4, 8, 16, 32)),
     Entry("min_norm", 4, _FP64, "l2, power 0.5"),
     *(Entry("descent", k, _FP64) for k in (4, 32)),
+    *(Entry("sketch", 1, dtype) for dtype in (_BF16, _FP16, _FP32, _FP64)),
+    Entry("sketch", 1, _BF16, "in parts"),
+    Entry("sketch", 1, _BF16, "any dimension"),
+    *(Entry("sketch_reduce", 1, dtype) for dtype in (_FP32, _FP64)),
 )
 
 
@@ -159,6 +165,23 @@ def _descent(entry: Entry) -> Launch:
     return descent.launch(_empty(k, k), _empty(k), _empty(k), _empty(k), _empty(dtype=torch.int64))
 
 
+def _sketch(entry: Entry) -> Launch:
+    from mogeo.kernels import sketch
+
+    dimension = 10**6 if entry.case == "any dimension" else BUCKETS
+    row = _empty(dimension, dtype=torch.promote_types(entry.dtype, _FP32))
+    flat, signs = _empty(COLUMNS, dtype=entry.dtype), _empty(CHUNKS + dimension, dtype=torch.uint8)
+    chunks = _empty(-(-COLUMNS // dimension), 2, dtype=torch.int32)
+    parts = 8 if entry.case == "in parts" else 1
+    return sketch.launch(flat, chunks, signs, _empty(parts, dimension, dtype=row.dtype) if parts > 1 else row, parts)
+
+
+def _sketch_reduce(entry: Entry) -> Launch:
+    from mogeo.kernels import sketch
+
+    return sketch.launch_reduce(_empty(8, BUCKETS, dtype=entry.dtype), _empty(BUCKETS, dtype=entry.dtype))
+
+
 _LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "gram": _gram,
     "reduce": _reduce,
@@ -167,6 +190,8 @@ _LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "scale": _scale,
     "min_norm": _min_norm,
     "descent": _descent,
+    "sketch": _sketch,
+    "sketch_reduce": _sketch_reduce,
 }
 
 

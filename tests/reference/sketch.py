@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Chunk = tuple[int, int, int, int]  # place in the tensor, rotation, first entry of the window, sign
+Chunk = tuple[int, int, int]  # rotation, first entry of the window, sign
 
 
 def matrix(size: int, dimension: int, chunks: Sequence[Chunk], signs: Sequence[float]) -> Tensor:
     """S, fp64 [dimension, size], for one flattened tensor: element i goes to one bucket, with one sign."""
-    chunk_at = {place: (rotation, window, sign) for place, rotation, window, sign in chunks}
     result = torch.zeros(dimension, size, dtype=torch.float64)
     for i in range(size):
-        rotation, window, sign = chunk_at[i // dimension]
+        rotation, window, sign = chunks[i // dimension]
         bucket = (i % dimension + rotation) % dimension
         result[bucket, i] = sign * signs[window + bucket]
     return result

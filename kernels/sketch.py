@@ -1,0 +1,223 @@
+"""Signed sketches: row += S g for a gradient g of N elements and a row of d buckets, in one pass, without atomics.
+
+Knows tensors only; arguments come checked, and what is random comes drawn, from `mogeo.sketch`, which says what S is.
+A program owns a tile of buckets and goes over chunks of the gradient. In chunk c these buckets gather the elements
+(b − r_c) mod d, which lie side by side but where the chunk wraps around: so a warp reads whole lines, and sums stay in
+registers. Where few tiles are to be had, chunks are dealt to several programs per tile, whose sums a second kernel adds
+up in their order. How they are dealt depends on N and d alone, not on the device: same bits on every run.
+
+Signs come from a table with a byte per place, which holds the eight signs that a thread needs of a chunk. Gradients in
+half precision are accumulated in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mogeo.kernels.target import Launch, threads_per_warp
+
+# A tile of buckets is eight slices with a bucket of each thread, so that the signs of a thread fill a byte.
+_SLICES = 8
+_THREADS = 128
+_TILE = _SLICES * _THREADS
+# Chunks whose loads are under way at the same time.
+_UNROLL = 4
+# Programs beyond which a GPU has enough to do, and chunks below which another one is not worth its partial sums.
+_ENOUGH_PROGRAMS = 2048
+_FEWEST_CHUNKS = 32
+
+
+@triton.jit
+def _sketch(
+    gradient, chunks, signs, sums, dimension, n_chunks, tail,
+    SLICES: tl.constexpr, THREADS: tl.constexpr, UNROLL: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Buckets of one tile, of the chunks of one part: added to `sums` [d], or written to `sums` [parts, d]."""
+    TILE: tl.constexpr = SLICES * THREADS
+    first_bucket = tl.program_id(0) * TILE
+    part = tl.program_id(1)
+    n_parts = tl.num_programs(1)
+    first = (part * tl.cast(n_chunks, tl.int64) // n_parts).to(tl.int32)
+    last = ((part + 1) * tl.cast(n_chunks, tl.int64) // n_parts).to(tl.int32)
+    lane = tl.arange(0, THREADS)
+
+    totals = _zeros(SLICES, THREADS, sums.dtype.element_ty)
+    for group in range(first, last, UNROLL):
+        places = ()
+        columns = ()
+        whole = (group + UNROLL <= last) & (first_bucket + TILE <= dimension)
+        for u in tl.static_range(UNROLL):
+            chunk = tl.minimum(group + u, last - 1)
+            head, column = _drawn(chunks, signs, chunk, first_bucket, lane, dimension)
+            whole = whole & (head + TILE <= tl.where(chunk == n_chunks - 1, tail, dimension))
+            places = places + (gradient + chunk * tl.cast(dimension, tl.int64) + head,)
+            columns = columns + (column,)
+        if whole:
+            totals = _add_whole_tiles(totals, places, columns, lane, SLICES, UNROLL)
+        else:
+            for chunk in range(group, tl.minimum(group + UNROLL, last)):
+                totals = _add_cut_tile(
+                    totals, gradient, chunks, signs, chunk, first_bucket, lane, dimension, n_chunks, tail, SLICES
+                )
+
+    place = sums + part * tl.cast(dimension, tl.int64) + first_bucket + lane
+    for s in tl.static_range(SLICES):
+        mask = first_bucket + s * THREADS + lane < dimension
+        total = totals[s]
+        if ADD:
+            total += tl.load(place + s * THREADS, mask=mask, other=0.0)
+        tl.store(place + s * THREADS, total, mask=mask)
+
+
+@triton.jit
+def _zeros(SLICES: tl.constexpr, THREADS: tl.constexpr, DTYPE: tl.constexpr):
+    totals = ()
+    for _ in tl.static_range(SLICES):
+        totals = totals + (tl.zeros([THREADS], DTYPE),)
+    return totals
+
+
+@triton.jit
+def _drawn(chunks, signs, chunk, first_bucket, lane, dimension):
+    """Which element of a chunk falls into the first bucket of a tile, and a byte of signs per lane."""
+    drawn = chunks + 2 * tl.cast(chunk, tl.int64)
+    turned = tl.load(drawn)
+    window = tl.load(drawn + 1)
+    head = first_bucket - (turned >> 1)
+    head = tl.where(head < 0, head + dimension, head)
+    packed = tl.load(signs + window + first_bucket + lane).to(tl.int32)
+    return head, packed ^ -(turned & 1)
+
+
+@triton.jit
+def _add_whole_tiles(totals, places, columns, lane, SLICES: tl.constexpr, UNROLL: tl.constexpr):
+    """Totals with a tile of several chunks, each of elements side by side. All is loaded before any is added."""
+    values = ()
+    for i in tl.static_range(UNROLL * SLICES):
+        values = values + (tl.load(places[i // SLICES] + i % SLICES * lane.shape[0] + lane),)
+    added = ()
+    for s in tl.static_range(SLICES):
+        total = totals[s]
+        for u in tl.static_range(UNROLL):
+            total += _signed(values[u * SLICES + s].to(total.dtype), columns[u], s)
+        added = added + (total,)
+    return added
+
+
+@triton.jit
+def _add_cut_tile(
+    totals, gradient, chunks, signs, chunk, first_bucket, lane, dimension, n_chunks, tail, SLICES: tl.constexpr
+):
+    """Totals with a tile of a chunk that ends, or wraps around, in the tile; or the tile reaches beyond the buckets."""
+    head, column = _drawn(chunks, signs, chunk, first_bucket, lane, dimension)
+    length = tl.where(chunk == n_chunks - 1, tail, dimension)
+    place = gradient + chunk * tl.cast(dimension, tl.int64)
+    added = ()
+    for s in tl.static_range(SLICES):
+        offset = s * lane.shape[0] + lane
+        element = head + offset
+        element = tl.where(element < dimension, element, element - dimension)
+        mask = (first_bucket + offset < dimension) & (element < length)
+        value = tl.load(place + element, mask=mask, other=0.0)
+        added = added + (totals[s] + _signed(value.to(totals[s].dtype), column, s),)
+    return added
+
+
+@triton.jit
+def _signed(values, column, s: tl.constexpr):
+    """Values with their signs: bit s of a lane's byte is set where its sign in slice s is −1."""
+    return tl.where((column & (1 << s)) != 0, -values, values)
+
+
+@triton.jit
+def _sketch_reduce(partials, row, dimension, n_parts, SLICES: tl.constexpr, THREADS: tl.constexpr):
+    """Add the sums of all parts to the row."""
+    bucket = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    slices = tl.arange(0, SLICES)[:, None]
+    total = tl.zeros([SLICES, THREADS], row.dtype.element_ty)
+    for part in range(0, n_parts, SLICES):
+        place = (part + slices).to(tl.int64) * dimension + bucket[None, :]
+        mask = (part + slices < n_parts) & (bucket < dimension)[None, :]
+        total += tl.load(partials + place, mask=mask, other=0.0)
+    before = tl.load(row + bucket, mask=bucket < dimension, other=0.0)
+    tl.store(row + bucket, before + tl.sum(total, axis=0), mask=bucket < dimension)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launch
+
+
+def tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """What `sketch_` reads, on the device.
+
+    Args:
+        signs: the table of signs ±1, int8 [n].
+        chunks: per tensor int32 [C, 3], a chunk's rotation r, the first entry of its window t, and its sign σ.
+
+    Returns:
+        The signs, uint8 [n + 1024]: bit s of byte i is set where entry i + 128·s is −1. Per tensor int32 [C, 2], 2r and
+        t, with one added to 2r where σ = −1.
+    """
+    padded = torch.cat([signs, signs.new_ones(2 * _TILE)])
+    count = len(signs) + _TILE
+    packed = torch.zeros(count, dtype=torch.uint8)
+    for s in range(_SLICES):
+        packed |= (padded[s * _THREADS : s * _THREADS + count] < 0).to(torch.uint8) << s
+    rotations, windows, flips = torch.cat([*chunks, torch.empty(0, 3, dtype=torch.int32)]).T
+    drawn = torch.stack([2 * rotations + (flips < 0), windows], dim=1).to(device)
+    return packed.to(device), list(drawn.split([len(of_tensor) for of_tensor in chunks]))
+
+
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+    """row += S gradient.
+
+    Args:
+        row: fp32 or fp64 [d], d ≤ 2³⁰, contiguous.
+        gradient: fp64 (into fp64 only), fp32, bf16 or fp16, of any shape and strides; one that is not contiguous is
+            copied.
+        chunks: of this gradient, and `signs`: as `tables` returned them.
+    """
+    flat = gradient.reshape(-1).contiguous()  # a flat view may have strides, too
+    if not len(flat):
+        return
+    n_parts = _parts(len(chunks), len(row))
+    if n_parts == 1:
+        launch(flat, chunks, signs, row, 1).run()
+        return
+    partials = row.new_empty(n_parts, len(row))
+    launch(flat, chunks, signs, partials, n_parts).run()
+    launch_reduce(partials, row).run()
+
+
+def _parts(n_chunks: int, dimension: int) -> int:
+    """How many programs share the chunks of a tile."""
+    tiles = -(-dimension // _TILE)
+    return max(1, min(n_chunks // _FEWEST_CHUNKS, _ENOUGH_PROGRAMS // tiles))
+
+
+def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor, n_parts: int) -> Launch:
+    """The pass over the gradient [N]: adds to `sums` [d] if that is the row itself, else overwrites [parts, d]."""
+    dimension = sums.shape[-1]
+    options: dict[str, Any] = {
+        "SLICES": _SLICES,
+        "THREADS": _THREADS,
+        "UNROLL": _UNROLL,
+        "ADD": sums.ndim == 1,
+        "num_warps": _THREADS // threads_per_warp(),
+    }
+    tail = len(flat) - (len(chunks) - 1) * dimension
+    arguments = [flat, chunks, signs, sums, dimension, len(chunks), tail]
+    return Launch(_sketch, (-(-dimension // _TILE), n_parts), arguments, options)
+
+
+def launch_reduce(partials: Tensor, row: Tensor) -> Launch:
+    """The sum of the parts."""
+    n_parts, dimension = partials.shape
+    options: dict[str, Any] = {"SLICES": _SLICES, "THREADS": _THREADS, "num_warps": _THREADS // threads_per_warp()}
+    return Launch(_sketch_reduce, (-(-dimension // _THREADS),), [partials, row, dimension, n_parts], options)
