@@ -257,7 +257,8 @@ def test_ctrl_c_before_training_is_one_line(align, monkeypatch, capsys):
 
 
 def test_modpo_runs_from_rows_to_a_table_and_its_weights_are_checked_first(align, tmp_path, capsys):
-    assert align("--weighting", "uniform", "--modpo-weights", "2,1") == 0
+    # The preference is the run's; the margins' models have one objective each, and nothing to prefer.
+    assert align("--weighting", "uniform", "--modpo-weights", "2,1", "--preference", "help=2", "truth=1") == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert settings["modpo_weights"] == [2 / 3, 1 / 3]
     assert "Held-out preferences" in capsys.readouterr().out

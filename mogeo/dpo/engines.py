@@ -36,8 +36,8 @@ class Alone:
         self.model, self.device = model.to(device), device
         self.log_probs: Callable[..., Tensor] = partial(sequence_log_probs, self.model)
 
-    def reducing(self, n_micro_batches: int) -> AbstractContextManager[Any]:
-        """Context for the forward and backward passes of a micro-batch, of so many in a step."""
+    def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
+        """Context for the forward and backward passes of a step, of so many for each objective."""
         return nullcontext()
 
     def settle(self) -> None:
@@ -83,9 +83,9 @@ class Replicas(Alone):
             ) from error
         return scores
 
-    def reducing(self, n_micro_batches: int) -> AbstractContextManager[Any]:
-        """DDP reduces in every backward; sums over micro-batches are reduced once instead, by mogeo."""
-        return nullcontext() if n_micro_batches == 1 else self._replica.no_sync()
+    def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
+        """DDP reduces in every backward; sums over micro-batches, and sketches, are reduced once instead, by mogeo."""
+        return nullcontext() if n_passes == 1 else self._replica.no_sync()
 
     def load(self, optimizer: Optimizer, weights: State, optimizer_state: State) -> None:
         """Load the first rank's states on every rank, one tensor at a time."""
@@ -150,7 +150,7 @@ class Shards(Replicas):
             self._root.reshard()
         return scores
 
-    def reducing(self, n_micro_batches: int) -> AbstractContextManager[Any]:
+    def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
         """FSDP reduces in every backward: a gradient that is not reduced has no place in a shard."""
         return nullcontext()
 

@@ -275,11 +275,11 @@ class _Run:
         }
         self.optimizer.zero_grad()
         micro_batches = [dict(zip(drawn, parts, strict=True)) for parts in zip(*drawn.values(), strict=True)]
-        with self.engine.reducing(len(micro_batches)):
+        with self.engine.reducing(len(micro_batches) * (1 if config.sketch is None else 2)):
             for micro_batch in micro_batches:
                 # Callables: the optimizer runs them one at a time, so that one objective's activations are in memory.
                 self.optimizer.backward({name: self._loss_of(name, indices) for name, indices in micro_batch.items()})
-            report = self.optimizer.combine()  # with sketches, it runs the losses once more
+            report = self.optimizer.combine()  # with sketches, the losses run for a second time
         self.engine.settle()
         self.optimizer.step()
         told = report.to_dict()

@@ -315,7 +315,7 @@ def _option(keyword: str, value: str) -> str:
     return option if value == "True" else f"{option} {_VALUES.get(value, value)}"
 
 
-_VALUES = {"torch.bfloat16": "bf16"}
+_VALUES = {"torch.bfloat16": "bf16", '"uniform"': "uniform"}
 
 
 def _nothing_fits(args: argparse.Namespace, setup: Setup, candidates: Sequence[Candidate], limit: float) -> str:
