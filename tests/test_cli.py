@@ -109,6 +109,13 @@ MISTAKES = [
     (["--data", "missing.jsonl"], "data file 'missing.jsonl' does not exist"),
     (["--objectives", "help,honesty"], "no completion is rated for honesty; the data rates help, truth"),
     (["--held-out", "0"], "both sides need at least one"),
+    (["--preference", "help=2"], "preference does not match the objectives ['help', 'truth']: missing ['truth']"),
+    (["--preference", "help=2", "truth=0"], "preference of 'truth' has to be a positive number"),
+    (["--preference", "help=2", "help=1"], "--preference names 'help' more than once"),
+    (["--min-weight", "0.6"], "min_weight=0.6 for K = 2 objectives"),
+    (["--smoothing", "1"], "smoothing has to be in [0, 1)"),
+    (["--refresh-every", "0"], "refresh_every has to be at least 1"),
+    (["--sketch", "64", "--row-dtype", "bf16"], "sketch keeps no gradient rows, and row_dtype"),
     (["--resume"], "holds no run to resume"),
     (["--max-length", "3"], "longer than 3 tokens"),
     (["--device", "abacus"], "device 'abacus' cannot be used"),
@@ -152,7 +159,13 @@ def test_held_out_prompts_without_a_pair_say_what_to_do(align, data, capsys):
 
 
 def test_arguments_that_do_not_parse_are_argparses(align, capsys):
-    for options in (["--held-out", "many"], ["--loss", "dpo"], ["--lr", "small"], ["--nonsense"]):
+    for options in (
+        ["--held-out", "many"],
+        ["--loss", "dpo"],
+        ["--lr", "small"],
+        ["--preference", "help:2"],
+        ["--nonsense"],
+    ):
         with pytest.raises(SystemExit) as end:
             align(*options)
         assert end.value.code == 2
@@ -219,6 +232,19 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_model(align,
         assert torch.equal(one, other)
 
 
+def test_the_optimizers_options_are_the_runs_settings(align, tmp_path):
+    steered = ["--preference", "help=2", "truth=1", "--min-weight", "0.05", "--smoothing", "0.9", "--guarantee-descent"]
+    assert align(*steered, "--refresh-every", "3", "--release-rows", "--row-dtype", "bf16", "--host-rows") == 0
+    assert align("--sketch", "64", output=tmp_path / "sketched") == 0
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    expected = {
+        "preference": {"help": 2.0, "truth": 1.0}, "min_weight": 0.05, "smoothing": 0.9, "guarantee_descent": True,
+        "refresh_every": 3, "row_dtype": "bf16",
+    }  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    assert json.loads((tmp_path / "sketched" / "run.json").read_text())["sketch"] == 64
+
+
 def test_ctrl_c_before_training_is_one_line(align, monkeypatch, capsys):
     from mogeo.dpo import models
 
@@ -231,7 +257,8 @@ def test_ctrl_c_before_training_is_one_line(align, monkeypatch, capsys):
 
 
 def test_modpo_runs_from_rows_to_a_table_and_its_weights_are_checked_first(align, tmp_path, capsys):
-    assert align("--weighting", "uniform", "--modpo-weights", "2,1") == 0
+    # The preference is the run's; the margins' models have one objective each, and nothing to prefer.
+    assert align("--weighting", "uniform", "--modpo-weights", "2,1", "--preference", "help=2", "truth=1") == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert settings["modpo_weights"] == [2 / 3, 1 / 3]
     assert "Held-out preferences" in capsys.readouterr().out

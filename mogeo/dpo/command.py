@@ -13,7 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mogeo.dpo.config import AUTOCASTS, LOSSES, PROMPT_FORMATS, SCHEDULES, AlignConfig, share_or_number
+from mogeo.dpo.config import (
+    AUTOCASTS,
+    LOSSES,
+    OPTIMIZER_OPTIONS,
+    PROMPT_FORMATS,
+    ROW_DTYPES,
+    SCHEDULES,
+    AlignConfig,
+    named_number,
+    share_or_number,
+)
 from mogeo.dpo.data import COUNTS, PAIRINGS, Preferences, build_preferences, read_rows, split_rows
 from mogeo.dpo.errors import InputError
 from mogeo.dpo.origin import Origin
@@ -85,6 +95,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--held-out", type=share_or_number, default=0.1, metavar="H",
         help="prompts to measure on: a share (0.1) or a number (200); never trained on (default: %(default)s)",
+    )  # fmt: skip
+
+    steering = parser.add_argument_group("steering (for adaptive weightings)")
+    steering.add_argument(
+        "--preference", type=named_number, nargs="+", metavar="NAME=P",
+        help="which objectives should gain more, such as helpfulness=2 honesty=1: a positive number for each, of which "
+        "the ratios count (default: all alike)",
+    )  # fmt: skip
+    steering.add_argument(
+        "--min-weight", type=float, default=default.min_weight, metavar="M",
+        help="floor under each weight, below 1/K for K objectives (default: none)",
+    )  # fmt: skip
+    steering.add_argument(
+        "--smoothing", type=float, default=default.smoothing, metavar="S",
+        help="share of the past in the weights, such as 0.9 (default: none)",
+    )  # fmt: skip
+    steering.add_argument(
+        "--guarantee-descent", action="store_true", help="let no step hurt an objective, to first order"
+    )
+
+    large = parser.add_argument_group("large models (see mogeo plan)")
+    large.add_argument(
+        "--refresh-every", type=int, default=default.refresh_every, metavar="T",
+        help="solve for the weights at every T-th step, and hold them in between (default: %(default)s)",
+    )  # fmt: skip
+    large.add_argument(
+        "--release-rows", action="store_true", help="with --refresh-every, free the gradient rows after each solve"
+    )
+    large.add_argument("--row-dtype", choices=ROW_DTYPES, help="keep gradient rows in it (default: as the weights)")
+    large.add_argument("--host-rows", action="store_true", help="keep gradient rows in the host's memory")
+    large.add_argument(
+        "--sketch", type=int, metavar="D",
+        help="keep D numbers per objective in place of a row, such as 262144; a step that solves then takes every "
+        "forward and backward twice",
     )  # fmt: skip
 
     dpo = parser.add_argument_group("DPO")
@@ -200,7 +244,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     models.check_model_source(args.model)
     rows = read_rows(args.data)
     train, held_out = _preferences(rows, args)
-    check_weighting(config, len(train.objectives))
+    check_weighting(config, train.objectives)
     run_align = align if args.modpo_weights is None else partial(align_modpo, weights=_modpo_weights(args, train))
     if ranks.first:
         print(_data_table(train, held_out).text(), end="\n\n", flush=True)
@@ -220,7 +264,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
             progress=not args.quiet,
         )
     except torch.OutOfMemoryError as error:
-        cure = "fewer pairs at once (--micro-batch), or shorter ones (--max-length)"
+        cure = "fewer pairs at once (--micro-batch), shorter ones (--max-length), or what mogeo plan recommends"
         raise InputError(f"{args.device}: out of memory; try {cure}") from error
     except Interrupted as stop:
         if ranks.first:
@@ -267,7 +311,20 @@ def _config(args: argparse.Namespace) -> AlignConfig:
         fsdp=args.fsdp,
         max_length=args.max_length,
         prompt_format=args.prompt_format,
+        **{name: getattr(args, name) for name in OPTIMIZER_OPTIONS if name != "preference"},
+        preference=_preference(args),
     )
+
+
+def _preference(args: argparse.Namespace) -> dict[str, float] | None:
+    """Objective → number, as given; None: nothing was."""
+    if args.preference is None:
+        return None
+    given = dict(args.preference)
+    for name in given:
+        if sum(name == other for other, _ in args.preference) > 1:
+            raise InputError(f"--preference names '{name}' more than once: give each objective one number")
+    return given
 
 
 def _modpo_weights(args: argparse.Namespace, train: Preferences) -> dict[str, float] | None:

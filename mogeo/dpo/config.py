@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mogeo.dpo.errors import InputError
@@ -14,6 +15,13 @@ LOSSES = ("sigmoid", "ipo", "hinge")
 SCHEDULES = ("constant", "linear", "cosine")
 AUTOCASTS = ("bf16", "none")
 PROMPT_FORMATS = ("chat", "plain")
+ROW_DTYPES = ("bf16",)
+
+OPTIMIZER_OPTIONS = (
+    "guarantee_descent", "preference", "min_weight", "smoothing",
+    "refresh_every", "release_rows", "row_dtype", "host_rows", "sketch",
+)  # fmt: skip
+"""Settings that `mogeo.MultiObjectiveOptimizer` takes under the same names, and that one objective does not need."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,25 @@ class AlignConfig:
 
     weighting: str | Callable[..., Any] = "mgda-decoupled"
     """A name that `mogeo.weightings.resolve` knows, or a callable (gram, losses) → weights."""
+    guarantee_descent: bool = False
+    """Take the direction nearest to the weighting's that hurts no objective, to first order."""
+    preference: dict[str, float] | None = field(default=None, hash=False)
+    """Which objectives should gain more: objective → positive number, of which only the ratios count; None: none."""
+    min_weight: float = 0.0
+    """Floor under each coefficient, ≥ 0 and below 1/K for K objectives; coefficients sum to 1."""
+    smoothing: float = 0.0
+    """Share of the past in the weights, averaged over the steps that solve, in [0, 1)."""
+    refresh_every: int = 1
+    """Steps from one solve for the weights to the next; in between they are held."""
+    release_rows: bool = False
+    """Give the memory of gradient rows back after each solve."""
+    row_dtype: str | None = None
+    """Keep gradient rows in this precision, one of `ROW_DTYPES`; None: the parameters'."""
+    host_rows: bool = False
+    """Keep gradient rows in the host's memory."""
+    sketch: int | None = None
+    """Numbers of a random projection kept per objective in place of a row; each loss of a step that solves is then
+    evaluated and differentiated twice. None: rows."""
     beta: float = 0.5
     """Strength of the pull towards the reference model; > 0."""
     loss: str = "sigmoid"
@@ -77,6 +104,7 @@ class AlignConfig:
             _require(holds, "modpo_weights", weights, "positive, with a sum of 1")
             if self.loss != "sigmoid" or self.label_smoothing > 0:
                 raise InputError("MODPO is defined for the sigmoid loss without label smoothing: drop one of them")
+        self._check_optimizer_options()
         rate = self.learning_rate
         _require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "a positive number")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
@@ -96,6 +124,26 @@ class AlignConfig:
         _require(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "at least 2")
         formats = ", ".join(PROMPT_FORMATS)
         _require(self.prompt_format in PROMPT_FORMATS, "prompt_format", self.prompt_format, f"one of {formats}")
+
+    def _check_optimizer_options(self) -> None:
+        for name, p in (self.preference or {}).items():
+            _require(p > 0 and math.isfinite(p), f"preference of '{name}'", p, "a positive number")
+        _require(0 <= self.min_weight < 1, "min_weight", self.min_weight, "in [0, 1/K) for K objectives")
+        _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
+        _require(self.refresh_every >= 1, "refresh_every", self.refresh_every, "at least 1")
+        known = self.row_dtype is None or self.row_dtype in ROW_DTYPES
+        _require(known, "row_dtype", self.row_dtype, f"one of {', '.join(ROW_DTYPES)}, or None")
+        _require(self.sketch is None or self.sketch >= 1, "sketch", self.sketch, "at least 1")
+        for name in ("row_dtype", "host_rows"):
+            if self.sketch is not None and getattr(self, name):
+                raise InputError(f"sketch keeps no gradient rows, and {name} is about these: leave out one of them")
+
+    def of_one_objective(self) -> AlignConfig:
+        """The same settings for a run that has nothing to balance: plain training."""
+        default = AlignConfig()
+        return dataclasses.replace(
+            self, weighting="uniform", **{name: getattr(default, name) for name in OPTIMIZER_OPTIONS}
+        )
 
     def check_ranks(self, size: int) -> None:
         """Raise InputError if this many ranks cannot share a step out."""
@@ -144,6 +192,17 @@ def share_or_number(text: str) -> float | int:
         return int(text)
     except ValueError:
         return float(text)
+
+
+def named_number(text: str) -> tuple[str, float]:
+    """argparse type: "honesty=2" is a name and its number."""
+    name, equals, number = text.rpartition("=")
+    try:
+        if not (name and equals):
+            raise ValueError
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give NAME=NUMBER, such as honesty=2") from None
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -93,7 +93,7 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     for weighting in (BASELINE, *args.weighting):
         config = replace(recipe.align, weighting=weighting)
         config.check()
-        check_weighting(config, len(OBJECTIVES))
+        check_weighting(config, OBJECTIVES)
     on_cpu = resolve_device(recipe.align.device) == "cpu"
     try:
         args.output.mkdir(parents=True, exist_ok=True)

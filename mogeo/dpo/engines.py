@@ -36,9 +36,12 @@ class Alone:
         self.model, self.device = model.to(device), device
         self.log_probs: Callable[..., Tensor] = partial(sequence_log_probs, self.model)
 
-    def reducing(self, n_micro_batches: int) -> AbstractContextManager[Any]:
-        """Context for the forward and backward passes of a micro-batch, of so many in a step."""
+    def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
+        """Context for the forward and backward passes of a step, of so many for each objective."""
         return nullcontext()
+
+    def settle(self) -> None:
+        """Make the model ready for a change of its parameters: no forward pass waits for its backward any more."""
 
     def weights(self) -> State:
         """The model's state. On ranks but the first, it may lack its tensors."""
@@ -80,9 +83,9 @@ class Replicas(Alone):
             ) from error
         return scores
 
-    def reducing(self, n_micro_batches: int) -> AbstractContextManager[Any]:
-        """DDP reduces in every backward; sums over micro-batches are reduced once instead, by mogeo."""
-        return nullcontext() if n_micro_batches == 1 else self._replica.no_sync()
+    def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
+        """DDP reduces in every backward; sums over micro-batches, and sketches, are reduced once instead, by mogeo."""
+        return nullcontext() if n_passes == 1 else self._replica.no_sync()
 
     def load(self, optimizer: Optimizer, weights: State, optimizer_state: State) -> None:
         """Load the first rank's states on every rank, one tensor at a time."""
@@ -147,9 +150,16 @@ class Shards(Replicas):
             self._root.reshard()
         return scores
 
-    def reducing(self, n_micro_batches: int) -> AbstractContextManager[Any]:
+    def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
         """FSDP reduces in every backward: a gradient that is not reduced has no place in a shard."""
         return nullcontext()
+
+    def settle(self) -> None:
+        """Back to shards: a loss of weight 0 has no backward that would do it, and the next step would use old weights.
+
+        As after a forward without gradients, it is what lies outside the layers that stays whole.
+        """
+        self._root.reshard()
 
     def weights(self) -> State:
         """The model's state, gathered from all ranks; on ranks but the first, None for tensors."""

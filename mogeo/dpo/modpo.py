@@ -129,7 +129,7 @@ def implicit_rewards(
         measured = replace(held_out, pairs={name: held_out.pairs[name]})
         policy = copy.deepcopy(model)
         # One objective: nothing to balance. What is measured on the way is nobody's result.
-        align(policy, tokenizer, alone, measured, replace(config, weighting="uniform", eval_every=0), progress=False)
+        align(policy, tokenizer, alone, measured, replace(config.of_one_objective(), eval_every=0), progress=False)
         implied = config.beta * (scores(policy) - reference)
         for key, reward in zip(fitting, implied.tolist(), strict=True):
             found[key][name] = reward

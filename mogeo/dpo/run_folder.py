@@ -38,9 +38,13 @@ class RunFolder:
         """Write run.json."""
         _replace(self.path / "run.json", lambda at: at.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
-    def check_settings(self, settings: dict[str, Any]) -> None:
-        """Raise InputError listing what differs from the settings that the run began with."""
+    def check_settings(self, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+        """Raise InputError listing what differs from the settings that the run began with.
+
+        A run may have begun before there was a setting: it had the one in `defaults` then.
+        """
         before = json.loads((self.path / "run.json").read_text("utf-8"))
+        before = {**{k: v for k, v in (defaults or {}).items() if k in settings}, **before}
         settings = json.loads(json.dumps(settings))
         keys = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
         if keys:

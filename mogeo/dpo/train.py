@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import mogeo
 from mogeo.dpo.batches import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
+from mogeo.dpo.config import OPTIMIZER_OPTIONS
 from mogeo.dpo.config import AlignConfig as AlignConfig
 from mogeo.dpo.data import Preferences
 from mogeo.dpo.engines import Alone, engine_of
@@ -32,6 +33,8 @@ from mogeo.dpo.models import context_length, pad_token, prompt_format_for
 from mogeo.dpo.ranks import Ranks, current_ranks, device_of_rank
 from mogeo.dpo.ranks import resolve_device as resolve_device
 from mogeo.dpo.run_folder import Record, RunFolder, fingerprint
+from mogeo.objectives import in_order
+from mogeo.steering import Steering
 
 logger = logging.getLogger("mogeo")
 
@@ -52,13 +55,16 @@ class AlignResult:
     """What the reader of the results should know: pairs left out, a prompt format that was not the one asked for."""
 
 
-def check_weighting(config: AlignConfig, n_objectives: int | None = None) -> None:
-    """Raise InputError for a weighting that does not exist, or cannot work with this loss or number of objectives."""
+def check_weighting(config: AlignConfig, objectives: Sequence[str] | None = None) -> None:
+    """Raise InputError for a weighting that does not exist, or cannot work with this loss or these objectives.
+
+    So too for what steers it: a preference or a floor that does not fit the objectives.
+    """
     try:
         weighting = mogeo.weightings.resolve(config.weighting)
-        constant = getattr(weighting, "constant", None)
-        if constant is not None and n_objectives is not None:
-            constant(n_objectives)
+        if objectives is not None:
+            preference = None if config.preference is None else in_order(config.preference, tuple(objectives))
+            Steering(preference, config.min_weight, config.smoothing).constant(weighting, len(objectives))
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from None
     if config.loss == "hinge" and getattr(weighting, "needs_positive_losses", False):
@@ -103,7 +109,7 @@ def align(
     ranks = current_ranks()
     config.check()
     config.check_ranks(ranks.size)
-    check_weighting(config, len(train.objectives))
+    check_weighting(config, train.objectives)
     if set(train.objectives) != set(held_out.objectives):
         raise InputError(f"training pairs have objectives {train.objectives}, held-out pairs {held_out.objectives}")
     if config.modpo_weights is not None and len(config.modpo_weights) != len(train.objectives):
@@ -184,6 +190,7 @@ class _Run:
             config.weighting,
             objectives=self.objectives,
             max_grad_norm=config.max_grad_norm,
+            **_optimizer_options(config),
         )
 
     def _note(self, text: str) -> None:
@@ -215,8 +222,9 @@ class _Run:
 
     def _settings(self) -> Record:
         """What has to be the same for a run to be resumed."""
-        # Where it runs and how often it saves do not change what is computed.
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in ("device", "fsdp", "save_every")}
+        # Where it runs, where rows lie and how often it saves do not change what is computed.
+        free = ("device", "fsdp", "host_rows", "release_rows", "save_every")
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
         parts: list[Any] = []
         for tokens in (self.train_set, self.held_out):
             parts += [tokens.sequences, *(pairs.tolist() for pairs in tokens.pairs.values())]
@@ -267,12 +275,12 @@ class _Run:
         }
         self.optimizer.zero_grad()
         micro_batches = [dict(zip(drawn, parts, strict=True)) for parts in zip(*drawn.values(), strict=True)]
-        for micro_batch in micro_batches:
-            # Callables: the optimizer runs them one at a time, so one objective's activations are in memory at once.
-            losses = {name: self._loss_of(name, indices) for name, indices in micro_batch.items()}
-            with self.engine.reducing(len(micro_batches)):
-                self.optimizer.backward(losses)
-        report = self.optimizer.combine()
+        with self.engine.reducing(len(micro_batches) * (1 if config.sketch is None else 2)):
+            for micro_batch in micro_batches:
+                # Callables: the optimizer runs them one at a time, so that one objective's activations are in memory.
+                self.optimizer.backward({name: self._loss_of(name, indices) for name, indices in micro_batch.items()})
+            report = self.optimizer.combine()  # with sketches, the losses run for a second time
+        self.engine.settle()
         self.optimizer.step()
         told = report.to_dict()
         return {
@@ -281,6 +289,7 @@ class _Run:
             "learning_rate": rate,
             "loss": told["losses"],
             "weight": told["weights"],
+            "age": told["age"],
             "grad_norm": told["grad_norms"],
             "cosines": told["cosines"],
             "alignment": told["alignment"],
@@ -377,7 +386,7 @@ class _Run:
 
     def restore(self) -> None:
         """Go back to the last checkpoint."""
-        self._on_folder(lambda folder: folder.check_settings(self.settings))
+        self._on_folder(lambda folder: folder.check_settings(self.settings, AlignConfig().to_dict()))
         self._spread()
         read: Record = {"model": {}, "optimizer": {}}
 
@@ -458,6 +467,12 @@ class _Run:
             self.folder.finish()
         evaluations = [_evaluation(record) for record in self.history if record["kind"] == "eval"]
         return AlignResult(self.model, self.history, evaluations[0], evaluations[-1], self.notes)
+
+
+def _optimizer_options(config: AlignConfig) -> dict[str, Any]:
+    """The settings that go to the optimizer as they are, but for names of dtypes."""
+    options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS}
+    return {**options, "row_dtype": {None: None, "bf16": torch.bfloat16}[config.row_dtype]}
 
 
 def _name(config: AlignConfig) -> str:

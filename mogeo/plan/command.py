@@ -274,8 +274,8 @@ def _advice(
     ]
     if args.gradient_checkpointing:
         lines.insert(2, '  model.gradient_checkpointing_enable({"use_reentrant": False})')
-    elif not chosen.mode.keywords and setup.optimizer == "adamw" and not setup.resident_reference:
-        lines += _align(args, setup)
+    elif setup.optimizer == "adamw" and not setup.resident_reference:
+        lines += _align(args, chosen.mode, setup)
     return "\n".join(lines)
 
 
@@ -293,7 +293,7 @@ def _keywords(mode: Mode, setup: Setup) -> str:
     return "".join(f", {name}={value}" for name, value in keywords.items())
 
 
-def _align(args: argparse.Namespace, setup: Setup) -> list[str]:
+def _align(args: argparse.Namespace, mode: Mode, setup: Setup) -> list[str]:
     """The command line of `mogeo align` that does as planned, where it can."""
     if setup.precision == "bf16" or setup.engine == "ddp-shard-rows":
         return []
@@ -304,7 +304,18 @@ def _align(args: argparse.Namespace, setup: Setup) -> list[str]:
         f"--micro-batch {args.sequences // 2} --autocast {'bf16' if setup.precision == 'autocast' else 'none'}",
         *(["--fsdp"] if setup.engine == "fsdp2" else []),
     ]
-    return ["or", f"  {launch} align {' '.join(options)}"]
+    command = f"  {launch} align {' '.join(options)}"
+    of_mode = " ".join(_option(name, value) for name, value in mode.keywords.items())
+    return ["or", *([f"{command} \\", f"    {of_mode}"] if of_mode else [command])]
+
+
+def _option(keyword: str, value: str) -> str:
+    """A keyword of the optimizer as an option of `mogeo align`."""
+    option = f"--{keyword.replace('_', '-')}"
+    return option if value == "True" else f"{option} {_VALUES.get(value, value)}"
+
+
+_VALUES = {"torch.bfloat16": "bf16", '"uniform"': "uniform"}
 
 
 def _nothing_fits(args: argparse.Namespace, setup: Setup, candidates: Sequence[Candidate], limit: float) -> str:

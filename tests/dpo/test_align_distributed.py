@@ -73,8 +73,13 @@ def approximately(value, atol):
 
 @pytest.mark.parametrize(
     ("launcher", "options"),
-    [(TORCHRUN, ["--micro-batch", "2"]), (TORCHRUN, ["--fsdp", "--max-grad-norm", "0.5"]), (ACCELERATE, [])],
-    ids=["ddp, micro-batches", "fsdp, clipping", "accelerate"],
+    [
+        (TORCHRUN, ["--micro-batch", "2", "--sketch", "65536", "--refresh-every", "3"]),
+        (TORCHRUN, ["--fsdp", "--max-grad-norm", "0.5"]),
+        (TORCHRUN, ["--fsdp", "--weighting", "linear(1,0)"]),
+        (ACCELERATE, []),
+    ],
+    ids=["ddp, micro-batches and sketches", "fsdp, clipping", "fsdp, a loss without a backward", "accelerate"],
 )
 def test_two_ranks_give_what_one_process_gives(align, tmp_path, launcher, options):
     process = launch(launcher, align("two", "--max-steps", "7", *options))

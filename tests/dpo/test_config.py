@@ -1,12 +1,14 @@
 """Settings: what is refused, and the learning rate over a run."""
 
 import dataclasses
+import inspect
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo import config as module
 from mogeo.dpo import losses
 from mogeo.dpo.config import AlignConfig
@@ -43,6 +45,12 @@ def test_the_defaults_pass_and_the_loss_names_are_those_of_the_losses():
         {"autocast": "fp16"},
         {"max_length": 1},
         {"prompt_format": "raw"},
+        {"preference": {"honesty": 0.0}},
+        {"min_weight": -0.1},
+        {"smoothing": 1.0},
+        {"refresh_every": 0},
+        {"row_dtype": "int8"},
+        {"sketch": 0},
     ],
 )
 def test_a_bad_setting_is_named(bad):
@@ -54,6 +62,28 @@ def test_label_smoothing_belongs_to_the_sigmoid_loss():
     AlignConfig(label_smoothing=0.1).check()
     with pytest.raises(InputError, match="not for loss 'ipo'"):
         AlignConfig(label_smoothing=0.1, loss="ipo").check()
+
+
+@pytest.mark.parametrize("rows", [{"row_dtype": "bf16"}, {"host_rows": True}])
+def test_a_sketch_has_no_rows_to_say_anything_about(rows):
+    AlignConfig(**rows).check()
+    with pytest.raises(InputError, match=f"sketch keeps no gradient rows, and {next(iter(rows))}"):
+        AlignConfig(sketch=64, **rows).check()
+
+
+def test_the_optimizer_takes_its_settings_under_their_names_and_with_their_defaults():
+    keywords = inspect.signature(MultiObjectiveOptimizer).parameters
+    for name in module.OPTIMIZER_OPTIONS:
+        assert getattr(AlignConfig(), name) == keywords[name].default
+
+
+def test_one_objective_has_nothing_to_balance():
+    balancing = {
+        "weighting": "mgda", "guarantee_descent": True, "preference": {"a": 1.0, "b": 2.0}, "min_weight": 0.1,
+        "smoothing": 0.5, "refresh_every": 2, "release_rows": True, "row_dtype": "bf16", "host_rows": True, "sketch": 9,
+    }  # fmt: skip
+    assert set(balancing) == {"weighting", *module.OPTIMIZER_OPTIONS}
+    assert AlignConfig(beta=0.3, **balancing).of_one_objective() == AlignConfig(beta=0.3, weighting="uniform")
 
 
 @pytest.mark.parametrize("other", [{"loss": "ipo"}, {"label_smoothing": 0.1}])

@@ -98,3 +98,11 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path):
     folder.check_settings({"beta": 0.5, "betas": (0.9, 0.99), "gone": 1})
     with pytest.raises(InputError, match=r"beta was 0.5, is 0.1; gone was 1, is None"):
         folder.check_settings({"beta": 0.1, "betas": (0.9, 0.99)})
+
+
+def test_a_run_from_before_there_was_a_setting_had_its_default(tmp_path):
+    folder = RunFolder(tmp_path, resume=False)
+    folder.write_settings({"beta": 0.5})
+    folder.check_settings({"beta": 0.5, "sketch": None, "every": 1}, {"beta": 0.1, "sketch": None, "every": 1, "x": 2})
+    with pytest.raises(InputError, match=r"\(every was 1, is 2\)"):
+        folder.check_settings({"beta": 0.5, "every": 2}, {"every": 1})

@@ -146,6 +146,69 @@ def test_bf16_autocast_keeps_fp32_weights_and_lands_near_fp32(run, make_model):
         assert results["bf16"].after.margin[name] == pytest.approx(margin, rel=0.25)
 
 
+# ---- the optimizer's options -----------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "guarantee_descent": True,
+    "preference": {"size": 2.0, "warm": 1.0},
+    "min_weight": 0.1,
+    "smoothing": 0.5,
+    "refresh_every": 3,
+    "release_rows": True,
+    "row_dtype": "bf16",
+    "host_rows": True,
+}
+
+
+def test_the_optimizer_gets_its_options(run, monkeypatch):
+    made = []
+    original = module.mogeo.MultiObjectiveOptimizer
+    monkeypatch.setattr(
+        module.mogeo,
+        "MultiObjectiveOptimizer",
+        lambda *args, **options: made.append(options) or original(*args, **options),
+    )
+    run(**OPTIONS, max_steps=1)
+    run(sketch=64, max_steps=1)
+    for name, value in {**OPTIONS, "row_dtype": torch.bfloat16, "sketch": None}.items():
+        assert made[0][name] == value
+    assert made[1]["sketch"] == 64
+
+
+def test_records_say_which_steps_solved(run):
+    history = run(**OPTIONS, max_steps=5).history
+    records = [record for record in history if record["kind"] == "train"]
+    assert [record["age"] for record in records] == [0, 1, 2, 0, 1]
+    for record in records:
+        assert (record["cosines"] is None) == (record["alignment"] is None) == (record["age"] > 0)
+        assert record["weight"] == records[record["step"] - 1 - record["age"]]["weight"]
+
+
+def test_a_sketch_that_loses_nothing_gives_the_run_of_rows(run, make_model):
+    """The losses are evaluated twice a step, with the same dropout, and micro-batch by micro-batch."""
+    rows, sketched = (run(max_steps=4, micro_batch=3, **options) for options in ({}, {"sketch": 1 << 16}))
+    for one, other in zip(rows.history, sketched.history, strict=True):
+        for key in ("weight", "loss") if one["kind"] == "train" else ("margin",):
+            assert other[key] == pytest.approx(one[key], rel=1e-3)
+    for one, other in zip(weights(rows.model), weights(sketched.model), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=2e-5)  # see the plain loop above
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preference": {"warm": 1.0}}, r"preference does not match the objectives.*missing \['size'\]"),
+        ({"preference": {"warm": 1.0, "size": 1.0, "taste": 1.0}}, r"preference .*unknown \['taste'\]"),
+        ({"min_weight": 0.5}, r"min_weight=0.5 for K = 2 objectives.*less than 1/K"),
+        ({"sketch": 64, "host_rows": True}, "sketch keeps no gradient rows, and host_rows"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_the_optimizer_is_made(run, monkeypatch, changes, message):
+    monkeypatch.setattr(module.mogeo, "MultiObjectiveOptimizer", lambda *args, **options: pytest.fail("made"))
+    with pytest.raises(InputError, match=message):
+        run(**changes)
+
+
 # ---- stopping and going on -------------------------------------------------------------------------------------------
 
 
@@ -160,20 +223,29 @@ def read_metrics(folder):
     return records
 
 
-@pytest.mark.parametrize("weighting", ["mgda-decoupled", "group-dro(0.5)", "uniform"])
-def test_a_run_stopped_by_ctrl_c_or_a_crash_resumes_bit_for_bit(run, tmp_path, monkeypatch, make_model, weighting):
-    whole = run(tmp_path / "whole", weighting=weighting)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weighting": "mgda-decoupled"},
+        {"weighting": "group-dro(0.5)"},
+        {"weighting": "uniform"},
+        {"sketch": 64, "refresh_every": 5, "release_rows": True},  # steps 3 and 4 are held
+        OPTIONS,
+    ],
+)
+def test_a_run_stopped_by_ctrl_c_or_a_crash_resumes_bit_for_bit(run, tmp_path, monkeypatch, make_model, settings):
+    whole = run(tmp_path / "whole", **settings)
 
     stop_after(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped after step 3"):
-        run(tmp_path / "cut", weighting=weighting)
+        run(tmp_path / "cut", **settings)
     stop_after(monkeypatch, 6, crash)  # the last checkpoint is that of step 4: two steps are done again
     with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path / "cut", weighting=weighting, resume=True)
+        run(tmp_path / "cut", **settings, resume=True)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     torch.manual_seed(1234)  # whatever the random state is by then
-    resumed = run(tmp_path / "cut", weighting=weighting, resume=True)
+    resumed = run(tmp_path / "cut", **settings, resume=True)
 
     assert same_bits(resumed.model, whole.model)
     assert not same_bits(whole.model, make_model())
@@ -226,9 +298,21 @@ def test_other_settings_data_or_weights_cannot_be_resumed(run, tmp_path, monkeyp
         run(tmp_path)
     with pytest.raises(InputError, match=r"beta was 0\.2, is 0\.3"):
         run(tmp_path, resume=True, beta=0.3)
+    with pytest.raises(InputError, match=r"refresh_every was 1, is 2; sketch was None, is 64"):
+        run(tmp_path, resume=True, refresh_every=2, sketch=64)
     other = tuple(build_preferences(part) for part in split_rows(rows, 8, seed=1))
     with pytest.raises(InputError, match=r"cannot be resumed with other settings \(data was"):
         run(tmp_path, resume=True, data=other)
+
+
+def test_a_run_may_go_on_with_its_rows_elsewhere(run, tmp_path, monkeypatch):
+    whole = run(refresh_every=4)
+    stop_after(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        run(tmp_path, refresh_every=4)
+    with pytest.warns(UserWarning, match="saved with host_rows=False, release_rows=False"):
+        resumed = run(tmp_path, refresh_every=4, resume=True, host_rows=True, release_rows=True)
+    assert same_bits(resumed.model, whole.model)
 
 
 def test_the_final_model_loads_and_is_the_one_returned(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -58,6 +59,39 @@ def test_the_advice_can_be_followed(config: Path) -> None:
     for mode in plan(config, "--objectives", "2")["modes"]:
         keywords = {name: eval(value, {"torch": torch}) for name, value in mode["keywords"].items()}
         MultiObjectiveOptimizer(base, **keywords)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_every_mode_has_its_options_of_align(ranks: int) -> None:
+    """The command parses to settings that hold, and that are the mode's keywords."""
+    from mogeo.dpo.command import _config, add_arguments
+    from mogeo.plan.command import _align
+    from mogeo.plan.memory import Peaks, Setup, Shape, modes
+
+    setup = Setup(Shape(1, 0, 1, 1, 1, 1), Peaks(0, 0), 4, engine="none" if ranks == 1 else "fsdp2", ranks=ranks)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for mode in modes(setup):
+        either, *command = _align(argparse.Namespace(model="M", tokens=512, sequences=4), mode, setup)
+        assert either == "or"
+        words = " ".join(line.removesuffix("\\") for line in command).split()
+        settings = _config(parser.parse_args(words[words.index("align") + 1 :]))
+        settings.check()
+        assert (settings.max_length, settings.micro_batch, settings.fsdp) == (512, 2, ranks > 1)
+        for name, value in mode.keywords.items():
+            assert repr(getattr(settings, name)).strip("'") == value.strip('"').replace("torch.bfloat16", "bf16")
+
+
+def test_what_does_not_fit_exactly_is_advised_with_its_options(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smallest = min(mode["bytes"]["device"] for mode in plan(config, "--objectives", "8")["modes"][1:])
+    capsys.readouterr()
+    found = plan(config, "--objectives", "8", "--memory", str(smallest / 1e9), "--reserve", "0")
+    (keywords,) = [mode["keywords"] for mode in found["modes"] if mode["name"] == found["chosen"]]
+    printed = capsys.readouterr().out
+    assert keywords
+    assert all(f"--{name.replace('_', '-')}" in printed.split("mogeo align")[1] for name in keywords)
 
 
 def test_what_does_not_fit_says_what_would(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
