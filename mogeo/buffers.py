@@ -228,7 +228,9 @@ class GradientBuffers(Capture):
         return any(storage == block.untyped_storage().data_ptr() for block in self._directions)
 
     def store(self, index: int, grad: Tensor) -> None:
-        """Move a gradient to the selected row."""
+        """Move a gradient to the selected row; one of weight 0 nowhere, so that it may hold NaN."""
+        if self._weight == 0:
+            return
         view = self._views[self._row][index]
         shared = self._scatters(self._kind_of_parameter[index])  # with all objectives, and scattered after each
         fresh = shared or not self._written[self._row][index]

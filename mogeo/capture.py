@@ -41,6 +41,11 @@ class Capture:
         self.ranks = ranks
 
     @property
+    def sharded(self) -> bool:
+        """Whether some parameters are held in shards by several ranks."""
+        return any(map(is_sharded, self.parameters))
+
+    @property
     def device_code(self) -> ModuleType | None:
         """`mogeo.cuda` where a whole step is decided on the device, else None: the host decides."""
         return None
@@ -118,7 +123,7 @@ class Capture:
 
     def ranks_hint(self) -> str:
         """What else may be why sharded parameters have no gradient."""
-        if not any(map(is_sharded, self.parameters)):
+        if not self.sharded:
             return ""
         return (
             " Or was set_requires_gradient_sync(False) called? FSDP2 then keeps gradients to itself, and adds them to "

@@ -347,7 +347,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if window.weights is None and self._plain is None:
             return True
         if window.weights is not None and window.weights[index] == 0 and self._plain is None:
-            return False
+            return rows.sharded  # FSDP gathers parameters for the forward, and lets go of them in the backward
         # Not where other ranks would wait for this one's backward.
         asks = self.nonfinite != "propagate" and not (self._decided_on_device(rows) or rows.ranks)
         if asks and not bool(value.isfinite()):

@@ -132,3 +132,17 @@ def test_a_parameter_with_holes_gets_a_contiguous_gradient() -> None:
     buffers.publish()
     assert parameter.grad is not None
     assert parameter.grad.is_contiguous()
+
+
+def test_a_gradient_of_weight_zero_goes_nowhere() -> None:
+    a, b, _ = params = parameters()
+    buffers = GradientBuffers(params, 2)
+    for parameter, value, weight in ((a, 2.0, 0.5), (a, torch.nan, 0.0), (b, torch.nan, 0.0)):
+        with buffers.capturing():
+            buffers.select(None, weight)
+            (parameter.sum() * value).backward()  # type: ignore[no-untyped-call]
+    buffers.settle()
+    buffers.publish()
+    assert a.grad is not None
+    assert a.grad.tolist() == [1.0, 1.0, 1.0]
+    assert b.grad is None

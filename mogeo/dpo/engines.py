@@ -40,9 +40,6 @@ class Alone:
         """Context for the forward and backward passes of a step, of so many for each objective."""
         return nullcontext()
 
-    def settle(self) -> None:
-        """Make the model ready for a change of its parameters: no forward pass waits for its backward any more."""
-
     def weights(self) -> State:
         """The model's state. On ranks but the first, it may lack its tensors."""
         weights: State = self.model.state_dict()
@@ -153,13 +150,6 @@ class Shards(Replicas):
     def reducing(self, n_passes: int) -> AbstractContextManager[Any]:
         """FSDP reduces in every backward: a gradient that is not reduced has no place in a shard."""
         return nullcontext()
-
-    def settle(self) -> None:
-        """Back to shards: a loss of weight 0 has no backward that would do it, and the next step would use old weights.
-
-        As after a forward without gradients, it is what lies outside the layers that stays whole.
-        """
-        self._root.reshard()
 
     def weights(self) -> State:
         """The model's state, gathered from all ranks; on ranks but the first, None for tensors."""

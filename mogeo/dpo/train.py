@@ -280,7 +280,6 @@ class _Run:
                 # Callables: the optimizer runs them one at a time, so that one objective's activations are in memory.
                 self.optimizer.backward({name: self._loss_of(name, indices) for name, indices in micro_batch.items()})
             report = self.optimizer.combine()  # with sketches, the losses run for a second time
-        self.engine.settle()
         self.optimizer.step()
         told = report.to_dict()
         return {

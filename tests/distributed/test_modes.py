@@ -60,3 +60,10 @@ def test_loss_tensors_are_summed_in_between() -> None:
     results = run(2, train_all, engines.ddp, cases)
     expected = train(alone, torch.float64, "mgda-decoupled", "tensors", refresh_every=2)
     assert_same([result for (result,) in results], expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("engine", SPREADS)
+def test_an_objective_of_weight_zero(engine: str) -> None:
+    """FSDP lets go of gathered parameters in the backward: without one, the next step would use the old ones."""
+    cases = [(torch.float64, "linear(1,1,0)", {"form": form}) for form in ("callables", "tensors")]
+    assert_all_same(run(2, train_all, SPREADS[engine], cases), cases)
