@@ -1,9 +1,9 @@
-"""Gram, combine and solver: milliseconds and GB/s beside what the memory gives and what else computes the same.
+"""Gram, combine, sketch and solver: milliseconds and GB/s beside what the memory gives and what else computes the same.
 
-Bytes that an operation must move: gram K·N·size (each element read once), combine (K+1)·N·size, copy twice what is
-copied. GB/s is these bytes over the time, whatever the contestant really moved. `% copy` is the share of a large copy
-on the same device in the same run, `% peak` that of the data sheet. The error of a Gram matrix is against fp64,
-relative to its largest diagonal entry; that of a combination relative to its largest element.
+Bytes that an operation must move: gram and sketch K·N·size (each element read once), combine (K+1)·N·size, copy twice
+what is copied. GB/s is these bytes over the time, whatever the contestant really moved. `% copy` is the share of a
+large copy on the same device in the same run, `% peak` that of the data sheet. The error of a Gram matrix is against
+fp64, relative to its largest diagonal entry; that of a combination relative to its largest element.
 
 On a GPU: input sets that together exceed three times the L2, one after another in a CUDA graph, whose replays are timed
 by events after the cache was filled with other memory; the solver also launch by launch, on the host's clock. On a CPU:
@@ -31,6 +31,7 @@ from timing import Call, Clock, captured, copy_bandwidth, device_clock, first_li
 from torch import Tensor
 
 import mogeo
+from mogeo.sketch import SignedSketch
 
 # The families of Gram matrices live beside the tests: a checkout is needed, an installed package is not enough.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,6 +57,7 @@ COMPILED_UP_TO = 10**8
 # Seconds that one contestant may take of one setting: slower ones sit out rounds.
 LIMIT = 1.0
 SOLVER_LIMIT = 0.1  # the same for one Gram matrix and solver
+BUCKETS = 1 << 18  # of a sketch
 SAMPLES = 4  # Gram matrices of each family for the solver
 
 Rows = Callable[[Tensor], Tensor]
@@ -64,7 +66,7 @@ Rows = Callable[[Tensor], Tensor]
 class Contestant(NamedTuple):
     """Something to time on rows [K, N]."""
 
-    operation: str  #: "gram", "combine" or "limit"
+    operation: str  #: "gram", "combine", "sketch" or "limit"
     name: str
     n_bytes: float  #: that the operation must move
     flops: float
@@ -163,6 +165,42 @@ def combine_functions(weights: Tensor, dtype: torch.dtype, compiling: bool) -> d
     return functions
 
 
+def sketch_functions(rows: Tensor, left_out: LeftOut) -> dict[str, Rows]:
+    """What makes sketches [K, BUCKETS] of all rows, of one distribution: an element to a bucket, with a random sign."""
+    columns = rows.shape[1]
+    signed = SignedSketch([columns], BUCKETS, device=rows.device)
+    functions: dict[str, Rows] = {"mogeo SignedSketch": partial(sketch_by_chunks, signed)}
+    if columns <= COMPILED_UP_TO:
+        generator = torch.Generator(rows.device).manual_seed(0)
+        buckets = torch.randint(BUCKETS, (columns,), device=rows.device, generator=generator)
+        signs = 1.0 - 2.0 * torch.randint(2, (columns,), device=rows.device, generator=generator)
+        functions["index_add of hashed buckets"] = partial(sketch_by_elements, buckets, signs)
+    else:
+        left_out.note(f"index_add of hashed buckets at N = {columns:,}", "its tables take 12·N bytes")
+    return functions
+
+
+def sketch_by_chunks(signed: SignedSketch, rows: Tensor) -> Tensor:
+    """mogeo's."""
+    sketches = torch.zeros(len(rows), BUCKETS, dtype=wide_of(rows), device=rows.device)
+    for sketch, row in zip(sketches, rows, strict=True):
+        signed.add_(sketch, 0, row)
+    return sketches
+
+
+def sketch_by_elements(buckets: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """As the textbook has it: a bucket and a sign for every element."""
+    sketches = torch.zeros(len(rows), BUCKETS, dtype=wide_of(rows), device=rows.device)
+    for sketch, row in zip(sketches, rows, strict=True):
+        sketch.index_add_(0, buckets, row.to(sketch.dtype) * signs.to(sketch.dtype))
+    return sketches
+
+
+def wide_of(rows: Tensor) -> torch.dtype:
+    """What sketches of such rows are kept in."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
 def contestants(rows: Tensor, weights: Tensor, compiling: bool, left_out: LeftOut) -> Iterator[Contestant]:
     """All there is to time on rows [K, N]."""
     count, columns = rows.shape
@@ -174,6 +212,8 @@ def contestants(rows: Tensor, weights: Tensor, compiling: bool, left_out: LeftOu
         # In place, as the optimizer does it; the weights are convex, so that row 0 stays bounded.
         call = partial(combine_in_place, weights) if name == "mogeo.combine" else function
         yield Contestant("combine", name, (count + 1) * size, 2.0 * count * columns, call, function)
+    for name, function in sketch_functions(rows, left_out).items():
+        yield Contestant("sketch", name, count * size, 2.0 * count * columns, function, None)
     yield Contestant("limit", "sum of all", count * size, float(count * columns), torch.sum, None)
     # As many bytes as gram reads: half of the rows, read and written; from 1 GiB on a copy is as fast as it gets.
     target = rows.new_empty(min(rows.numel() // 2, 2**30 // rows.element_size()))
@@ -212,8 +252,9 @@ def measure(
     device = ceilings.device
     size = count * columns * DTYPES[dtype].itemsize
     n_sets = max(1, -(-3 * l2_bytes(device) // size)) if device.type == "cuda" else 1
-    # Beside the rows: the target of the copy, a direction per contestant, fp64 chunks, and a GiB to breathe.
-    needed = n_sets * size + min(size // 2, 2**30) + 5 * size // count + count * 2**24 + 2**30
+    # Beside the rows: the target of the copy, a direction per contestant, fp64 chunks, tables, and a GiB to breathe.
+    tables = 24 * columns if columns <= COMPILED_UP_TO else 0
+    needed = n_sets * size + min(size // 2, 2**30) + 5 * size // count + count * 2**24 + tables + 2**30
     if needed > (free := free_bytes(device)):
         left_out.note(f"K = {count}, N = {columns:,}, {dtype}", f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} free")
         return []

@@ -18,6 +18,8 @@ SERIES = (
     ("gram", "rows @ rows.T", "tab:blue", "o", False),
     ("combine", "mogeo.combine", "tab:orange", "s", True),
     ("combine", "weights @ rows", "tab:orange", "s", False),
+    ("sketch", "mogeo SignedSketch", "tab:green", "^", True),
+    ("sketch", "index_add of hashed buckets", "tab:green", "^", False),
 )
 
 
@@ -61,7 +63,8 @@ def _panel(axes: Axes, document: dict[str, Any], records: list[dict[str, Any]], 
             intensities, rates, spreads, color=colour, marker=marker, markerfacecolor=colour if filled else "white",
             linestyle="-" if filled else ":", linewidth=1, label=name,
         )  # fmt: skip
-        if filled:  # K at the foot of the panel; those of combine stand too close together to name them all
+        if filled and operation != "sketch":  # K at the foot of the panel; of a sketch, all stand in one place
+            # Those of combine stand too close together to name them all.
             for record in chosen if operation == "gram" else [chosen[0], chosen[-1]][: len(chosen)]:
                 x, foot = record["flops_per_byte"], axes.get_xaxis_transform()
                 axes.text(x, 0.015, f"K={record['k']}", transform=foot, color=colour, fontsize=8, ha="center")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mogeo
 from mogeo import MultiObjectiveOptimizer
+from mogeo.sketch import SignedSketch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,6 +138,64 @@ def test_lengths_beyond_two_to_the_31(k: int, columns: int) -> None:
     expected = weights @ rows[:, -1000:].double()
     tail = mogeo.combine(rows, weights, out=rows[0])[-1000:].double()
     torch.testing.assert_close(tail, expected, rtol=2**-8, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sketch_is_that_of_the_cpu_and_never_synchronises(dtype: torch.dtype) -> None:
+    sizes, dimension = [5, 300_001, 70_000], 4096
+    gradients = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in sizes]
+    here, there = (SignedSketch(sizes, dimension, device=torch.device(device)) for device in ("cpu", "cuda"))
+    mine, theirs = torch.zeros(dimension), torch.zeros(dimension, device="cuda")
+    moved = [gradient.cuda() for gradient in gradients]
+    there.add_(theirs, 0, moved[0])  # compiled now
+    for index, gradient in enumerate(gradients):
+        here.add_(mine, index, gradient)
+    with no_synchronisation():
+        for index in (1, 2):
+            there.add_(theirs, index, moved[index])
+    torch.testing.assert_close(theirs.cpu(), mine, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guarantee_descent": True},
+        {"refresh_every": 3, "release_rows": True},
+        {"preference": (1.0, 2.0, 3.0), "min_weight": 0.05, "smoothing": 0.5},
+        {"host_rows": True},
+        {"host_rows": True, "row_dtype": torch.bfloat16, "refresh_every": 2},
+        {"row_dtype": torch.bfloat16},
+        {"sketch": 1 << 16},  # longer than the gradient: loses nothing
+        {"sketch": 1 << 16, "refresh_every": 3, "guarantee_descent": True},
+    ],
+    ids=str,
+)
+def test_settings_for_large_models_train_as_on_a_cpu(options: dict[str, Any]) -> None:
+    def train(device: str) -> tuple[Tensor, list[Tensor]]:
+        net, x = make_net(device=device), batch(device)
+        optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), max_grad_norm=1.0, **options)
+        weights = []
+        for _ in range(7):
+            step(net, optimizer, x)
+            assert optimizer.report is not None
+            weights.append(optimizer.report.weights.cpu())
+        return torch.stack(weights), [p.detach().cpu() for p in net.parameters()]
+
+    (weights, parameters), (expected, expected_parameters) = train("cuda"), train("cpu")
+    near = {"rtol": 1e-2, "atol": 1e-2} if "row_dtype" in options else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(weights, expected, **near)
+    for p, q in zip(parameters, expected_parameters, strict=True):
+        torch.testing.assert_close(p, q, **near)
+
+
+def test_rows_on_the_host_are_pinned_and_leave_the_gpu_one_direction() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), host_rows=True)
+    step(net, optimizer, batch())
+    assert optimizer._buffers is not None
+    for rows in optimizer._buffers.blocks:
+        assert rows.is_pinned()
+    assert all(p.grad is not None and p.grad.is_cuda for p in net.parameters())
 
 
 @pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform"])

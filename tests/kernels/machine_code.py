@@ -358,13 +358,13 @@ _HEAD = """\
 
 Made by `python -m tests.kernels.machine_code --write` with Triton {version}. That needs no GPU, since the wheel of
 Triton brings LLVM and NVIDIA's ptxas. The tests compile the same launches again and compare with this table; they also
-see to it that nothing else spills to memory, that loads and stores are 128 bits wide, and that `gram_dot`, and nothing
-else, uses tensor cores.
+see to it that nothing else spills to memory, that loads and stores are 128 bits wide (but for `sketch`, whose elements
+lie at any place), and that `gram_dot`, and nothing else, uses tensor cores.
 
 - **kernel, case**: the function in `kernels/`, and what is out of the ordinary. Ordinary are rows aligned to 16 bytes,
   directions clipped and measured, and for `min_norm` objectives normalised by their losses, some of them absent.
 - **K, dtype**: rows or objectives, and the dtype of the rows, or else of what is computed. The rows are those of a
-  model of 10⁹ parameters.
+  model of 10⁹ parameters; a sketch of them has 2¹⁸ buckets.
 - **sm_80** (A100), **sm_90** (H100), **sm_100** (B200): registers of a thread, of 255.
 - **gfx942** (MI300): vector registers of a thread, of 512.
 

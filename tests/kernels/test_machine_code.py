@@ -125,6 +125,16 @@ def test_scale_loads_and_stores_vectors(codes: Codes, entry: Entry) -> None:
     assert not offenders(codes, entry, lambda code: code.stores_128 >= 1 and code.stores_other == 0)
 
 
+@each("sketch")
+def test_sketch_reads_side_by_side(codes: Codes, entry: Entry) -> None:
+    """Rotations are arbitrary, so that no vector would be aligned: threads take one element each, side by side."""
+    from mogeo.kernels.sketch import _SLICES, _UNROLL
+
+    loads = _SLICES * (_UNROLL + 1)  # of whole tiles, and of one that is cut
+    assert not offenders(codes, entry, lambda code: code.loads_128 == 0 and code.loads_other >= loads)
+    assert not offenders(codes, entry, lambda code: code.stores_128 == 0 and code.stores_other == _SLICES)
+
+
 @each()
 def test_only_dot_uses_tensor_cores(codes: Codes, entry: Entry) -> None:
     assert not offenders(codes, entry, lambda code: (code.tensor > 0) == (code.function == "gram_dot"))
@@ -132,7 +142,10 @@ def test_only_dot_uses_tensor_cores(codes: Codes, entry: Entry) -> None:
 
 def test_both_variants_are_in_the_table(codes: Codes) -> None:
     functions = {code.function for entry in ENTRIES for code in codes[entry.name].values()}
-    assert functions == {"gram_rows", "gram_dot", "gram_reduce", "combine", "settle", "scale", "min_norm", "descent"}
+    assert functions == {
+        "gram_rows", "gram_dot", "gram_reduce", "combine", "settle", "scale", "min_norm", "descent", "sketch",
+        "sketch_reduce",
+    }  # fmt: skip
 
 
 @each("min_norm", "descent")
