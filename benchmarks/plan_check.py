@@ -23,11 +23,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 import transformers
 from machine import describe
 from torch import Tensor
@@ -96,6 +98,7 @@ def cases(quick: bool) -> list[Case]:
     listed += [Case("qwen2", "exact", p, c) for p in ("autocast", "bf16") for c in (False, True)]
     listed += [Case("llama", "exact", optimizer=name) for name in ("sgd", "lion")]
     listed += [Case("qwen2", m, engine=e) for e in ("ddp", "ddp-shard-rows", "fsdp2") for m in ("uniform", "exact")]
+    listed += [Case("qwen2", name, "mixed", checkpointing=True, engine="fsdp2") for name in two]
     return listed
 
 
@@ -113,7 +116,7 @@ def planned(case: Case) -> tuple[int, Mode]:
         config,
         sequences=case.sequences,
         tokens=case.tokens,
-        precision=case.precision,  # type: ignore[arg-type]
+        precision="bf16" if case.precision == "mixed" else case.precision,  # type: ignore[arg-type]
         checkpointing=case.checkpointing,
     )
     setup = Setup(
@@ -139,6 +142,9 @@ def take_steps(case: Case, mode: Mode) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config_of(case.model), dtype=dtype).train()
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.precision == "mixed":
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fsdp.fully_shard = partial(fsdp.fully_shard, mp_policy=policy)  # type: ignore[assignment]
     engine = engine_of(model, torch.device("cpu"), current_ranks(), case.engine == "fsdp2")
     keywords = eval(f"dict({', '.join(f'{k}={v}' for k, v in mode.keywords.items())})", {"torch": torch})
     if case.engine == "ddp-shard-rows":

@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--precision", choices=PRECISIONS, default="autocast",
-        help="autocast: fp32 weights, bf16 products; fp32; bf16: both (default: %(default)s)",
+        help="autocast: fp32 weights, bf16 products; fp32; bf16: both; mixed: fp32 weights that FSDP2 gathers as bf16 "
+        "(default: %(default)s)",
     )  # fmt: skip
     how.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd has momentum (default: %(default)s)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="of each layer")
@@ -120,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         sequences=args.sequences,
         tokens=args.tokens,
-        precision=args.precision,
+        precision="bf16" if args.precision == "mixed" else args.precision,  # as the layers see it
         checkpointing=args.gradient_checkpointing,
     )
     setup = _setup(args, shape, traced.peaks)
@@ -295,7 +296,7 @@ def _keywords(mode: Mode, setup: Setup) -> str:
 
 def _align(args: argparse.Namespace, mode: Mode, setup: Setup) -> list[str]:
     """The command line of `mogeo align` that does as planned, where it can."""
-    if setup.precision == "bf16" or setup.engine == "ddp-shard-rows":
+    if setup.precision in ("bf16", "mixed") or setup.engine == "ddp-shard-rows":
         return []
     launch = "mogeo" if setup.ranks == 1 else f"torchrun --nproc-per-node {setup.ranks} -m mogeo"
     model = args.model.removesuffix("config.json").rstrip("/") or "."

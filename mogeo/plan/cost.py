@@ -72,7 +72,7 @@ def step(mode: Mode | None, setup: Setup, device: Device, operations: float) -> 
     optimizer = touched / (device.bandwidth * BANDWIDTH_EFFICIENCY)
 
     def taking(passes: float, own: float = 0.0, again: float = 0.0) -> Step:
-        sent = passes * setup.shape.elements * setup.size * (setup.ranks - 1) / setup.ranks
+        sent = passes * setup.shape.elements * setup.moved * (setup.ranks - 1) / setup.ranks
         return Step(compute + again, optimizer, sent / (device.link * BANDWIDTH_EFFICIENCY), own)
 
     if mode is None:

@@ -26,8 +26,9 @@ OPTIMIZERS = {"adamw": 2, "sgd": 1, "lion": 1}
 ENGINES = ("none", "ddp", "ddp-shard-rows", "fsdp2")
 """One process; DDP; DDP in `no_sync()` with `shard_rows=True`; FSDP2, each layer and the rest of the model a unit."""
 
-PRECISIONS = {"autocast": 4, "fp32": 4, "bf16": 2}
-"""Bytes of a weight, and of its gradient and optimizer states. "autocast": fp32 weights, products in bf16."""
+PRECISIONS = {"autocast": 4, "fp32": 4, "bf16": 2, "mixed": 4}
+"""Bytes of a weight, and of its gradient and optimizer states. "autocast": fp32 weights, products in bf16. "mixed":
+fp32 shards, which FSDP2 gathers as bf16 (`MixedPrecisionPolicy(param_dtype=torch.bfloat16)`)."""
 
 
 class Shape(NamedTuple):
@@ -93,11 +94,21 @@ class Setup:
                 f"--engine {self.engine} with --ranks {self.ranks}: one rank goes with engine none, several with "
                 f"{', '.join(ENGINES[1:])}"
             )
+        if self.precision == "mixed" and self.engine != "fsdp2":
+            raise InputError(
+                f"--precision mixed with --engine {self.engine}: it is a policy of FSDP2; use --engine fsdp2, or "
+                "--precision autocast"
+            )
 
     @property
     def size(self) -> int:
         """g: bytes of a weight, and of its gradient."""
         return PRECISIONS[self.precision]
+
+    @property
+    def moved(self) -> int:
+        """Bytes of a weight, or of its gradient, on its way between ranks, and whole on one."""
+        return 2 if self.precision == "mixed" else self.size
 
     @property
     def held(self) -> int:
@@ -188,11 +199,11 @@ def memory(mode: Mode, setup: Setup) -> Memory:
     if setup.engine.startswith("ddp"):
         engine = held * size
     elif setup.engine == "fsdp2":
-        autograd = math.ceil(autograd / setup.ranks)
+        autograd = math.ceil(autograd / setup.ranks) * size // setup.moved  # shards of gradients are as wide as weights
         # Whole while they run: what is outside the layers, one layer and the next one; and at the end of a unit's
         # backward its gradients, once as autograd made them and once as they are scattered.
-        engine = size * (shape.outer_elements + 2 * shape.layer_elements)
-        engine += size * max(2 * shape.layer_elements, shape.outer_elements)
+        engine = setup.moved * (shape.outer_elements + 2 * shape.layer_elements)
+        engine += setup.moved * max(2 * shape.layer_elements, shape.outer_elements)
     return Memory(
         weights=weights,
         optimizer=OPTIMIZERS[setup.optimizer] * held * size,

@@ -16,9 +16,20 @@ from mogeo.plan.memory import ENGINES, OPTIMIZERS, PRECISIONS, Memory, Mode, Pea
 SHAPE = Shape(elements=12_000, buffer_bytes=64, layers=4, layer_elements=2_500, outer_elements=2_000, lora_elements=800)
 PEAKS = Peaks(streamed=70_000, kept=110_000)
 
+NOT_MIXED = {("mixed", engine) for engine in ENGINES if engine != "fsdp2"}
+
 setups = st.builds(
     lambda objectives, precision, optimizer, engine, ranks, sketch, every: Setup(
-        SHAPE, PEAKS, objectives, precision, optimizer, engine, 1 if engine == "none" else ranks, False, sketch, every
+        SHAPE,
+        PEAKS,
+        objectives,
+        "autocast" if (precision, engine) in NOT_MIXED else precision,
+        optimizer,
+        engine,
+        1 if engine == "none" else ranks,
+        False,
+        sketch,
+        every,
     ),
     st.integers(2, 9),
     st.sampled_from(sorted(PRECISIONS)),
@@ -74,6 +85,20 @@ def test_what_the_exact_mode_holds() -> None:
     assert memory(of(setup, "exact"), setup) == Memory(n + 64, 2 * n, 4 * n, 0, 0, 0, 70_000, 0)
     assert memory(of(setup, "bf16 rows"), setup).rows == 4 * n // 2 + n
     assert memory(of(setup, "host rows"), setup).host == 4 * n
+
+
+def test_shards_that_are_gathered_as_bf16_are_half_as_large_while_whole() -> None:
+    wide, mixed = (Setup(SHAPE, PEAKS, 4, precision, engine="fsdp2", ranks=4) for precision in ("autocast", "mixed"))
+    before, after = memory(of(wide, "exact"), wide), memory(of(mixed, "exact"), mixed)
+    assert after.engine == before.engine / 2
+    assert after.autograd == 2 * before.autograd  # the traced gradients are bf16 then, and their shards fp32
+    assert (after.weights, after.optimizer, after.rows) == (before.weights, before.optimizer, before.rows)
+    assert ratio(of(mixed, "exact"), mixed, DEVICES["h100"], 1e9) < ratio(of(wide, "exact"), wide, DEVICES["h100"], 1e9)
+
+
+def test_only_fsdp_gathers() -> None:
+    with pytest.raises(InputError, match="--precision mixed with --engine ddp"):
+        Setup(SHAPE, PEAKS, 4, "mixed", engine="ddp", ranks=2)
 
 
 def candidate(mode: Mode, held: int, step: float) -> Candidate:
