@@ -28,7 +28,7 @@ from mogeo.weightings import MGDA, Weighting, WeightingLike, resolve
 
 
 class Smoothed(Weighting):
-    """Weights as an exponential average over steps: λ ← aλ + (1 − a)λ̂ (CR-MOGM, arXiv 2207.10327)."""
+    """Weights as an exponential average over steps: λ ← aλ + (1 − a)λ̂ (CR-MOGM, Zhou et al., NeurIPS 2022)."""
 
     def __init__(self, inner: WeightingLike, decay: float) -> None:
         self.inner, self.decay = resolve(inner), decay

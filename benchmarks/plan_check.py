@@ -98,7 +98,7 @@ def cases(quick: bool) -> list[Case]:
     listed += [Case("qwen2", "exact", p, c) for p in ("autocast", "bf16") for c in (False, True)]
     listed += [Case("llama", "exact", optimizer=name) for name in ("sgd", "lion")]
     listed += [Case("qwen2", m, engine=e) for e in ("ddp", "ddp-shard-rows", "fsdp2") for m in ("uniform", "exact")]
-    listed += [Case("qwen2", name, "mixed", checkpointing=True, engine="fsdp2") for name in two]
+    listed += [Case("qwen2", "exact", p, checkpointing=True, engine="fsdp2") for p in ("autocast", "mixed")]
     return listed
 
 
