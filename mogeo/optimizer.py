@@ -1,15 +1,14 @@
 """MultiObjectiveOptimizer: capture → gram → weigh → combine → base.step().
 
-Knows the order of things and no mathematics: rows are filled by `mogeo.buffers` (or `mogeo.sketched`), multiplied by
-`mogeo.ops`, weighed by `mogeo.weightings`; the manners of torch.optim are `mogeo.wrapper`'s.
+Knows the order of things and no mathematics: rows are filled in `mogeo.captures`, multiplied by `mogeo.ops`, weighed by
+`mogeo.weightings`; the manners of torch.optim are `mogeo.wrapper`'s.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mogeo import deferred, direction
-from mogeo.buffers import GradientBuffers
-from mogeo.capture import Capture, signature
+from mogeo.capture import Capture
+from mogeo.captures import Captures, Holding
 from mogeo.constants import constant_tensor
 from mogeo.direction import Direction, NonFiniteError, Rules
-from mogeo.distributed import Group, ranks_of
+from mogeo.distributed import Group
 from mogeo.graphs import shared_with_later
 from mogeo.held import HeldWeights
 from mogeo.mailbox import Mailbox
@@ -29,7 +28,6 @@ from mogeo.min_norm import Status
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, in_order, run_backward
 from mogeo.replay import Repeatable, without_autocast
 from mogeo.report import StepReport
-from mogeo.sketched import SketchedRows
 from mogeo.steering import Steering
 from mogeo.weightings import MGDA, WeightingLike, bad_weights, require_positive_losses, resolve
 from mogeo.window import Call, Term, Window
@@ -126,7 +124,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         ValueError: an argument does not fit.
     """
 
-    _transient = ("_buffers", "_plain", "_sketches", "_mailbox", "_window")
+    _transient = ("_captures", "_mailbox", "_window")
 
     def __init__(
         self,
@@ -183,10 +181,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._reset()
 
     def _reset(self) -> None:
-        """Forget buffers, window and memory: they are rebuilt by the next `backward`."""
-        self._buffers: GradientBuffers | None = None
-        self._plain: GradientBuffers | None = None  # mean gradients of groups with multi_objective=False
-        self._sketches: SketchedRows | None = None
+        """Forget rows, window and memory: they are rebuilt by the next `backward`."""
+        self._captures = Captures()
         self._mailbox = Mailbox()
         self._window: Window | None = None
 
@@ -260,14 +256,17 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         try:
             terms = self._terms(losses, objective)
             window = self._window or self._opened()
-            rows = self._fitting_buffers(window)
+            rows = self._captures.fit(
+                self.base.param_groups, self._names, window, self._holding, is_open=self._window is not None
+            )
             if window.calls is not None:
                 terms = [(k, name, t if isinstance(t, Tensor) else Repeatable(t)) for k, name, t in terms]
             call = Call(terms, backward, bool(retain_graph))
             if window.calls is not None:
                 window.calls.append(call)
             self._run(call, rows, window)
-            touched = rows.touched() or (self._plain is not None and self._plain.touched())
+            plain = self._captures.plain
+            touched = rows.touched() or (plain is not None and plain.touched())
             if not touched and (window.weights is None or window.contributed):
                 raise ValueError(
                     "no loss reached a parameter of the base optimizer: was the model copied, or its parameters "
@@ -279,6 +278,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             raise
         self._window = window
 
+    @property
+    def _holding(self) -> Holding:
+        return Holding(
+            self.process_group, self.shard_rows, self.row_dtype, self.host_rows, self.release_rows, self.sketch
+        )
+
     def _opened(self) -> Window:
         """A new window, with the weights that are known for it."""
         weights = self._rules(self.weighting).constant()
@@ -288,26 +293,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def _run(self, call: Call, rows: Capture, window: Window) -> None:
         """Forward and backward of every loss of a call, gradients into rows, or weighed into the direction."""
-        with self._capturing(rows):
-            if window.weights is not None and self._plain is None and all(_adds_exactly(t) for _, _, t in call.terms):
+        with self._captures.capturing(rows, len(self._names)):
+            exactly = self._captures.plain is None and all(_adds_exactly(term) for _, _, term in call.terms)
+            if window.weights is not None and exactly:
                 self._backward_sum(call, rows, window)
             else:
                 self._backward_each(call, rows, window)
-
-    @contextmanager
-    def _capturing(self, rows: Capture) -> Iterator[None]:
-        with rows.capturing():
-            if self._plain is None:
-                yield
-            else:
-                self._plain.select(None, 1 / len(self._names))
-                with self._plain.capturing():
-                    yield
-
-    def _collect(self, rows: Capture) -> None:
-        rows.collect()
-        if self._plain is not None:
-            self._plain.collect()
 
     def _backward_each(self, call: Call, rows: Capture, window: Window) -> None:
         """One backward per objective, into its own row, or weighed into the direction."""
@@ -323,7 +314,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             needed_later |= window.calls is not None and isinstance(term, Tensor)
             if self._wanted(index, window.add_loss(index, loss), rows, window):
                 run_backward(name, loss, call.backward, call.retain_graph or needed_later)
-            self._collect(rows)
+            self._captures.collect(rows)
             del loss  # or the next callable runs while this graph is still alive
 
     def _backward_sum(self, call: Call, rows: Capture, window: Window) -> None:
@@ -340,13 +331,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 total = torch.stack([summand.double() for summand in summands.values()]).sum()
         if summands:
             run_backward(" + ".join(summands), total, call.backward, call.retain_graph)
-        self._collect(rows)
+        self._captures.collect(rows)
 
     def _wanted(self, index: int, value: Tensor, rows: Capture, window: Window) -> bool:
         """Whether a loss is differentiated: not if it is not finite and its gradient would be summed with others'."""
-        if window.weights is None and self._plain is None:
+        plain = self._captures.plain
+        if window.weights is None and plain is None:
             return True
-        if window.weights is not None and window.weights[index] == 0 and self._plain is None:
+        if window.weights is not None and window.weights[index] == 0 and plain is None:
             return rows.sharded  # FSDP gathers parameters for the forward, and lets go of them in the backward
         # Not where other ranks would wait for this one's backward.
         asks = self.nonfinite != "propagate" and not (self._decided_on_device(rows) or rows.ranks)
@@ -381,12 +373,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._drop_window()
             raise
         decided = found.decision
-        buffers, plain = self._buffers, self._plain
+        buffers = self._captures.buffers
         assert buffers is not None
         if decided.usable:
-            buffers.publish()
-            if plain is not None:
-                plain.publish()
+            self._captures.publish()
         on_device = window.calls is None and self._decided_on_device(buffers)
         self._drop_window()
         absent = constant_tensor(window.absent(len(self._names)), torch.bool, buffers.device)
@@ -394,8 +384,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._held.used()
         elif decided.usable and not decided.poisoned:
             self._held.solved(decided.weights, ~(absent | decided.nonfinite))
-        if self.release_rows and buffers.n_rows > 1:
-            self._buffers = buffers.without_rows()
+        if self.release_rows:
+            self._captures.release_rows()
         if self._nonfinite_counts.device != buffers.device:
             self._nonfinite_counts = self._nonfinite_counts.to(buffers.device)
         self._nonfinite_counts += decided.nonfinite
@@ -420,20 +410,20 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def _find_direction(self, window: Window) -> Direction:
         """Weights, if they are not known, and the direction in the buffers."""
-        buffers, plain = self._buffers, self._plain
+        buffers, plain = self._captures.buffers, self._captures.plain
         assert buffers is not None
         losses, absent = window.losses(len(self._names), buffers.device), window.absent(len(self._names))
         rules = self._rules(self.weighting, window.weights if window.held else None)
         if window.calls is not None:
             return self._find_by_sketches(window, losses, absent, rules)
-        self._complete()
+        self._captures.complete()
         if self._decided_on_device(buffers):
             return deferred.find_direction(buffers, losses, absent, rules, window.contributed)
         return direction.find_direction(buffers, losses, absent, rules, window.contributed, plain)
 
     def _find_by_sketches(self, window: Window, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Direction:
         """Weights from the sketches; then every call once more, its gradients weighed into the direction."""
-        buffers, plain, sketches = self._buffers, self._plain, self._sketches
+        buffers, plain, sketches = self._captures.buffers, self._captures.plain, self._captures.sketches
         assert buffers is not None
         assert sketches is not None
         assert window.calls is not None
@@ -458,19 +448,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             except BaseException:
                 self._drop_window()  # as in backward: half a sum is no direction
                 raise
-            self._complete()
+            self._captures.complete()
         return direction.summed(buffers, decided, absent, rules, plain)
-
-    def _complete(self) -> None:
-        """Make the gradients of this window, on all ranks, what the buffers hold."""
-        for part in (self._buffers, self._plain):
-            if part is not None:
-                part.settle()
-                part.average_replicas()
 
     def _decided_on_device(self, rows: Capture) -> bool:
         """Whether the device decides this step, and the host hears of it later."""
-        return rows.device_code is not None and self.nonfinite != "raise" and self._plain is None
+        return rows.device_code is not None and self.nonfinite != "raise" and self._captures.plain is None
 
     def _tell(self, found: direction.Decision, on_device: bool) -> None:
         """Warn of objectives left out: at once, or by a letter that `_read_mail` reads once it is here."""
@@ -516,60 +499,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._nonfinite_counts = torch.zeros(len(named), dtype=torch.int64)
         return [(k, name, named[name]) for k, name in enumerate(self.objectives) if name in named]
 
-    def _fitting_buffers(self, window: Window) -> Capture:
-        """What captures this window, made for the parameters as they are now; an open window moves over to it."""
-        mine: dict[Tensor, None] = {}  # torch allows repetition
-        others: dict[Tensor, None] = {}
-        for group in self.base.param_groups:
-            (mine if group.get("multi_objective", True) else others).update(dict.fromkeys(group["params"]))
-        # Frozen within a window: still part of it.
-        captured: set[Tensor] = set()
-        if self._window is not None:
-            for part in (self._buffers, self._plain, self._sketches):
-                captured |= set() if part is None else part.touched()
-        mine, others = ({p: None for p in ps if p.requires_grad or p in captured} for ps in (mine, others))
-        if not mine:
-            raise ValueError(
-                "no parameter of the base optimizer requires grad: nothing to optimize"
-                + (" (outside groups with multi_objective=False)" if others else "")
-            )
-        count = len(self._names)
-        keeps_rows = window.calls is None and (window.weights is None or (window.held and not self.release_rows))
-        n_rows = count if keeps_rows and self.sketch is None else 1
-        fits = self._buffers is not None and self._buffers.signature == signature(list(mine), n_rows)
-        plain_fits = (self._plain.signature if self._plain else ()) == (signature(list(others), 1) if others else ())
-        ranks = self._buffers.ranks if fits and self._buffers is not None else ranks_of(self.process_group)
-        if not (fits and plain_fits):
-            if ranks is not None:
-                ranks.agreed("the names or the order of the objectives", self._names)
-            old = (self._buffers, self._plain) if self._window is not None else (None, None)
-            self._buffers = self._plain = None  # freed first, unless they hold a window
-            self._buffers = GradientBuffers(
-                list(mine), n_rows, ranks,
-                shard_rows=self.shard_rows, row_dtype=self.row_dtype, host_rows=self.host_rows,
-            )  # fmt: skip
-            self._plain = GradientBuffers(list(others), 1, ranks) if others else None
-            for new, before in zip((self._buffers, self._plain), old, strict=True):
-                if new is not None and before is not None:
-                    new.migrate(before)
-        assert self._buffers is not None
-        if window.calls is None:
-            return self._buffers
-        assert self.sketch is not None
-        if self._sketches is None or self._sketches.signature != signature(list(mine), count):
-            if self._window is not None:
-                raise RuntimeError(
-                    "the parameters changed between backward() and step(), and sketches cannot move: change them after "
-                    "step() or zero_grad()"
-                )
-            self._sketches = SketchedRows(list(mine), count, ranks, dimension=self.sketch)
-        return self._sketches
-
     def _drop_window(self) -> None:
         """Start a new window: nothing captured, nothing due."""
-        for part in (self._buffers, self._plain, self._sketches):
-            if part is not None:
-                part.drop()
+        self._captures.drop()
         self._window = None
 
     # what mogeo.wrapper asks for

@@ -192,8 +192,8 @@ def test_rows_on_the_host_are_pinned_and_leave_the_gpu_one_direction() -> None:
     net = make_net()
     optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), host_rows=True)
     step(net, optimizer, batch())
-    assert optimizer._buffers is not None
-    for rows in optimizer._buffers.blocks:
+    assert optimizer._captures.buffers is not None
+    for rows in optimizer._captures.buffers.blocks:
         assert rows.is_pinned()
     assert all(p.grad is not None and p.grad.is_cuda for p in net.parameters())
 

@@ -327,7 +327,7 @@ def test_rows_are_all_there_is(decider: str) -> None:
         for _ in range(2):
             optimizer.backward(shared_losses(net, inputs(dtype=torch.float32)))
             optimizer.step()
-            (block,) = optimizer._buffers.blocks  # type: ignore[union-attr]
+            (block,) = optimizer._captures.buffers.blocks  # type: ignore[union-attr]
             assert block.shape[0] == rows
             assert n <= block.shape[1] <= n + 4 * len(list(net.parameters()))
             for p in net.parameters():
@@ -345,7 +345,7 @@ def test_rows_and_parameters_start_at_16_bytes() -> None:
         [sum(p.float().square().sum() for p in parameters), sum(p.float().sum() ** 2 for p in parameters)]
     )
     optimizer.combine()
-    for block in optimizer._buffers.blocks:  # type: ignore[union-attr]
+    for block in optimizer._captures.buffers.blocks:  # type: ignore[union-attr]
         assert block.stride(0) * block.element_size() % 16 == 0
     for p in parameters:
         assert p.grad is not None

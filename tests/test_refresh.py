@@ -98,7 +98,7 @@ def test_release_gives_rows_back_and_keeps_the_gradient() -> None:
     optimizer = wrapped(net, refresh_every=2, release_rows=True)
     optimizer.backward(shared_losses(net, inputs()))
     report = optimizer.combine()
-    buffers = optimizer._buffers
+    buffers = optimizer._captures.buffers
     assert buffers is not None
     assert sum(len(block) for block in buffers.blocks) == 1
     torch.testing.assert_close(flat_grad(net), report.weights @ gradient_rows(net, inputs()))

@@ -29,7 +29,7 @@ def test_rows_in_half_precision(dtype: torch.dtype, decider: str, monkeypatch: p
         optimizer.zero_grad()
         optimizer.backward(callables(net, x))
         report = optimizer.combine()
-    buffers = optimizer._buffers
+    buffers = optimizer._captures.buffers
     assert buffers is not None
     assert [block.dtype for block in buffers.blocks] == [dtype]
     assert {p.grad.dtype for p in net.parameters() if p.grad is not None} == {torch.float32}
@@ -50,7 +50,7 @@ def test_only_wider_gradients_are_narrowed(decider: str, monkeypatch: pytest.Mon
         optimizer.zero_grad()
         optimizer.backward({"a": (wide * 3).sum() + 1, "b": (narrow.float() * 2).sum() + (wide * 3).sum()})
         optimizer.combine()
-    assert {block.dtype for block in optimizer._buffers.blocks} == {torch.bfloat16}  # type: ignore[union-attr]
+    assert {block.dtype for block in optimizer._captures.buffers.blocks} == {torch.bfloat16}  # type: ignore[union-attr]
     assert wide.grad is not None
     assert narrow.grad is not None
     assert (wide.grad.dtype, narrow.grad.dtype) == (torch.float32, torch.bfloat16)

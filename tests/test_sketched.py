@@ -73,8 +73,8 @@ def test_no_gradient_is_kept_beside_the_direction() -> None:
     optimizer = wrapped(net, sketch=16)
     optimizer.backward(shared_losses(net, inputs(dtype=torch.float32)))
     optimizer.combine()
-    assert optimizer._buffers is not None
-    (block,) = optimizer._buffers.blocks
+    assert optimizer._captures.buffers is not None
+    (block,) = optimizer._captures.buffers.blocks
     assert len(block) == 1
     assert n <= block.numel() <= n + 4 * len(list(net.parameters()))
 
@@ -143,5 +143,5 @@ def test_constant_weights_need_no_sketch() -> None:
     optimizer = wrapped(net, "uniform", sketch=64)
     optimizer.backward(shared_losses(net, x))
     optimizer.combine()
-    assert optimizer._sketches is None
+    assert optimizer._captures.sketches is None
     torch.testing.assert_close(flat_grad(net), gradient_rows(net, x).mean(0))

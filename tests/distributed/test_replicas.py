@@ -51,7 +51,7 @@ def row_memory(shard_rows: bool) -> tuple[int, int]:
     net = make_net(torch.float32)
     optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters()), shard_rows=shard_rows)
     optimizer.backward({name: loss_of(net, batches(0)[name], k) for k, name in enumerate(NAMES)})
-    buffers = optimizer._buffers
+    buffers = optimizer._captures.buffers
     assert buffers is not None
     held = sum(block.numel() for block in buffers.blocks) + sum(s.rows.numel() for s in buffers._shards if s)
     return sum(p.numel() for p in net.parameters() if p.requires_grad), held

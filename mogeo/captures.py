@@ -1,0 +1,174 @@
+"""Captures: all that a step's gradients are caught in, made for the parameters as they are.
+
+Rows and direction (`mogeo.buffers`), and where asked for, mean gradients of groups that stay outside the Gram matrix,
+and sketches (`mogeo.sketched`). Knows which parameters go where, and when memory has to be made anew; no losses and no
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mogeo.buffers import GradientBuffers
+from mogeo.capture import Capture, signature
+from mogeo.distributed import Group, Ranks, ranks_of
+from mogeo.sketched import SketchedRows
+from mogeo.window import Window
+
+
+class Holding(NamedTuple):
+    """How gradients are held: keywords of `mogeo.MultiObjectiveOptimizer`."""
+
+    process_group: Group | None
+    shard_rows: bool
+    row_dtype: torch.dtype | None
+    host_rows: bool
+    release_rows: bool
+    sketch: int | None
+
+
+class Captures:
+    """What catches the gradients of a window, and keeps them.
+
+    Attributes:
+        buffers: rows and direction, or the direction alone; None before the first `fit`.
+        plain: mean gradients of groups with an entry `"multi_objective": False`, if there are such.
+        sketches: in place of rows, from the first window on that needs them.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: GradientBuffers | None = None
+        self.plain: GradientBuffers | None = None
+        self.sketches: SketchedRows | None = None
+
+    @property
+    def _all(self) -> list[Capture]:
+        return [part for part in (self.buffers, self.plain, self.sketches) if part is not None]
+
+    def fit(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        names: tuple[str, ...],
+        window: Window,
+        holding: Holding,
+        is_open: bool,
+    ) -> Capture:
+        """Make room for a window, for the parameters as they are now; an open one moves over to it.
+
+        Args:
+            groups: of the base optimizer.
+            names: of the K objectives.
+            window: whose gradients are to be caught.
+            holding: how.
+            is_open: whether some have been.
+
+        Returns:
+            What they go to, those of plain groups apart.
+
+        Raises:
+            ValueError: no parameter requires grad.
+            RuntimeError: parameters changed within a window that cannot move, or ranks disagree on the objectives.
+        """
+        mine, others = self._parameters(groups, is_open)
+        keeps_rows = window.calls is None and (window.weights is None or (window.held and not holding.release_rows))
+        n_rows = len(names) if keeps_rows and holding.sketch is None else 1
+        fits = self.buffers is not None and self.buffers.signature == signature(mine, n_rows)
+        plain_fits = (self.plain.signature if self.plain else ()) == (signature(others, 1) if others else ())
+        ranks = self.buffers.ranks if fits and self.buffers is not None else ranks_of(holding.process_group)
+        if not (fits and plain_fits):
+            if ranks is not None:
+                ranks.agreed("the names or the order of the objectives", names)
+            self._make_buffers(mine, others, n_rows, ranks, holding, is_open)
+        assert self.buffers is not None
+        if window.calls is None:
+            return self.buffers
+        assert holding.sketch is not None
+        if self.sketches is None or self.sketches.signature != signature(mine, len(names)):
+            if is_open:
+                raise RuntimeError(
+                    "the parameters changed between backward() and step(), and sketches cannot move: change them after "
+                    "step() or zero_grad()"
+                )
+            self.sketches = SketchedRows(mine, len(names), ranks, dimension=holding.sketch)
+        return self.sketches
+
+    def _parameters(self, groups: Sequence[Mapping[str, Any]], is_open: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Those with a share in the Gram matrix, and the others, each once, although torch allows repetition."""
+        mine: dict[Tensor, None] = {}
+        others: dict[Tensor, None] = {}
+        for group in groups:
+            (mine if group.get("multi_objective", True) else others).update(dict.fromkeys(group["params"]))
+        # Frozen within a window: still part of it.
+        captured = {parameter for part in self._all for parameter in part.touched()} if is_open else set()
+        wanted, rest = ([p for p in ps if p.requires_grad or p in captured] for ps in (mine, others))
+        if not wanted:
+            raise ValueError(
+                "no parameter of the base optimizer requires grad: nothing to optimize"
+                + (" (outside groups with multi_objective=False)" if rest else "")
+            )
+        return wanted, rest
+
+    def _make_buffers(
+        self,
+        mine: list[Tensor],
+        others: list[Tensor],
+        n_rows: int,
+        ranks: Ranks | None,
+        holding: Holding,
+        is_open: bool,
+    ) -> None:
+        old = (self.buffers, self.plain) if is_open else (None, None)
+        self.buffers = self.plain = None  # freed first, unless they hold a window
+        self.buffers = GradientBuffers(
+            mine, n_rows, ranks,
+            shard_rows=holding.shard_rows, row_dtype=holding.row_dtype, host_rows=holding.host_rows,
+        )  # fmt: skip
+        self.plain = GradientBuffers(others, 1, ranks) if others else None
+        for new, before in zip((self.buffers, self.plain), old, strict=True):
+            if new is not None and before is not None:
+                new.migrate(before)
+
+    @contextmanager
+    def capturing(self, rows: Capture, n_objectives: int) -> Iterator[None]:
+        """Within this context, gradients that autograd accumulates go to `rows`, those of plain groups to a mean."""
+        with rows.capturing():
+            if self.plain is None:
+                yield
+            else:
+                self.plain.select(None, 1 / n_objectives)
+                with self.plain.capturing():
+                    yield
+
+    def collect(self, rows: Capture) -> None:
+        """A backward is done: take what no hook has taken."""
+        rows.collect()
+        if self.plain is not None:
+            self.plain.collect()
+
+    def complete(self) -> None:
+        """Make the gradients of this window, on all ranks, what the buffers hold."""
+        for part in (self.buffers, self.plain):
+            if part is not None:
+                part.settle()
+                part.average_replicas()
+
+    def publish(self) -> None:
+        """Hand direction and means out as `p.grad`. A collective."""
+        for part in (self.buffers, self.plain):
+            if part is not None:
+                part.publish()
+
+    def drop(self) -> None:
+        """Close the window without handing anything out."""
+        for part in self._all:
+            part.drop()
+
+    def release_rows(self) -> None:
+        """Give the memory of rows back; the published direction stays."""
+        if self.buffers is not None and self.buffers.n_rows > 1:
+            self.buffers = self.buffers.without_rows()
