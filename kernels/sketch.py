@@ -33,7 +33,7 @@ _ENOUGH_PROGRAMS = 2048
 _FEWEST_CHUNKS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunks", "tail"])  # or every shape of a model's tensors compiles its own
 def _sketch(
     gradient, chunks, signs, sums, dimension, n_chunks, tail,
     SLICES: tl.constexpr, THREADS: tl.constexpr, UNROLL: tl.constexpr, ADD: tl.constexpr,
@@ -58,7 +58,7 @@ def _sketch(
             whole = whole & (head + TILE <= tl.where(chunk == n_chunks - 1, tail, dimension))
             places = places + (gradient + chunk * tl.cast(dimension, tl.int64) + head,)
             columns = columns + (column,)
-        if whole:
+        if whole:  # no chunk ends, or wraps around, in this tile
             totals = _add_whole_tiles(totals, places, columns, lane, SLICES, UNROLL)
         else:
             for chunk in range(group, tl.minimum(group + UNROLL, last)):
