@@ -97,7 +97,10 @@ def _drawn(chunks, signs, chunk, first_bucket, lane, dimension):
 
 @triton.jit
 def _add_whole_tiles(totals, places, columns, lane, SLICES: tl.constexpr, UNROLL: tl.constexpr):
-    """Totals with a tile of several chunks, each of elements side by side. All is loaded before any is added."""
+    """Totals with a tile of several chunks, each of elements side by side.
+
+    All is asked for before any is added; how many loads are under way at a time, the compiler decides.
+    """
     values = ()
     for i in tl.static_range(UNROLL * SLICES):
         values = values + (tl.load(places[i // SLICES] + i % SLICES * lane.shape[0] + lane),)
@@ -171,7 +174,8 @@ def tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tup
         packed |= (padded[s * _THREADS : s * _THREADS + count] < 0).to(torch.uint8) << s
     rotations, windows, flips = torch.cat([*chunks, torch.empty(0, 3, dtype=torch.int32)]).T
     drawn = torch.stack([2 * rotations + (flips < 0), windows], dim=1).to(device)
-    return packed.to(device), list(drawn.split([len(of_tensor) for of_tensor in chunks]))
+    # Apart, so that all are aligned alike, and one kernel serves them.
+    return packed.to(device), [part.clone() for part in drawn.split([len(of_tensor) for of_tensor in chunks])]
 
 
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:

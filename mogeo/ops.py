@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mogeo import cpu
 
+_OLDEST_TRITON = (3, 3)  # earlier ones cannot compile loops that carry tuples
+
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -214,12 +216,23 @@ def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device)
 # The choice
 
 
+def _lack_of_triton() -> str | None:
+    """Why the kernels cannot be used, if so."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return None if version >= _OLDEST_TRITON else f"triton {triton.__version__} is too old for mogeo's kernels"
+
+
 @functools.cache
 def _for_cuda() -> ModuleType:
-    if importlib.util.find_spec("triton") is None:
+    lack = _lack_of_triton()
+    if lack is not None:
         warnings.warn(
-            "triton is not installed: on this GPU mogeo runs as PyTorch operations, which are slower and wait for the "
-            "device at every step. pip install triton",
+            f"{lack}: on this GPU mogeo runs as PyTorch operations, which are slower and wait for the device at every "
+            "step. pip install --upgrade triton",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -28,6 +28,7 @@ from mogeo.min_norm import Status
 from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, in_order, run_backward
 from mogeo.replay import Repeatable, without_autocast
 from mogeo.report import StepReport
+from mogeo.sketch import MOST_BUCKETS
 from mogeo.steering import Steering
 from mogeo.weightings import MGDA, WeightingLike, bad_weights, require_positive_losses, resolve
 from mogeo.window import Call, Term, Window
@@ -153,10 +154,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             raise ValueError(f"max_grad_norm={max_grad_norm}: pass a positive norm, or None for no clipping")
         if row_dtype is not None and not row_dtype.is_floating_point:
             raise ValueError(f"row_dtype={row_dtype}: choose a floating dtype, such as torch.bfloat16")
-        if sketch is not None and (sketch < 1 or row_dtype is not None or host_rows or shard_rows):
+        if sketch is not None and not 1 <= sketch <= MOST_BUCKETS:
             raise ValueError(
-                f"sketch={sketch}: pass how many numbers to keep per objective, such as 262144; without row_dtype, "
-                "host_rows and shard_rows, for there are no rows then"
+                f"sketch={sketch}: pass how many numbers to keep per objective, such as 262144, {MOST_BUCKETS} at most"
+            )
+        if sketch is not None and (row_dtype is not None or host_rows or shard_rows):
+            raise ValueError(
+                f"sketch={sketch} with row_dtype, host_rows or shard_rows: there are no rows then, leave out one"
             )
         self._weighting: Callable[..., Any] = resolve(weighting)
         self.objectives = None if objectives is None else checked_names(objectives)
@@ -312,7 +316,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 rows.select(None, window.weights[index])
             loss = evaluate(name, term)
             needed_later |= window.calls is not None and isinstance(term, Tensor)
-            if self._wanted(index, window.add_loss(index, loss), rows, window):
+            # FSDP gathers parameters for a forward, and lets go of them in its backward. One of weight 0 leads nowhere.
+            if self._wanted(index, window.add_loss(index, loss), rows, window) or rows.sharded:
                 run_backward(name, loss, call.backward, call.retain_graph or needed_later)
             self._captures.collect(rows)
             del loss  # or the next callable runs while this graph is still alive
@@ -321,12 +326,16 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """Known weights and loss tensors: one backward of the weighted sum, as in plain training."""
         assert window.weights is not None
         rows.select(None)  # the weights are in the sum
+        losses: dict[str, Tensor] = {}
         summands: dict[str, Tensor] = {}
         with torch.enable_grad():
             for index, name, term in call.terms:
-                loss = evaluate(name, term)
-                if self._wanted(index, window.add_loss(index, loss), rows, window):
-                    summands[name] = loss.reshape(()) * window.weights[index]
+                losses[name] = evaluate(name, term).reshape(())
+                if self._wanted(index, window.add_loss(index, losses[name]), rows, window):
+                    summands[name] = losses[name] * window.weights[index]
+            if not summands and rows.sharded:  # as in `_backward_each`
+                rows.select(None, 0.0)
+                summands = losses
             if summands:
                 total = torch.stack([summand.double() for summand in summands.values()]).sum()
         if summands:
@@ -339,12 +348,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if window.weights is None and plain is None:
             return True
         if window.weights is not None and window.weights[index] == 0 and plain is None:
-            return rows.sharded  # FSDP gathers parameters for the forward, and lets go of them in the backward
-        # Not where other ranks would wait for this one's backward.
-        asks = self.nonfinite != "propagate" and not (self._decided_on_device(rows) or rows.ranks)
+            return False
+        # Not where other ranks, or FSDP, would wait for this one's backward.
+        asks = self.nonfinite != "propagate" and not (self._decided_on_device(rows) or rows.ranks or rows.sharded)
         if asks and not bool(value.isfinite()):
             return False
-        if window.weights is not None:
+        if window.weights is not None and window.weights[index] != 0:
             window.contributed.add(index)
         return True
 

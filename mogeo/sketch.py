@@ -13,8 +13,10 @@ from torch import Tensor
 
 from mogeo import ops
 
-_MOST_WINDOWS = 1 << 19  # keeps the table of signs within 512 KiB + d bytes on a GPU, whatever the size of the model
-_MOST_BUCKETS = 1 << 30  # a kernel counts them in 32 bits
+MOST_BUCKETS = 1 << 30
+"""The longest sketch: a kernel counts its elements in 32 bits."""
+
+_MOST_WINDOWS = 1 << 19  # the table of signs takes some 512 KiB + d bytes on a GPU, whatever the size of the model
 
 
 class SignedSketch:
@@ -40,9 +42,8 @@ class SignedSketch:
 
     for all g and h. A cosine is off by some 1/√d, and what lies in one chunk is exact.
 
-    Without the σ_c, windows at equal distances (t_c − t_c' = t_e − t_e') would add up wherever elements have a mean:
-    with all elements equal, to some C²/(2T) times this variance for C chunks in T windows. Without the rotations, an
-    outlier feature whose column stride divides d would pile up in few buckets.
+    Without the σ_c, windows at equal distances (t_c − t_c' = t_e − t_e') would add up wherever elements have a mean.
+    Without the rotations, an outlier feature whose column stride divides d would pile up in few buckets.
 
     **More than T = 524,288 chunks.** The windows are dealt again, in a new order. Two chunks then have the same signs
     with probability 1/T at most: the estimate stays unbiased, and 1/d in the bound becomes 1/d + 1/T.
@@ -64,8 +65,8 @@ class SignedSketch:
     """
 
     def __init__(self, sizes: Sequence[int], dimension: int, *, seed: int = 0, device: torch.device) -> None:
-        if not 1 <= dimension <= _MOST_BUCKETS:
-            raise ValueError(f"dimension is {dimension}: a sketch needs 1 to {_MOST_BUCKETS} buckets")
+        if not 1 <= dimension <= MOST_BUCKETS:
+            raise ValueError(f"dimension is {dimension}: a sketch needs 1 to {MOST_BUCKETS} buckets")
         if any(size < 0 for size in sizes):
             raise ValueError(f"sizes are {list(sizes)}: pass the number of elements of each tensor, none negative")
         self.sizes = tuple(sizes)

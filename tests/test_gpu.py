@@ -147,11 +147,12 @@ def test_a_sketch_is_that_of_the_cpu_and_never_synchronises(dtype: torch.dtype) 
     here, there = (SignedSketch(sizes, dimension, device=torch.device(device)) for device in ("cpu", "cuda"))
     mine, theirs = torch.zeros(dimension), torch.zeros(dimension, device="cuda")
     moved = [gradient.cuda() for gradient in gradients]
-    there.add_(theirs, 0, moved[0])  # compiled now
+    scratch = torch.zeros_like(theirs)
     for index, gradient in enumerate(gradients):
         here.add_(mine, index, gradient)
+        there.add_(scratch, index, moved[index])  # compiled now
     with no_synchronisation():
-        for index in (1, 2):
+        for index in range(len(sizes)):
             there.add_(theirs, index, moved[index])
     torch.testing.assert_close(theirs.cpu(), mine, rtol=1e-5, atol=1e-4)
 
@@ -165,7 +166,7 @@ def test_a_sketch_is_that_of_the_cpu_and_never_synchronises(dtype: torch.dtype) 
         {"host_rows": True},
         {"host_rows": True, "row_dtype": torch.bfloat16, "refresh_every": 2},
         {"row_dtype": torch.bfloat16},
-        {"sketch": 1 << 16},  # longer than the gradient: loses nothing
+        {"sketch": 1 << 16},  # so long that hardly two elements meet
         {"sketch": 1 << 16, "refresh_every": 3, "guarantee_descent": True},
     ],
     ids=str,

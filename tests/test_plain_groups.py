@@ -170,3 +170,17 @@ def test_a_loss_that_is_not_finite_propagates() -> None:
     optimizer.backward(losses)
     optimizer.combine()
     assert grads(net.trunk).isnan().all()
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.sum, lambda x: lambda: x.sum()], ids=["tensors", "callables"])
+def test_an_objective_of_weight_zero_reaches_the_mean_alone(form: Callable[[Tensor], object]) -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [a]}, {"params": [b], "multi_objective": False}]
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(groups, lr=0.1), "linear(0, 1)", objectives=("x", "y"))
+    optimizer.backward(form(a * a), objective="x")  # type: ignore[arg-type]
+    optimizer.backward(form(b * a.sum()), objective="y")  # type: ignore[arg-type]
+    optimizer.step()
+    assert a.grad is not None
+    assert a.grad.tolist() == [3.0, 3.0]
+    assert b.grad is not None
+    assert b.grad.tolist() == [1.0, 1.0, 1.0]

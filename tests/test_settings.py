@@ -18,7 +18,8 @@ from tests.nets import Net, flat_grad, gradient_rows, inputs, separate_losses, s
     [
         ({"row_dtype": torch.int8}, "row_dtype=torch.int8: choose a floating dtype"),
         ({"sketch": 0}, "sketch=0"),
-        ({"sketch": 64, "row_dtype": torch.bfloat16}, "without row_dtype"),
+        ({"sketch": 2**31}, "1073741824 at most"),
+        ({"sketch": 64, "row_dtype": torch.bfloat16}, "sketch=64 with row_dtype"),
         ({"sketch": 64, "host_rows": True}, "host_rows"),
         ({"preference": {"help": 1.0, "honesty": -1.0, "truth": 1.0}}, "preference"),
         ({"min_weight": -0.1}, "min_weight"),

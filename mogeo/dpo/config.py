@@ -133,7 +133,8 @@ class AlignConfig:
         _require(self.refresh_every >= 1, "refresh_every", self.refresh_every, "at least 1")
         known = self.row_dtype is None or self.row_dtype in ROW_DTYPES
         _require(known, "row_dtype", self.row_dtype, f"one of {', '.join(ROW_DTYPES)}, or None")
-        _require(self.sketch is None or self.sketch >= 1, "sketch", self.sketch, "at least 1")
+        known = self.sketch is None or 1 <= self.sketch <= 1 << 30
+        _require(known, "sketch", self.sketch, "1 to 2**30 numbers")
         for name in ("row_dtype", "host_rows"):
             if self.sketch is not None and getattr(self, name):
                 raise InputError(f"sketch keeps no gradient rows, and {name} is about these: leave out one of them")

@@ -130,30 +130,66 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(weighting: str, engin
             assert torch.equal(p, q)
 
 
-def one_bad_rank(engine: str, weighting: str) -> tuple[tuple[str, ...], Tensor, list[Tensor]]:
+@pytest.mark.parametrize("form", ["callables", "tensors"])
+@pytest.mark.parametrize(("weighting", "options"), [("linear(1,0,1)", {}), ("mgda-decoupled", {"sketch": 4096})])
+def test_fsdp_leaves_out_nothing_but_what_is_not_finite(weighting: str, options: dict[str, Any], form: str) -> None:
+    """Its weight is 0, and it takes its backward, for which FSDP waits; NaN of it goes nowhere."""
+    for skipped, weights, _ in run(2, one_bad_rank, "fsdp", weighting, form, options):
+        assert skipped == (NAMES[1],)
+        assert weights.isfinite().all()
+
+
+def one_bad_rank(
+    engine: str, weighting: str, form: str = "callables", options: dict[str, Any] | None = None
+) -> tuple[tuple[str, ...], Tensor, list[Tensor]]:
     import warnings
 
     warnings.simplefilter("ignore")
     model, replicas, replica = getattr(engines, engine)(make_net(torch.float64))
     optimizer = MultiObjectiveOptimizer(
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), weighting
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), weighting, **(options or {})
     )
     skipped: tuple[str, ...] = ()
     for step in range(3):
         data = {n: share_of(b, replicas, replica) for n, b in batches(step).items()}
         factor = math.nan if step == 1 and dist.get_rank() == 1 else 1.0
         optimizer.zero_grad()
-        optimizer.backward(
-            {
-                n: (lambda x=data[n], k=k, f=factor if k == 1 else 1.0: loss_of(model, x, k) * f)
-                for k, n in enumerate(NAMES)
-            }
-        )
+        terms: dict[str, Any] = {
+            n: (lambda x=data[n], k=k, f=factor if k == 1 else 1.0: loss_of(model, x, k) * f)
+            for k, n in enumerate(NAMES)
+        }
+        optimizer.backward({n: term() for n, term in terms.items()} if form == "tensors" else terms)
         optimizer.step()
         assert optimizer.report is not None
         skipped = skipped or optimizer.report.skipped
     assert optimizer.report is not None
     return skipped, optimizer.report.weights, [full(p) for p in model.parameters()]
+
+
+def test_fsdp_on_one_rank_uses_no_old_parameters_after_a_loss_that_is_not_finite() -> None:
+    (pairs,) = run(1, lone_shards)
+    for by_fsdp, by_its_parameters in pairs:
+        torch.testing.assert_close(by_fsdp, by_its_parameters)
+
+
+def lone_shards() -> list[tuple[Tensor, Tensor]]:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    model, _, _ = engines.fsdp(make_net(torch.float64))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(parameters, lr=0.1), "uniform")
+    x, pairs = next(iter(batches(0).values())), []
+    for factor in (1.0, math.nan, 1.0):
+        optimizer.zero_grad()
+        optimizer.backward(
+            {n: (lambda k=k: loss_of(model, x, k) * (factor if k else 1.0)) for k, n in enumerate(NAMES)}
+        )
+        optimizer.step()
+        twin = make_net(torch.float64)
+        twin.load_state_dict({name: full(value) for name, value in model.state_dict().items()})
+        pairs.append((loss_of(model, x, 0).detach(), loss_of(twin, x, 0).detach()))
+    return pairs
 
 
 def test_other_objectives_or_another_order_are_named_on_every_rank() -> None:
