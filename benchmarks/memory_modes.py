@@ -23,10 +23,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -270,29 +272,35 @@ def quality_of(name: str, mode: Mode, run: smoothing.Run, start: nn.Module) -> d
     return {"cell": {"method": name, "seed": run.seed}, **judged, "after": after}
 
 
-def world(
-    listed: Mapping[str, Mode], seeds: int, parts: Sequence[str], sizes: smoothing.Plan
-) -> tuple[dict[str, Figures], list[dict[str, Any]]]:
-    """Errors by mode, and judged models."""
-    listed = in_world(listed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    errors: dict[str, list[float]] = {name: [] for name in listed}
+def world_of(
+    seed: int, listed: Mapping[str, Mode], parts: Sequence[str], sizes: smoothing.Plan
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One seed: mean error over the steps by mode, and judged models; empty where not asked for."""
+    errors: dict[str, float] = {}
     judged = []
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(seeds):
-            run = smoothing.Run(seed, sizes, Path(scratch))
-            start = copy.deepcopy(run.model)
-            if "quality" in parts:
-                judged += [quality_of(name, mode, run, start) for name, mode in listed.items()]
-            if "error" in parts:
-                run.model.load_state_dict(start.state_dict())
-                for name, steps in errors_along(run, listed).items():
-                    errors[name].append(fmean(steps))
-            print(f"world: seed {seed} done", file=sys.stderr, flush=True)
-    torch.set_num_threads(threads)
-    told = {n: {"mean": fmean(e), "half_width": tables.interval(e), "by_seed": e} for n, e in errors.items() if e}
-    return told, judged
+        run = smoothing.Run(seed, sizes, Path(scratch))
+        start = copy.deepcopy(run.model)
+        if "error" in parts:
+            errors = {name: fmean(steps) for name, steps in errors_along(run, listed).items()}
+        if "quality" in parts:
+            judged = [quality_of(name, mode, run, start) for name, mode in listed.items()]
+    return errors, judged
+
+
+def world(
+    listed: Mapping[str, Mode], seeds: int, parts: Sequence[str], sizes: smoothing.Plan, workers: int
+) -> tuple[dict[str, Figures], list[dict[str, Any]]]:
+    """Errors by mode, and judged models, of all seeds: a process a seed, with one thread."""
+    listed = in_world(listed)
+    spawn, found = multiprocessing.get_context("spawn"), []
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for one in pool.map(partial(world_of, listed=listed, parts=parts, sizes=sizes), range(seeds)):
+            found.append(one)
+            print(f"world: {len(found)} of {seeds} seeds done", file=sys.stderr, flush=True)
+    by_mode = {name: [errors[name] for errors, _ in found] for name in listed if "error" in parts}
+    told = {n: {"mean": fmean(e), "half_width": tables.interval(e), "by_seed": e} for n, e in by_mode.items()}
+    return told, [result for _, judged in found for result in judged]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -338,6 +346,7 @@ def main() -> None:
     parser.add_argument("--refresh-every", type=int, default=10, metavar="T", help="steps between solves (default: 10)")
     parser.add_argument("--rounds", type=int, default=7, help="of the timed blocks, at least 2 (default: 7)")
     parser.add_argument("--seeds", type=int, default=5, help="worlds 0 … N−1 (default: 5)")
+    parser.add_argument("--workers", type=int, default=2, help="processes for error and quality (default: 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for time (default: torch's)")
     parser.add_argument("--quick", action="store_true", help="sizes too small to mean anything: does it run?")
     parser.add_argument("--json", type=Path, help="write every figure there, after each part")
@@ -348,8 +357,8 @@ def main() -> None:
         parser.error("--device cuda: torch finds no GPU here")
     if options.plot and not {"time", "memory", "error"} <= set(options.parts):
         parser.error("--plot shows time, memory and error: name all three in --parts, or leave --parts out")
-    if options.refresh_every < 2 or options.rounds < 2 or options.seeds < 1:
-        parser.error("--refresh-every and --rounds have to be at least 2, and --seeds at least 1")
+    if options.refresh_every < 2 or options.rounds < 2 or min(options.seeds, options.workers) < 1:
+        parser.error("--refresh-every and --rounds have to be at least 2, --seeds and --workers at least 1")
 
     torch.set_num_threads(options.threads)
     model = "qwen-shape-tiny" if options.quick else "qwen-0.5b" if on_gpu else "llama-8m"
@@ -381,13 +390,9 @@ def main() -> None:
             document["clocks_last"] = clocks(options.device)
             options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
-    if "memory" in options.parts:
-        for name, peak in memory_by_mode(listed, weighed, period).items():
-            results[name]["peak_bytes"] = peak
-        save()
     if {"error", "quality"} & set(options.parts):
         sizes = smoothing.plan(options.quick)
-        errors, document["judged"] = world(listed, options.seeds, options.parts, sizes)
+        errors, document["judged"] = world(listed, options.seeds, options.parts, sizes, options.workers)
         for name, figures in errors.items():
             results[name]["error"] = figures
         save()
@@ -396,6 +401,10 @@ def main() -> None:
             results[name]["time"] = figures
         save()
 
+    if "memory" in options.parts:  # last: what a profile leaves behind would be in the clock's way
+        for name, peak in memory_by_mode(listed, weighed, period).items():
+            results[name]["peak_bytes"] = peak
+        save()
     runs = tables.by_label(document["judged"])
     print("\n" + table(document["results"], runs))
     if runs:
