@@ -14,7 +14,7 @@ quality  A run of its own per mode in the demo's world, all from one start and o
 Time and memory are taken on --device, with the models of benchmarks/step_overhead.py; the world is trained on the CPU,
 with one thread, in its regime `noisehelp`.
 
-Run: python benchmarks/memory_modes.py [--parts time memory error quality] [--seeds 5] [--rounds 7] [--device cuda]
+Run: python benchmarks/memory_modes.py [--parts time memory error quality] [--seeds 4] [--rounds 5] [--device cuda]
      [--quick] [--json PATH] [--plot PATH]
 """
 
@@ -83,7 +83,7 @@ def modes(period: int, on_gpu: bool = True) -> dict[str, Mode]:
         "sketch 2^16": Mode({"sketch": 2**16}),
         "refresh": Mode(every, tensors=True),
         "refresh, release": Mode({**every, "release_rows": True}, twin="refresh"),
-        "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}, tensors=True),
+        "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}),
         "smoothing 0.9": Mode({"smoothing": 0.9}),
     }
     return {name: mode for name, mode in listed.items() if on_gpu or not mode.needs_gpu}
@@ -344,8 +344,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     parser.add_argument("--refresh-every", type=int, default=10, metavar="T", help="steps between solves (default: 10)")
-    parser.add_argument("--rounds", type=int, default=7, help="of the timed blocks, at least 2 (default: 7)")
-    parser.add_argument("--seeds", type=int, default=5, help="worlds 0 … N−1 (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the timed blocks, at least 2 (default: 5)")
+    parser.add_argument("--seeds", type=int, default=4, help="worlds 0 … N−1 (default: 4)")
     parser.add_argument("--workers", type=int, default=2, help="processes for error and quality (default: 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for time (default: torch's)")
     parser.add_argument("--quick", action="store_true", help="sizes too small to mean anything: does it run?")
