@@ -42,7 +42,7 @@ from alignment import WORLD_COLUMNS
 from machine import clocks, describe
 from plan_check import MIB, allocated
 from step_overhead import Setting, make_model, prepared, release
-from timing import rotated, wall_clock
+from timing import Clock, cpu_clock, rotated, wall_clock
 from torch import Tensor, nn
 
 from mogeo import MultiObjectiveOptimizer
@@ -129,9 +129,9 @@ def step_of(mode: Mode, model: nn.Module, setting: Setting, tensors: bool = Fals
     return step
 
 
-def time_of(listed: Mapping[str, Mode], setting: Setting, period: int, rounds: int) -> dict[str, Figures]:
+def time_of(listed: Mapping[str, Mode], setting: Setting, period: int, rounds: int, clock: Clock) -> dict[str, Figures]:
     """Milliseconds a step and ratios to plain, by mode: medians and quartiles over rounds."""
-    clock, model = wall_clock(setting.device), make_model(setting)
+    model = make_model(setting)
     contestants = [*listed, *(f"{name}, tensors" for name, mode in listed.items() if mode.tensors)]
     found: list[dict[str, float]] = []
     for turn in range(rounds):
@@ -348,6 +348,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="worlds 0 … N−1 (default: 4)")
     parser.add_argument("--workers", type=int, default=2, help="processes for error and quality (default: 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for time (default: torch's)")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: seconds of CPU, for a machine that is busy with other things; with --threads 1 (default: wall)",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep what the file of --json holds of other parts")
     parser.add_argument("--quick", action="store_true", help="sizes too small to mean anything: does it run?")
     parser.add_argument("--json", type=Path, help="write every figure there, after each part")
     parser.add_argument("--plot", type=Path, help="draw time, memory and error there; needs these three parts")
@@ -355,8 +362,12 @@ def main() -> None:
     on_gpu = options.device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    if options.plot and not {"time", "memory", "error"} <= set(options.parts):
+    if options.keep and not (options.json and options.json.exists()):
+        parser.error("--keep: name the file of an earlier run in --json")
+    if options.plot and not (options.keep or {"time", "memory", "error"} <= set(options.parts)):
         parser.error("--plot shows time, memory and error: name all three in --parts, or leave --parts out")
+    if options.clock == "cpu" and (on_gpu or options.threads != 1):
+        parser.error("--clock cpu: only for --device cpu, with --threads 1, for threads that wait for others count too")
     if options.refresh_every < 2 or options.rounds < 2 or min(options.seeds, options.workers) < 1:
         parser.error("--refresh-every and --rounds have to be at least 2, --seeds and --workers at least 1")
 
@@ -379,6 +390,8 @@ def main() -> None:
         "judged": [],
         "left_out": left_out,
     }
+    if options.keep:
+        keep(json.loads(options.json.read_text("utf-8")), document, options.parts)
     print(", ".join(f"{key} {value}" for key, value in document["machine"].items()))
     print(f"{model}: {document['parameters'] / 1e6:.2f} M parameters, K = {setting.objectives}, T = {period};", end=" ")
     print(f"tokens an objective: {timed.tokens} for time, {weighed.tokens} for memory")
@@ -392,12 +405,15 @@ def main() -> None:
 
     if {"error", "quality"} & set(options.parts):
         sizes = smoothing.plan(options.quick)
-        errors, document["judged"] = world(listed, options.seeds, options.parts, sizes, options.workers)
+        errors, judged = world(listed, options.seeds, options.parts, sizes, options.workers)
+        document["judged"] = judged or document["judged"]
         for name, figures in errors.items():
             results[name]["error"] = figures
         save()
     if "time" in options.parts:
-        for name, figures in time_of(listed, timed, period, options.rounds).items():
+        clock = cpu_clock if options.clock == "cpu" else wall_clock(options.device)
+        document["clock"] = options.clock
+        for name, figures in time_of(listed, timed, period, options.rounds, clock).items():
             results[name]["time"] = figures
         save()
 
@@ -414,6 +430,19 @@ def main() -> None:
         from memory_modes_figure import draw
 
         draw(document, options.plot)
+
+
+def keep(earlier: Figures, document: Figures, parts: Sequence[str]) -> None:
+    """Take over what an earlier run found in other parts, and where it ran."""
+    fields = {
+        field for part, field in (("time", "time"), ("memory", "peak_bytes"), ("error", "error")) if part not in parts
+    }
+    by_mode = {result["mode"]: result for result in earlier["results"]}
+    for result in document["results"]:
+        result |= {field: value for field, value in by_mode.get(result["mode"], {}).items() if field in fields}
+    document |= {"judged": earlier["judged"], "earlier": [*earlier.get("earlier", []), earlier["machine"]]}
+    if "time" not in parts and "clock" in earlier:
+        document["clock"] = earlier["clock"]
 
 
 def _described(name: str, mode: Mode) -> Figures:
