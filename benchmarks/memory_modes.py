@@ -338,6 +338,18 @@ def _time_cells(figures: Figures | None) -> list[str]:
     return [f"{figures['ms']:.0f}", f"{middle:.3f} ({low:.3f} … {high:.3f})"]
 
 
+def keep(earlier: Figures, document: Figures, parts: Sequence[str]) -> None:
+    """Take over what an earlier run found in other parts, and where it ran."""
+    field_of = {"time": "time", "memory": "peak_bytes", "error": "error"}
+    fields = {field for part, field in field_of.items() if part not in parts}
+    by_mode = {result["mode"]: result for result in earlier["results"]}
+    for result in document["results"]:
+        result |= {field: value for field, value in by_mode.get(result["mode"], {}).items() if field in fields}
+    document |= {"judged": earlier["judged"], "earlier": [*earlier.get("earlier", []), earlier["machine"]]}
+    if "time" not in parts and "clock" in earlier:
+        document["clock"] = earlier["clock"]
+
+
 def main() -> None:
     """Parse, measure part by part, print, and write JSON and picture where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -430,19 +442,6 @@ def main() -> None:
         from memory_modes_figure import draw
 
         draw(document, options.plot)
-
-
-def keep(earlier: Figures, document: Figures, parts: Sequence[str]) -> None:
-    """Take over what an earlier run found in other parts, and where it ran."""
-    fields = {
-        field for part, field in (("time", "time"), ("memory", "peak_bytes"), ("error", "error")) if part not in parts
-    }
-    by_mode = {result["mode"]: result for result in earlier["results"]}
-    for result in document["results"]:
-        result |= {field: value for field, value in by_mode.get(result["mode"], {}).items() if field in fields}
-    document |= {"judged": earlier["judged"], "earlier": [*earlier.get("earlier", []), earlier["machine"]]}
-    if "time" not in parts and "clock" in earlier:
-        document["clock"] = earlier["clock"]
 
 
 def _described(name: str, mode: Mode) -> Figures:
