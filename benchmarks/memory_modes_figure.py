@@ -17,8 +17,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 MIB = 2**20
-_ANGLES = np.radians([0, 35, -35, 90, -90, 145, -145, 180, 60, -60, 120, -120])
-_DISTANCES = range(11, 190, 10)  # points from a marker to where its label begins
+_ANGLES = np.radians([0, 180, 30, -30, 150, -150, 50, -50, 130, -130, 90, -90, 70, -70, 110, -110])
+_DISTANCES = range(11, 190, 6)  # points from a marker to where its label begins
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -30,7 +30,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     errors = {i: error for i, result in enumerate(shown) if (error := error_of(result, by_mode)) is not None}
     highest = max(errors.values(), default=0.0) or 1.0
 
-    figure = Figure(figsize=(9.0, 5.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.5, 5.6), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     quartiles = np.array([result["time"]["ratio"] for result in shown])
@@ -48,8 +48,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
     axes.scatter(x[bare], y[bare], s=30, marker="s", facecolors="white", edgecolors="black", linewidths=1.2, zorder=4)
     figure.colorbar(dots, ax=axes, label="‖w − w_exact‖₁, mean over the steps of a run (beside the names)", pad=0.02)
 
-    axes.margins(x=0.16, y=0.14)
-    axes.set_xlabel("step time over plain training (median, quartiles)")
+    axes.margins(x=0.25, y=0.14)
+    clock = {"cpu": "seconds of CPU a step", "wall": "step time"}[document["clock"]]
+    axes.set_xlabel(f"{clock} over plain training (median, quartiles)")
     axes.set_ylabel("peak of torch's allocations, MiB")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -64,7 +65,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     canvas.draw()  # the layout is settled now, so that labels know where points are
     figure.set_layout_engine("none")
     names = [result["mode"] + (f": {errors[i]:.3f}" if i in errors else "") for i, result in enumerate(shown)]
-    _label(canvas, axes, names, x, y)
+    _label(canvas, axes, names, quartiles, y)
     figure.savefig(path)
 
 
@@ -74,15 +75,19 @@ def error_of(result: dict[str, Any], by_mode: dict[str, Any]) -> float | None:
     return None if found is None else found["mean"]
 
 
-def _label(canvas: Any, axes: Any, names: Sequence[str], x: Any, y: Any) -> None:
-    """A label beside each point, as near as can be without covering a point, another label or the frame."""
+def _label(canvas: Any, axes: Any, names: Sequence[str], quartiles: Any, y: Any) -> None:
+    """A label beside each point, as near as can be: over no point, bar or label, nor its line, and within the frame."""
     renderer, scale = canvas.get_renderer(), axes.figure.dpi / 72
-    points = axes.transData.transform(np.column_stack([x, y]))
+    x = quartiles[:, 1]
+    points, lows, highs = (axes.transData.transform(np.column_stack([q, y])) for q in (x, *quartiles[:, [0, 2]].T))
     taken = [Bbox.from_extents(*(point - 8 * scale), *(point + 8 * scale)) for point in points]
+    taken += [Bbox.from_extents(*(a - 2 * scale), *(b + 2 * scale)) for a, b in zip(lows, highs, strict=True)]
     frame = axes.get_window_extent(renderer)
     for i in np.lexsort((y, x)):
         for distance, angle in product(_DISTANCES, _ANGLES):
             shift = distance * np.array([np.cos(angle), np.sin(angle)])
+            if _crosses(points[i], shift * scale, points, 8 * scale, taken[2 * len(points) :]):
+                continue
             side = "left" if shift[0] > 3 else "right" if shift[0] < -3 else "center"
             line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
             note = axes.annotate(
@@ -98,3 +103,11 @@ def _label(canvas: Any, axes: Any, names: Sequence[str], x: Any, y: Any) -> None
             note.remove()
         else:
             axes.annotate(names[i], (x[i], y[i]), fontsize=9)  # no room anywhere: better covered than missing
+
+
+def _crosses(start: Any, way: Any, points: Any, width: float, labels: Sequence[Bbox]) -> bool:
+    """Whether a line from one of the points comes near another one (but those in the same place), or over a label."""
+    steps = start + np.linspace(0, 1, 30)[:, None] * way
+    others = points[np.hypot(*(points - start).T) > width]
+    near = np.hypot(*(steps[:, None] - others).transpose(2, 0, 1)) < width
+    return bool(near.any()) or any(label.count_contains(steps) for label in labels)
