@@ -23,10 +23,12 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/kernels.py --json runs/bench/kernels.json --plot runs/bench/roofline.png
 	$(BIN)/python benchmarks/step_overhead.py --json runs/bench/step-cpu.json
 	$(BIN)/python benchmarks/communication.py --json runs/bench/communication.json
+	$(BIN)/python benchmarks/memory_modes.py --json runs/bench/memory-modes.json --plot runs/bench/memory-modes.png
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		set -x; $(BIN)/python benchmarks/step_overhead.py --device cuda --json runs/bench/step-gpu.json; \
+		$(BIN)/python benchmarks/memory_modes.py --device cuda --parts time memory --json runs/bench/modes-gpu.json; \
 	else \
-		echo "left out: step_overhead.py --device cuda, the kernels and their bandwidth: no GPU"; \
+		echo "left out: step_overhead.py and memory_modes.py --device cuda, the kernels and their bandwidth: no GPU"; \
 	fi
 
 # torch goes first and by its exact version, so that no other package's looser requirement picks another build.

@@ -101,7 +101,7 @@ class Run:
     """One seed's model on its way, and the pairs it is aligned with."""
 
     def __init__(self, seed: int, sizes: Plan, scratch: Path) -> None:
-        setting = Setting(seed, "noisehelp", sizes.recipe, scratch)
+        self.setting = setting = Setting(seed, "noisehelp", sizes.recipe, scratch)
         self.sizes, self.seed = sizes, seed
         self.config = setting.config(sizes.recipe.align.learning_rate)
         self.model = setting.start()

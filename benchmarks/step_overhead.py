@@ -160,11 +160,16 @@ def dpo_loss(model: nn.Module, batch: Tensor, autocast: bool) -> Tensor:
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
 
 
-def steps_of(contestant: str, model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """One training step of a contestant, as a function."""
+def prepared(model: nn.Module, setting: Setting) -> tuple[torch.optim.Optimizer, list[Callable[[], Tensor]]]:
+    """AdamW over the model, which moves to the device, and the objectives' losses as callables."""
     model = model.to(setting.device)
     base = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True if setting.shape.mixed else None)
-    losses = [lambda batch=batch: dpo_loss(model, batch, setting.autocast) for batch in make_batches(setting)]
+    return base, [lambda batch=batch: dpo_loss(model, batch, setting.autocast) for batch in make_batches(setting)]
+
+
+def steps_of(contestant: str, model: nn.Module, setting: Setting) -> Callable[[], None]:
+    """One training step of a contestant, as a function."""
+    base, losses = prepared(model, setting)
 
     if contestant == "plain":
 

@@ -70,6 +70,23 @@ def test_kernels_are_drawn_and_what_cannot_run_is_left_out_aloud(tmp_path: Path)
     assert all(line in printed for line in left_out.splitlines())
 
 
+def test_every_mode_is_measured_and_drawn(tmp_path: Path) -> None:
+    drawn, target = tmp_path / "modes.png", tmp_path / "figures.json"
+    sizes = ["--quick", "--refresh-every", "2", "--rounds", "2", "--seeds", "1", "--threads", "1", "--clock", "cpu"]
+    printed = run("memory_modes.py", *sizes, "--json", str(target), "--plot", str(drawn))
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(target.read_text())
+    assert figures["machine"]["torch"] in printed
+    assert [f"left out: {what}: {why}" in printed for what, why in figures["left_out"].items()] == [True]
+    results = {result["mode"]: result for result in figures["results"]}
+    assert all(result["time"]["ms"] > 0 and result["peak_bytes"] > 0 for result in results.values())
+    errors = {mode: result["error"]["mean"] for mode, result in results.items() if "error" in result}
+    # At the first step, an exact mode and one that has just solved agree; at the second, held weights are old.
+    assert errors["exact"] == 0 < errors["refresh"]
+    assert {judged["cell"]["method"] for judged in figures["judged"]} == set(errors)
+    assert set(results) - set(errors) == {"plain", "refresh, release"}
+
+
 def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
     place = ["--output", str(tmp_path), "--workers", "1", "--quick"]
     run("alignment.py", *place, "world", "--seeds", "1")

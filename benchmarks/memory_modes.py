@@ -1,0 +1,454 @@
+"""What each mode of the optimizer costs and gives: step time, peak memory, error of the weights, quality at the end.
+
+time     A block of T steps (10) of each mode per round, in rotating order, so that a period of `refresh_every=T` is
+         whole; a ratio is taken to plain training within its round. Each block has a fresh model and optimizer, and two
+         steps before the clock starts, the first of which solves and the second holds. Losses are callables; some modes
+         are timed with loss tensors as well, against plain training that takes one backward of their sum.
+memory   The peak of torch's allocations over T + 1 steps, the first and the last of which solve, model and AdamW
+         included; one pair per objective, or activations would hide what modes differ in.
+error    ‖w − w_exact‖₁ at each step of one exact run in the demo's world. Every mode is given the very gradients and
+         losses of the exact run, at every step: those of the same parameters and the same mini-batches.
+quality  A run of its own per mode in the demo's world, all from one start and on the same mini-batches, judged as in
+         benchmarks/alignment.py.
+
+Time and memory are taken on --device, with the models of benchmarks/step_overhead.py; the world is trained on the CPU,
+with one thread, in its regime `noisehelp`.
+
+Run: python benchmarks/memory_modes.py [--parts time memory error quality] [--seeds 4] [--rounds 5] [--device cuda]
+     [--quick] [--json PATH] [--plot PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import alignment_tables as tables
+import smoothing
+import torch
+from alignment import WORLD_COLUMNS
+from machine import clocks, describe
+from plan_check import MIB, allocated
+from step_overhead import Setting, make_model, prepared, release
+from timing import Clock, cpu_clock, rotated, wall_clock
+from torch import Tensor, nn
+
+from mogeo import MultiObjectiveOptimizer
+
+PARTS = ("time", "memory", "error", "quality")
+PLAIN, EXACT = "plain", "exact"
+
+Figures = dict[str, Any]
+"""What a part found out about a mode."""
+
+
+class Mode(NamedTuple):
+    """A way to train with several objectives."""
+
+    keywords: Mapping[str, Any] | None
+    """Of `MultiObjectiveOptimizer`; None: plain training, the gradients of all losses summed up in `p.grad`."""
+
+    tensors: bool = False
+    """Timed with loss tensors as well."""
+
+    twin: str = ""
+    """The mode that has the same weights and direction: nothing to learn in the world that it does not tell."""
+
+    needs_gpu: bool = False
+
+
+def modes(period: int, on_gpu: bool = True) -> dict[str, Mode]:
+    """All modes by name; those that a GPU is needed for only where there is one."""
+    every = {"refresh_every": period}
+    listed = {
+        PLAIN: Mode(None, tensors=True),
+        "uniform": Mode({"weighting": "uniform"}),
+        EXACT: Mode({}, tensors=True),
+        "bf16 rows": Mode({"row_dtype": torch.bfloat16}),
+        "host rows": Mode({"host_rows": True}, twin=EXACT, needs_gpu=True),
+        "sketch 2^12": Mode({"sketch": 2**12}),
+        "sketch 2^14": Mode({"sketch": 2**14}),
+        "sketch 2^16": Mode({"sketch": 2**16}),
+        "refresh": Mode(every, tensors=True),
+        "refresh, release": Mode({**every, "release_rows": True}, twin="refresh"),
+        "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}),
+        "smoothing 0.9": Mode({"smoothing": 0.9}),
+    }
+    return {name: mode for name, mode in listed.items() if on_gpu or not mode.needs_gpu}
+
+
+def optimizer_of(mode: Mode, base: torch.optim.Optimizer) -> MultiObjectiveOptimizer:
+    """The base, wrapped as the mode has it."""
+    assert mode.keywords is not None
+    return MultiObjectiveOptimizer(base, **mode.keywords)
+
+
+def in_world(listed: Mapping[str, Mode]) -> dict[str, Mode]:
+    """Modes whose weights differ: all that weigh, without twins."""
+    return {name: mode for name, mode in listed.items() if mode.keywords is not None and not mode.twin}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Time and memory
+
+
+def step_of(mode: Mode, model: nn.Module, setting: Setting, tensors: bool = False) -> Callable[[], None]:
+    """One training step, as a function; losses are callables, or tensors."""
+    base, losses = prepared(model, setting)
+    if mode.keywords is None:
+
+        def step() -> None:
+            base.zero_grad()
+            if tensors:
+                torch.stack([loss() for loss in losses]).sum().backward()
+            else:
+                for loss in losses:
+                    loss().backward()
+            base.step()
+
+    else:
+        optimizer = optimizer_of(mode, base)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            optimizer.backward([loss() for loss in losses] if tensors else losses)
+            optimizer.step()
+
+    return step
+
+
+def time_of(listed: Mapping[str, Mode], setting: Setting, period: int, rounds: int, clock: Clock) -> dict[str, Figures]:
+    """Milliseconds a step and ratios to plain, by mode: medians and quartiles over rounds."""
+    model = make_model(setting)
+    contestants = [*listed, *(f"{name}, tensors" for name, mode in listed.items() if mode.tensors)]
+    found: list[dict[str, float]] = []
+    for turn in range(rounds):
+        seconds = {}
+        for name in rotated(contestants, turn):
+            mode, tensors = listed[name.removesuffix(", tensors")], name.endswith(", tensors")
+            step = step_of(mode, copy.deepcopy(model), setting, tensors)
+            for _ in range(2):
+                step()
+            seconds[name] = clock(partial(_repeat, step, period)) / period
+            del step
+            release(setting.device)
+        found.append(seconds)
+        print(f"time: round {turn + 1} of {rounds} done", file=sys.stderr, flush=True)
+
+    def figures(name: str, plain: str) -> Figures:
+        milliseconds = [1e3 * seconds[name] for seconds in found]
+        ratios = [seconds[name] / seconds[plain] for seconds in found]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        return {"ms": statistics.median(milliseconds), "ratio": quartiles, "ms_by_round": milliseconds}
+
+    return {
+        name: figures(name, PLAIN)
+        | ({"tensors": figures(f"{name}, tensors", f"{PLAIN}, tensors")} if mode.tensors else {})
+        for name, mode in listed.items()
+    }
+
+
+def _repeat(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
+def memory_of(mode: Mode, setting: Setting, period: int) -> int:
+    """Bytes of torch's allocations at their highest, over what there was before: the same in any process."""
+    release(setting.device)
+
+    def work() -> None:
+        _repeat(step_of(mode, make_model(setting), setting), period + 1)
+
+    if setting.device.type != "cuda":
+        return allocated(work)
+    before = torch.cuda.memory_allocated(setting.device)
+    torch.cuda.reset_peak_memory_stats(setting.device)
+    work()
+    return torch.cuda.max_memory_allocated(setting.device) - before
+
+
+def memory_by_mode(listed: Mapping[str, Mode], setting: Setting, period: int) -> dict[str, int]:
+    """The same of every mode, after steps that leave what the process keeps for good, such as workspaces."""
+    memory_of(listed[PLAIN], setting, 1)
+    return {name: memory_of(mode, setting, period) for name, mode in listed.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The demo's world
+
+
+class Seen(NamedTuple):
+    """What a step of the exact run gives to everyone: by objective the loss, and its gradient by parameter."""
+
+    losses: list[Tensor]
+    gradients: list[tuple[Tensor, ...]]
+
+    def replayed(self, parameters: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+        """Losses of the same values with the same gradients, to the bit, that cost next to nothing: linear ones."""
+
+        def of(loss: Tensor, gradient: Sequence[Tensor]) -> Tensor:
+            change = torch.stack([(p * g).sum() for p, g in zip(parameters, gradient, strict=True)]).sum()
+            return loss + (change - change.detach())
+
+        return [partial(of, *one) for one in zip(self.losses, self.gradients, strict=True)]
+
+
+def adam(run: smoothing.Run) -> torch.optim.Optimizer:
+    """The optimizer of the demo."""
+    return torch.optim.AdamW(
+        run.parameters, run.config.learning_rate, run.config.betas, weight_decay=run.config.weight_decay, fused=True
+    )
+
+
+def at_step(step: int, optimizer: torch.optim.Optimizer, run: smoothing.Run) -> None:
+    """Set the learning rate, as the demo does."""
+    for group in optimizer.param_groups:
+        group["lr"] = run.config.learning_rate_at(step, run.sizes.steps)
+
+
+def errors_along(run: smoothing.Run, listed: Mapping[str, Mode]) -> dict[str, list[float]]:
+    """‖w − w_exact‖₁ of each mode at each step of an exact run, which trains the model."""
+    exact = MultiObjectiveOptimizer(adam(run))
+    watchers = {name: optimizer_of(mode, torch.optim.SGD(run.parameters, lr=0.0)) for name, mode in listed.items()}
+    errors: dict[str, list[float]] = {name: [] for name in watchers}
+    run.model.train()
+    for step, losses in zip(range(1, run.sizes.steps + 1), run.losses(""), strict=False):
+        values = [loss() for loss in losses.values()]
+        gradients = [torch.autograd.grad(value, run.parameters) for value in values]
+        replayed = Seen([value.detach() for value in values], gradients).replayed(run.parameters)
+        at_step(step, exact, run)
+        exact.zero_grad()
+        exact.backward(replayed)
+        weights = exact.combine().weights.clone()
+        for name, watcher in watchers.items():
+            with _kept_gradients(run.parameters):
+                watcher.backward(replayed)
+                errors[name].append(smoothing.distance(watcher.combine().weights, weights))
+        exact.step()
+    return errors
+
+
+@contextmanager
+def _kept_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Put `p.grad` aside, for somebody else to use."""
+    mine = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter, gradient in zip(parameters, mine, strict=True):
+        parameter.grad = gradient
+
+
+def trained(mode: Mode, run: smoothing.Run) -> None:
+    """Align the model of the run, in place, as `mogeo align` does."""
+    optimizer = optimizer_of(mode, adam(run))
+    run.model.train()
+    for step, losses in zip(range(1, run.sizes.steps + 1), run.losses(""), strict=False):
+        at_step(step, optimizer, run)
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+
+
+def quality_of(name: str, mode: Mode, run: smoothing.Run, start: nn.Module) -> dict[str, Any]:
+    """A mode's model, trained from the start and judged; in the form of the cells of benchmarks/alignment.py."""
+    run.model.load_state_dict(start.state_dict())
+    trained(mode, run)
+    judged = run.setting.judged(run.model)
+    after = run.setting.measured(run.model, start, controls=False).to_dict()
+    return {"cell": {"method": name, "seed": run.seed}, **judged, "after": after}
+
+
+def world_of(
+    seed: int, listed: Mapping[str, Mode], parts: Sequence[str], sizes: smoothing.Plan
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One seed: mean error over the steps by mode, and judged models; empty where not asked for."""
+    errors: dict[str, float] = {}
+    judged = []
+    with tempfile.TemporaryDirectory() as scratch:
+        run = smoothing.Run(seed, sizes, Path(scratch))
+        start = copy.deepcopy(run.model)
+        if "error" in parts:
+            errors = {name: fmean(steps) for name, steps in errors_along(run, listed).items()}
+        if "quality" in parts:
+            judged = [quality_of(name, mode, run, start) for name, mode in listed.items()]
+    return errors, judged
+
+
+def world(
+    listed: Mapping[str, Mode], seeds: int, parts: Sequence[str], sizes: smoothing.Plan, workers: int
+) -> tuple[dict[str, Figures], list[dict[str, Any]]]:
+    """Errors by mode, and judged models, of all seeds: a process a seed, with one thread."""
+    listed = in_world(listed)
+    spawn, found = multiprocessing.get_context("spawn"), []
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for one in pool.map(partial(world_of, listed=listed, parts=parts, sizes=sizes), range(seeds)):
+            found.append(one)
+            print(f"world: {len(found)} of {seeds} seeds done", file=sys.stderr, flush=True)
+    by_mode = {name: [errors[name] for errors, _ in found] for name in listed if "error" in parts}
+    told = {n: {"mean": fmean(e), "half_width": tables.interval(e), "by_seed": e} for n, e in by_mode.items()}
+    return told, [result for _, judged in found for result in judged]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(results: Sequence[Figures], runs: tables.Runs) -> str:
+    """A row per mode, in Markdown; a dash where nothing was measured, or a twin tells the figure."""
+    by_mode = {result["mode"]: result for result in results}
+    rows = []
+    for name, result in by_mode.items():
+        cells = [*_time_cells(result.get("time")), *_time_cells(result.get("time", {}).get("tensors"))]
+        if "peak_bytes" in result:
+            plain = by_mode[PLAIN]["peak_bytes"]
+            cells += [f"{result['peak_bytes'] / MIB:.1f}", f"{(result['peak_bytes'] - plain) / MIB:+.1f}"]
+        else:
+            cells += ["–", "–"]
+        error = result.get("error")
+        cells.append(tables.summary(error["by_seed"], digits=3, signed=False) if error else "–")
+        for column in ("greedy worst", "greedy overall"):
+            judged = runs.get(name, {}).values()
+            cells.append(tables.summary([WORLD_COLUMNS[column](r) for r in judged]) if judged else "–")
+        rows.append([name, *(cell.replace("-", "−") for cell in cells)])
+    header = [
+        "mode", "ms a step", "over plain (quartiles)", "tensors: ms", "over plain (quartiles)", "peak MiB",
+        "over plain", "‖w − w_exact‖₁", "worst", "overall",
+    ]  # fmt: skip
+    return tables.markdown(header, rows)
+
+
+def _time_cells(figures: Figures | None) -> list[str]:
+    if figures is None:
+        return ["–", "–"]
+    low, middle, high = figures["ratio"]
+    return [f"{figures['ms']:.0f}", f"{middle:.3f} ({low:.3f} … {high:.3f})"]
+
+
+def keep(earlier: Figures, document: Figures, parts: Sequence[str]) -> None:
+    """Take over what an earlier run found in other parts, and where it ran."""
+    field_of = {"time": "time", "memory": "peak_bytes", "error": "error"}
+    fields = {field for part, field in field_of.items() if part not in parts}
+    by_mode = {result["mode"]: result for result in earlier["results"]}
+    for result in document["results"]:
+        result |= {field: value for field, value in by_mode.get(result["mode"], {}).items() if field in fields}
+    document |= {"judged": earlier["judged"], "earlier": [*earlier.get("earlier", []), earlier["machine"]]}
+    if "time" not in parts and "clock" in earlier:
+        document["clock"] = earlier["clock"]
+
+
+def main() -> None:
+    """Parse, measure part by part, print, and write JSON and picture where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    parser.add_argument("--refresh-every", type=int, default=10, metavar="T", help="steps between solves (default: 10)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the timed blocks, at least 2 (default: 5)")
+    parser.add_argument("--seeds", type=int, default=4, help="worlds 0 … N−1 (default: 4)")
+    parser.add_argument("--workers", type=int, default=2, help="processes for error and quality (default: 2)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for time (default: torch's)")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: seconds of CPU, for a machine that is busy with other things; with --threads 1 (default: wall)",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep what the file of --json holds of other parts")
+    parser.add_argument("--quick", action="store_true", help="sizes too small to mean anything: does it run?")
+    parser.add_argument("--json", type=Path, help="write every figure there, after each part")
+    parser.add_argument("--plot", type=Path, help="draw time, memory and error there; needs these three parts")
+    options = parser.parse_args()
+    on_gpu = options.device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    if options.keep and not (options.json and options.json.exists()):
+        parser.error("--keep: name the file of an earlier run in --json")
+    if options.plot and not (options.keep or {"time", "memory", "error"} <= set(options.parts)):
+        parser.error("--plot shows time, memory and error: name all three in --parts, or leave --parts out")
+    if options.clock == "cpu" and (on_gpu or options.threads != 1):
+        parser.error("--clock cpu: only for --device cpu, with --threads 1, for threads that wait for others count too")
+    if options.refresh_every < 2 or options.rounds < 2 or min(options.seeds, options.workers) < 1:
+        parser.error("--refresh-every and --rounds have to be at least 2, --seeds and --workers at least 1")
+
+    torch.set_num_threads(options.threads)
+    model = "qwen-shape-tiny" if options.quick else "qwen-0.5b" if on_gpu else "llama-8m"
+    setting = Setting(model, options.device, "fp32", objectives=4, tokens=0)
+    timed = setting._replace(tokens=setting.shape.tokens[0])
+    weighed = setting._replace(tokens=2 * setting.shape.length)  # one pair per objective
+    period, listed = options.refresh_every, modes(options.refresh_every, on_gpu)
+    left_out = {name: "a CPU has one memory only" for name in modes(period) if name not in listed}
+    results = {name: _described(name, mode) for name, mode in listed.items()}
+    document = {
+        "machine": describe("mogeo", "transformers", device=options.device),
+        "model": model,
+        "parameters": sum(p.numel() for p in make_model(setting).parameters()),
+        "objectives": setting.objectives,
+        "refresh_every": period,
+        "tokens": {"time": timed.tokens, "memory": weighed.tokens},
+        "results": list(results.values()),
+        "judged": [],
+        "left_out": left_out,
+    }
+    if options.keep:
+        keep(json.loads(options.json.read_text("utf-8")), document, options.parts)
+    print(", ".join(f"{key} {value}" for key, value in document["machine"].items()))
+    print(f"{model}: {document['parameters'] / 1e6:.2f} M parameters, K = {setting.objectives}, T = {period};", end=" ")
+    print(f"tokens an objective: {timed.tokens} for time, {weighed.tokens} for memory")
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}")
+
+    def save() -> None:
+        if options.json:
+            document["clocks_last"] = clocks(options.device)
+            options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    if {"error", "quality"} & set(options.parts):
+        sizes = smoothing.plan(options.quick)
+        errors, judged = world(listed, options.seeds, options.parts, sizes, options.workers)
+        document["judged"] = judged or document["judged"]
+        for name, figures in errors.items():
+            results[name]["error"] = figures
+        save()
+    if "time" in options.parts:
+        clock = cpu_clock if options.clock == "cpu" else wall_clock(options.device)
+        document["clock"] = options.clock
+        for name, figures in time_of(listed, timed, period, options.rounds, clock).items():
+            results[name]["time"] = figures
+        save()
+
+    if "memory" in options.parts:  # last: what a profile leaves behind would be in the clock's way
+        for name, peak in memory_by_mode(listed, weighed, period).items():
+            results[name]["peak_bytes"] = peak
+        save()
+    runs = tables.by_label(document["judged"])
+    print("\n" + table(document["results"], runs))
+    if runs:
+        print("\nNet win rates and held-out accuracy, %:\n\n" + tables.levels(runs, WORLD_COLUMNS))
+        print(f"\nMinus {EXACT}, paired by seed:\n\n" + tables.differences(runs, WORLD_COLUMNS, lambda label: EXACT))
+    if options.plot:
+        from memory_modes_figure import draw
+
+        draw(document, options.plot)
+
+
+def _described(name: str, mode: Mode) -> Figures:
+    """A mode in JSON, with nothing measured yet."""
+    keywords = None if mode.keywords is None else {key: str(value) for key, value in mode.keywords.items()}
+    return {"mode": name, "keywords": keywords, "twin": mode.twin or None}
+
+
+if __name__ == "__main__":
+    main()
