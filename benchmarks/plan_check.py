@@ -143,7 +143,7 @@ def take_steps(case: Case, mode: Mode) -> None:
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.precision == "mixed":
-        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         fsdp.fully_shard = partial(fsdp.fully_shard, mp_policy=policy)  # type: ignore[assignment]
     engine = engine_of(model, torch.device("cpu"), current_ranks(), case.engine == "fsdp2")
     keywords = eval(f"dict({', '.join(f'{k}={v}' for k, v in mode.keywords.items())})", {"torch": torch})

@@ -481,7 +481,8 @@ def _fingerprint(block: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device=block.device)
     stretches = math.gcd(columns // _ROW_QUANTUM, 16)
     parts = block.view(count, stretches, -1, _ROW_QUANTUM)
-    return parts.sum(2, dtype=torch.float64).flatten()
+    # Row by row: on a CPU, torch copies what it sums to the dtype of the sum.
+    return torch.stack([row.sum(1, dtype=torch.float64) for row in parts]).flatten()
 
 
 def _strided_like(flat: Tensor, parameter: Tensor) -> Tensor:

@@ -71,8 +71,11 @@ def step(mode: Mode | None, setup: Setup, device: Device, operations: float) -> 
     touched = (3 + 2 * OPTIMIZERS[setup.optimizer]) * setup.held * setup.size
     optimizer = touched / (device.bandwidth * BANDWIDTH_EFFICIENCY)
 
+    # FSDP2 gathers twice, and scatters once.
+    width = (2 * setup.whole + setup.size) / 3
+
     def taking(passes: float, own: float = 0.0, again: float = 0.0) -> Step:
-        sent = passes * setup.shape.elements * setup.moved * (setup.ranks - 1) / setup.ranks
+        sent = passes * setup.shape.elements * width * (setup.ranks - 1) / setup.ranks
         return Step(compute + again, optimizer, sent / (device.link * BANDWIDTH_EFFICIENCY), own)
 
     if mode is None:

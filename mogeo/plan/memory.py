@@ -28,7 +28,8 @@ ENGINES = ("none", "ddp", "ddp-shard-rows", "fsdp2")
 
 PRECISIONS = {"autocast": 4, "fp32": 4, "bf16": 2, "mixed": 4}
 """Bytes of a weight, and of its gradient and optimizer states. "autocast": fp32 weights, products in bf16. "mixed":
-fp32 shards, which FSDP2 gathers as bf16 (`MixedPrecisionPolicy(param_dtype=torch.bfloat16)`)."""
+fp32 shards, which FSDP2 gathers as bf16, and gradients reduced in fp32 (`MixedPrecisionPolicy(torch.bfloat16,
+torch.float32)`)."""
 
 
 class Shape(NamedTuple):
@@ -106,8 +107,8 @@ class Setup:
         return PRECISIONS[self.precision]
 
     @property
-    def moved(self) -> int:
-        """Bytes of a weight, or of its gradient, on its way between ranks, and whole on one."""
+    def whole(self) -> int:
+        """Bytes of a weight, and of its gradient, that FSDP2 has gathered."""
         return 2 if self.precision == "mixed" else self.size
 
     @property
@@ -194,16 +195,18 @@ def memory(mode: Mode, setup: Setup) -> Memory:
     shape, size, held = setup.shape, setup.size, setup.held
     weights = held * size + shape.buffer_bytes
     device_rows, host_rows = _rows(mode, setup)
+    if mode.refreshes and mode.rows == "all":  # the direction is copied before rows go; activations have gone by then
+        device_rows += max(0, held * size - setup.peaks.streamed)
     autograd = 0 if setup.engine == "none" else setup.peaks.kept - setup.peaks.streamed
     engine = 0
     if setup.engine.startswith("ddp"):
         engine = held * size
     elif setup.engine == "fsdp2":
-        autograd = math.ceil(autograd / setup.ranks) * size // setup.moved  # shards of gradients are as wide as weights
-        # Whole while they run: what is outside the layers, one layer and the next one; and at the end of a unit's
-        # backward its gradients, once as autograd made them and once as they are scattered.
-        engine = setup.moved * (shape.outer_elements + 2 * shape.layer_elements)
-        engine += setup.moved * max(2 * shape.layer_elements, shape.outer_elements)
+        autograd = math.ceil(autograd / setup.ranks) * size // setup.whole  # shards of gradients are as wide as weights
+        # Whole while they run: what is outside the layers, one layer and the next one. At the end of a layer's backward
+        # its gradients, as autograd made them and as they are scattered; of what is outside, as they are scattered.
+        engine = setup.whole * (shape.outer_elements + 2 * shape.layer_elements)
+        engine += max((setup.whole + size) * shape.layer_elements, size * shape.outer_elements)
     return Memory(
         weights=weights,
         optimizer=OPTIMIZERS[setup.optimizer] * held * size,

@@ -183,7 +183,7 @@ def lone_shards() -> list[tuple[Tensor, Tensor]]:
     for factor in (1.0, math.nan, 1.0):
         optimizer.zero_grad()
         optimizer.backward(
-            {n: (lambda k=k: loss_of(model, x, k) * (factor if k else 1.0)) for k, n in enumerate(NAMES)}
+            {n: (lambda k=k, f=factor if k else 1.0: loss_of(model, x, k) * f) for k, n in enumerate(NAMES)}
         )
         optimizer.step()
         twin = make_net(torch.float64)

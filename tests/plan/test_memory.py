@@ -90,10 +90,19 @@ def test_what_the_exact_mode_holds() -> None:
 def test_shards_that_are_gathered_as_bf16_are_half_as_large_while_whole() -> None:
     wide, mixed = (Setup(SHAPE, PEAKS, 4, precision, engine="fsdp2", ranks=4) for precision in ("autocast", "mixed"))
     before, after = memory(of(wide, "exact"), wide), memory(of(mixed, "exact"), mixed)
-    assert after.engine == before.engine / 2
+    assert after.engine == 2 * (2_000 + 2 * 2_500) + max((2 + 4) * 2_500, 4 * 2_000)
+    assert before.engine == 4 * (2_000 + 2 * 2_500) + max((4 + 4) * 2_500, 4 * 2_000)
     assert after.autograd == 2 * before.autograd  # the traced gradients are bf16 then, and their shards fp32
     assert (after.weights, after.optimizer, after.rows) == (before.weights, before.optimizer, before.rows)
     assert ratio(of(mixed, "exact"), mixed, DEVICES["h100"], 1e9) < ratio(of(wide, "exact"), wide, DEVICES["h100"], 1e9)
+
+
+def test_rows_are_given_back_after_the_direction_is_copied() -> None:
+    """Beside activations only where these are smaller than a direction."""
+    for streamed in (70_000, 40_000):
+        setup = Setup(SHAPE, Peaks(streamed, 110_000), objectives=4)
+        more = memory(of(setup, "refresh"), setup).rows - memory(of(setup, "exact"), setup).rows
+        assert more == max(0, 12_000 * 4 - streamed)
 
 
 def test_only_fsdp_gathers() -> None:
