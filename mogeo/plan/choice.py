@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from mogeo.plan.memory import EXACTNESS, Memory, Mode
 
-SAME_COST = 0.02
-"""Steps this much apart, of the cheapest, count as equal: less than one can tell from data sheets."""
+SLACK = 0.1
+"""How much longer a step may take than the cheapest for the sake of exact weights: those held over ten steps are off by
+three quarters of what constant ones are (docs/benchmarks.md)."""
 
 
 class Candidate(NamedTuple):
@@ -20,7 +21,8 @@ class Candidate(NamedTuple):
 
 
 def choose(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
-    """The cheapest mode that balances objectives and takes at most `limit` bytes; at equal cost the more exact one.
+    """The most exact mode that balances objectives, takes at most `limit` bytes, and costs little more than the cheapest
+    that does (`SLACK`); of equally exact ones the cheapest.
 
     Constant weights are no candidate: they balance nothing. None: nothing fits.
     """
@@ -28,5 +30,5 @@ def choose(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
     if not fitting:
         return None
     cheapest = min(c.ratio for c in fitting)
-    equal = [c for c in fitting if c.ratio <= cheapest * (1 + SAME_COST)]
-    return min(equal, key=lambda c: (EXACTNESS.index(c.mode.exactness), c.ratio))
+    near = [c for c in fitting if c.ratio <= cheapest * (1 + SLACK)]
+    return min(near, key=lambda c: (EXACTNESS.index(c.mode.exactness), c.ratio))

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogeo.dpo.errors import InputError
-from mogeo.plan.choice import SAME_COST, Candidate, choose
+from mogeo.plan.choice import SLACK, Candidate, choose
 from mogeo.plan.cost import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, DEVICES, HOST_BANDWIDTH, Device, ratio
 from mogeo.plan.memory import ENGINES, OPTIMIZERS, PRECISIONS, Mode, Setup, fsdp_ranks, lora_bytes, memory, modes
 
 if TYPE_CHECKING:
     from mogeo.dpo.figures import Table
-    from mogeo.plan.trace import Trace
+    from mogeo.plan.trace import Precision, Trace
 
 _DESCRIPTION = """\
 Tell what a fine-tune with K objectives takes before anything is loaded or rented: memory per rank, item by item and
@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="autocast: fp32 weights, bf16 products; fp32; bf16: both; mixed: fp32 weights that FSDP2 gathers as bf16 "
         "(default: %(default)s)",
     )  # fmt: skip
+    how.add_argument(
+        "--no-autocast-cache", action="store_true",
+        help="torch.autocast(..., cache_enabled=False): with gradient checkpointing it saves the copies that autocast "
+        "keeps of the weights",
+    )  # fmt: skip
     how.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd has momentum (default: %(default)s)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="of each layer")
     how.add_argument("--engine", choices=ENGINES, default="none", help="see below (default: %(default)s)")
@@ -117,13 +122,18 @@ def run(args: argparse.Namespace) -> int:
 
     config = trace.read_config(args.model)
     shape = trace.outline(config)
-    traced = trace.trace(
-        config,
-        sequences=args.sequences,
-        tokens=args.tokens,
-        precision="bf16" if args.precision == "mixed" else args.precision,  # as the layers see it
-        checkpointing=args.gradient_checkpointing,
-    )
+
+    def traced_in(precision: Precision) -> Trace:
+        return trace.trace(
+            config,
+            sequences=args.sequences,
+            tokens=args.tokens,
+            precision=precision,
+            checkpointing=args.gradient_checkpointing,
+            autocast_cache=not args.no_autocast_cache,
+        )
+
+    traced = traced_in("bf16" if args.precision == "mixed" else args.precision)  # as the layers see it
     setup = _setup(args, shape, traced.peaks)
     known, unknown = _known(modes(setup))
     operations = traced.forward + traced.backward
@@ -134,7 +144,10 @@ def run(args: argparse.Namespace) -> int:
     print(_heading(args, config, setup), end="\n\n")
     print(memory_table(candidates, limit).text(), end="\n\n")
     print(_assumptions(args, device, limit, unknown), end="\n\n")
-    print(_advice(args, config, setup, candidates, chosen, limit))
+    if chosen is None:
+        print(_nothing_fits(args, setup, candidates, limit, traced_in("bf16").peaks.streamed))
+    else:
+        print(_advice(args, setup, chosen, limit))
     if args.json is not None:
         found = _as_json(args, setup, traced, device, limit, candidates, chosen)
         try:
@@ -150,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.sequences < 2 or args.sequences % 2:
         raise InputError(f"--sequences {args.sequences}: give an even number, for a pair is two sequences")
+    if args.no_autocast_cache and args.precision != "autocast":
+        raise InputError(f"--no-autocast-cache with --precision {args.precision}: only autocast has a cache")
     if args.tokens < 2:
         raise InputError(f"--tokens {args.tokens}: give at least 2, for the first token of a sequence is not scored")
     for option in ("memory", "tflops", "bandwidth", "pcie", "link"):
@@ -253,21 +268,12 @@ def _assumptions(args: argparse.Namespace, device: Device, limit: float, unknown
     return "\n".join(lines)
 
 
-def _advice(
-    args: argparse.Namespace,
-    config: Any,
-    setup: Setup,
-    candidates: Sequence[Candidate],
-    chosen: Candidate | None,
-    limit: float,
-) -> str:
-    if chosen is None:
-        return _nothing_fits(args, setup, candidates, limit)
+def _advice(args: argparse.Namespace, setup: Setup, chosen: Candidate, limit: float) -> str:
     free = limit - chosen.memory.device
     lines = [
         f"Take {chosen.mode.name}: {chosen.mode.exactness}, {_gb(chosen.memory.device)} GB of {_gb(limit)}, steps of "
-        f"{chosen.ratio:.3f} times plain training's, the cheapest that fit to within {SAME_COST:.0%}; {_gb(free)} GB "
-        "are left for a larger micro-batch.",
+        f"{chosen.ratio:.3f} times plain training's: the most exact of those that fit and take at most {SLACK:.0%} longer "
+        f"than the cheapest; {_gb(free)} GB are left for a larger micro-batch.",
         "",
         f"  optimizer = MultiObjectiveOptimizer({_BASES[setup.optimizer]}{_keywords(chosen.mode, setup)})",
         "  optimizer.backward({name: callable, ...})"
@@ -319,7 +325,10 @@ def _option(keyword: str, value: str) -> str:
 _VALUES = {"torch.bfloat16": "bf16", '"uniform"': "uniform"}
 
 
-def _nothing_fits(args: argparse.Namespace, setup: Setup, candidates: Sequence[Candidate], limit: float) -> str:
+def _nothing_fits(
+    args: argparse.Namespace, setup: Setup, candidates: Sequence[Candidate], limit: float, in_bf16: int
+) -> str:
+    """What takes least, and what else would fit; `in_bf16`: bytes of activations where the whole model is bf16."""
     balancing = [c for c in candidates if c.mode.rows != "one"]
     smallest = min(balancing, key=lambda c: c.memory.device)
     lines = [
@@ -332,7 +341,7 @@ def _nothing_fits(args: argparse.Namespace, setup: Setup, candidates: Sequence[C
             lines.append(f"{mode.name} fits on {ranks} ranks of FSDP2 (--engine fsdp2 --ranks {ranks}).")
         else:
             lines.append(f"{mode.name} fits on no number of FSDP2 ranks: activations are not shared out.")
-    lora = lora_bytes(setup, _LORA_RANK)
+    lora = lora_bytes(setup, _LORA_RANK, in_bf16)
     verdict = "fits" if lora <= limit else "does not fit either"
     lines.append(
         f"LoRA of rank {_LORA_RANK} on every linear map of the layers, over bf16 weights, {verdict} on one device: "
@@ -340,6 +349,8 @@ def _nothing_fits(args: argparse.Namespace, setup: Setup, candidates: Sequence[C
     )
     if not args.gradient_checkpointing:
         lines.append("Activations shrink with --gradient-checkpointing.")
+    elif args.precision == "autocast" and not args.no_autocast_cache:
+        lines.append("Activations shrink with --no-autocast-cache.")
     if args.sequences > 2:
         lines.append("Activations shrink with fewer --sequences, and more micro-batches.")
     return "\n".join(lines)

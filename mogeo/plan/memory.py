@@ -249,11 +249,11 @@ def fsdp_ranks(mode: Mode, setup: Setup, limit: float) -> int | None:
     return None
 
 
-def lora_bytes(setup: Setup, lora_rank: int) -> int:
+def lora_bytes(setup: Setup, lora_rank: int, activations: int) -> int:
     """Device bytes of an exact step that trains LoRA's matrices only, the model frozen in bf16, on one process.
 
-    Activations are taken to be those of training all: an upper bound.
+    `activations` are those of training all, in bf16: an upper bound.
     """
     trained = lora_rank * setup.shape.lora_elements
     adapters = trained * 4 * (1 + OPTIMIZERS[setup.optimizer] + setup.objectives)
-    return setup.shape.elements * 2 + setup.shape.buffer_bytes + adapters + setup.peaks.streamed
+    return setup.shape.elements * 2 + setup.shape.buffer_bytes + adapters + activations

@@ -98,7 +98,15 @@ def outline(config: Any) -> Shape:
     )
 
 
-def trace(config: Any, *, sequences: int, tokens: int, precision: Precision, checkpointing: bool) -> Trace:
+def trace(
+    config: Any,
+    *,
+    sequences: int,
+    tokens: int,
+    precision: Precision,
+    checkpointing: bool,
+    autocast_cache: bool = True,
+) -> Trace:
     """What one micro-batch of one objective holds at its peak, and computes.
 
     Models of more than 4 layers are run with 2, 3 and 4: each phase of a step grows linearly in layers, which the third
@@ -110,6 +118,7 @@ def trace(config: Any, *, sequences: int, tokens: int, precision: Precision, che
         tokens: T, of a sequence, all of them scored: an upper bound.
         precision: "autocast" is fp32 weights under bf16 autocast; "fp32" and "bf16" are of weights and products.
         checkpointing: of each layer.
+        autocast_cache: whether autocast keeps what it has cast until the forward ends, as it does by default.
 
     Raises:
         InputError: the model needs numbers where there are only shapes, or does not take so many tokens.
@@ -120,7 +129,7 @@ def trace(config: Any, *, sequences: int, tokens: int, precision: Precision, che
 
     def run(layers: int) -> _Live:
         try:
-            return _run(config, layers, sequences, tokens, precision, checkpointing)
+            return _run(config, layers, sequences, tokens, precision, checkpointing, autocast_cache)
         except Exception as error:  # whatever a foreign model does with numbers that are not there
             raise InputError(
                 f"a {config.model_type} model cannot be run on shapes alone, so its activations are not known "
@@ -194,7 +203,15 @@ def _with_layers(config: Any, layers: int) -> Any:
     return shorter
 
 
-def _run(config: Any, layers: int, sequences: int, tokens: int, precision: Precision, checkpointing: bool) -> _Live:
+def _run(
+    config: Any,
+    layers: int,
+    sequences: int,
+    tokens: int,
+    precision: Precision,
+    checkpointing: bool,
+    autocast_cache: bool,
+) -> _Live:
     """Forward and backward of the DPO loss of one micro-batch of full sequences."""
     shorter = _with_layers(config, layers)
     with FakeTensorMode():
@@ -214,7 +231,8 @@ def _run(config: Any, layers: int, sequences: int, tokens: int, precision: Preci
             with live.answering():
                 losses._split_head(model)  # its seam cannot be tried on numbers: that it runs is taken to be enough
             live.enter("forward")
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            autocast = precision == "autocast"
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=autocast_cache):
                 scores = losses.sequence_log_probs(model, ids, mask, mask)
             chosen, rejected = (scores - reference).chunk(2)
             loss = losses.dpo_loss(chosen - rejected, 0.1).sum()

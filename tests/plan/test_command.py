@@ -105,6 +105,7 @@ def test_what_does_not_fit_says_what_would(config: Path, capsys: pytest.CaptureF
         (["--objectives", "0"], "--objectives 0"),
         (["--objectives", "2", "--sequences", "3"], "even number"),
         (["--objectives", "2", "--engine", "fsdp2"], "--ranks 1"),
+        (["--objectives", "2", "--precision", "fp32", "--no-autocast-cache"], "only autocast has a cache"),
         (["--objectives", "2", "--memory", "-1"], "--memory"),
         (["--objectives", "2", "--tokens", "1000"], "lower --tokens"),
     ],
