@@ -21,8 +21,8 @@ class Candidate(NamedTuple):
 
 
 def choose(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
-    """The most exact mode that balances objectives, takes at most `limit` bytes, and costs little more than the cheapest
-    that does (`SLACK`); of equally exact ones the cheapest.
+    """The most exact mode that balances objectives, takes at most `limit` bytes, and little longer than the cheapest
+    (`SLACK`); of equally exact ones the cheapest.
 
     Constant weights are no candidate: they balance nothing. None: nothing fits.
     """

@@ -272,8 +272,8 @@ def _advice(args: argparse.Namespace, setup: Setup, chosen: Candidate, limit: fl
     free = limit - chosen.memory.device
     lines = [
         f"Take {chosen.mode.name}: {chosen.mode.exactness}, {_gb(chosen.memory.device)} GB of {_gb(limit)}, steps of "
-        f"{chosen.ratio:.3f} times plain training's: the most exact of those that fit and take at most {SLACK:.0%} longer "
-        f"than the cheapest; {_gb(free)} GB are left for a larger micro-batch.",
+        f"{chosen.ratio:.3f} times plain training's: the most exact of those that fit and take at most {SLACK:.0%} "
+        f"longer than the cheapest. {_gb(free)} GB are left for a larger micro-batch.",
         "",
         f"  optimizer = MultiObjectiveOptimizer({_BASES[setup.optimizer]}{_keywords(chosen.mode, setup)})",
         "  optimizer.backward({name: callable, ...})"
