@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import statistics
@@ -133,6 +134,10 @@ def measure(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> 
     if rank == 0:
         with open(f"{folder}/figures.json", "w") as file:
             json.dump({"bytes": moved, "seconds": taken}, file)
+    # Models first, which hold the group, and nobody before the others: or a thread of gloo's may outlive the process.
+    del steps
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

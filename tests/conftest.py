@@ -7,6 +7,7 @@ CPU tensors; with one, the GPU does. One process cannot do both.
 
 import importlib.util
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,3 +21,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     triton_bf16.install()
     triton_speed.install()
+
+# A shell lets its background jobs ignore Ctrl-C, which some tests are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
