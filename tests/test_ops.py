@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mogeo
+from mogeo import ops
 from tests import strategies
 from tests.backends import FAST_BACKENDS, Backend, everywhere
 from tests.reference import rows as reference
@@ -392,3 +393,12 @@ def test_combine_refuses_to_overwrite_a_row_it_still_reads() -> None:
         with pytest.raises(ValueError, match=r"out overlaps.*rows\[0\]"):
             mogeo.combine(rows, torch.ones(3), out=out)
     assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize(("version", "told"), [("3.2.0", "3.2.0 is too old"), ("3.3.1", None), ("3.10.0+git1", None)])
+def test_a_triton_that_cannot_compile_the_kernels_is_named(
+    version: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    lack = ops._lack_of_triton()
+    assert lack is None if told is None else told in str(lack)
