@@ -169,36 +169,30 @@ def sketch_functions(rows: Tensor, left_out: LeftOut) -> dict[str, Rows]:
     """What makes sketches [K, BUCKETS] of all rows, of one distribution: an element to a bucket, with a random sign."""
     columns = rows.shape[1]
     signed = SignedSketch([columns], BUCKETS, device=rows.device)
-    functions: dict[str, Rows] = {"mogeo SignedSketch": partial(sketch_by_chunks, signed)}
+    functions: dict[str, Rows] = {
+        "mogeo SignedSketch": partial(sketches, lambda sketch, row: signed.add_(sketch, 0, row)),
+    }
     if columns <= COMPILED_UP_TO:
         generator = torch.Generator(rows.device).manual_seed(0)
         buckets = torch.randint(BUCKETS, (columns,), device=rows.device, generator=generator)
         signs = 1.0 - 2.0 * torch.randint(2, (columns,), device=rows.device, generator=generator)
-        functions["index_add of hashed buckets"] = partial(sketch_by_elements, buckets, signs)
+
+        def by_elements(sketch: Tensor, row: Tensor) -> None:
+            sketch.index_add_(0, buckets, row.to(sketch.dtype) * signs.to(sketch.dtype))
+
+        functions["index_add of hashed buckets"] = partial(sketches, by_elements)
     else:
         left_out.note(f"index_add of hashed buckets at N = {columns:,}", "its tables take 12·N bytes")
     return functions
 
 
-def sketch_by_chunks(signed: SignedSketch, rows: Tensor) -> Tensor:
-    """mogeo's."""
-    sketches = torch.zeros(len(rows), BUCKETS, dtype=wide_of(rows), device=rows.device)
-    for sketch, row in zip(sketches, rows, strict=True):
-        signed.add_(sketch, 0, row)
-    return sketches
-
-
-def sketch_by_elements(buckets: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
-    """As the textbook has it: a bucket and a sign for every element."""
-    sketches = torch.zeros(len(rows), BUCKETS, dtype=wide_of(rows), device=rows.device)
-    for sketch, row in zip(sketches, rows, strict=True):
-        sketch.index_add_(0, buckets, row.to(sketch.dtype) * signs.to(sketch.dtype))
-    return sketches
-
-
-def wide_of(rows: Tensor) -> torch.dtype:
-    """What sketches of such rows are kept in."""
-    return torch.promote_types(rows.dtype, torch.float32)
+def sketches(add: Callable[[Tensor, Tensor], object], rows: Tensor) -> Tensor:
+    """[K, BUCKETS], by `add(sketch, row)` for each row."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    found = torch.zeros(len(rows), BUCKETS, dtype=dtype, device=rows.device)
+    for sketch, row in zip(found, rows, strict=True):
+        add(sketch, row)
+    return found
 
 
 def contestants(rows: Tensor, weights: Tensor, compiling: bool, left_out: LeftOut) -> Iterator[Contestant]:

@@ -116,7 +116,7 @@ def planned(case: Case) -> tuple[int, Mode]:
         config,
         sequences=case.sequences,
         tokens=case.tokens,
-        precision="bf16" if case.precision == "mixed" else case.precision,  # type: ignore[arg-type]
+        precision=case.precision,  # type: ignore[arg-type]
         checkpointing=case.checkpointing,
     )
     setup = Setup(

@@ -192,10 +192,10 @@ def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> Non
         return
     n_parts = _parts(len(chunks), len(row))
     if n_parts == 1:
-        launch(flat, chunks, signs, row, 1).run()
+        launch(flat, chunks, signs, row).run()
         return
     partials = row.new_empty(n_parts, len(row))
-    launch(flat, chunks, signs, partials, n_parts).run()
+    launch(flat, chunks, signs, partials).run()
     launch_reduce(partials, row).run()
 
 
@@ -205,9 +205,10 @@ def _parts(n_chunks: int, dimension: int) -> int:
     return max(1, min(n_chunks // _FEWEST_CHUNKS, _ENOUGH_PROGRAMS // tiles))
 
 
-def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor, n_parts: int) -> Launch:
+def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor) -> Launch:
     """The pass over the gradient [N]: adds to `sums` [d] if that is the row itself, else overwrites [parts, d]."""
     dimension = sums.shape[-1]
+    n_parts = 1 if sums.ndim == 1 else len(sums)
     options: dict[str, Any] = {
         "SLICES": _SLICES,
         "THREADS": _THREADS,

@@ -42,3 +42,11 @@ def assert_combined(rows: Tensor, weights: Tensor, combined: Tensor, *, rounding
     tiny = torch.finfo(rows.dtype).smallest_normal
     bound = roundings * COMBINE_TOLERANCE[rows.dtype] * reference.combine(rows.abs(), weights.abs()) + tiny
     assert bool((error <= bound).all())
+
+
+def assert_sketched(gradient: Tensor, matrix: Tensor, before: Tensor, after: Tensor, roundings: int) -> None:
+    """after = before + S g for the matrix S, to so many roundings of the row's dtype, relative to |before| + |S||g|."""
+    flat = gradient.double().flatten()
+    reach = before.abs().double() + matrix.abs() @ flat.abs()
+    error = (after.double() - (before.double() + matrix @ flat)).abs()
+    assert (error <= roundings * torch.finfo(after.dtype).eps * reach).all()

@@ -141,6 +141,21 @@ def test_lengths_beyond_two_to_the_31(k: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sketch_of_more_elements_than_32_bits_count(dtype: torch.dtype) -> None:
+    """2³¹ + 5 elements, all zero but some at the end."""
+    size, dimension = 2**31 + 5, 1 << 20
+    if torch.cuda.mem_get_info()[0] < 1.1 * size * dtype.itemsize:
+        pytest.skip(f"needs {1.1 * size * dtype.itemsize / 2**30:.0f} GiB of free GPU memory")
+    sketch = SignedSketch([size], dimension, device=torch.device("cuda"))
+    gradient = torch.zeros(size, dtype=dtype, device="cuda")
+    gradient[-5:] = torch.arange(1.0, 6.0)
+    row = torch.zeros(dimension, device="cuda")
+    sketch.add_(row, 0, gradient)
+    found = row[row != 0].abs().sort().values
+    assert found.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sketch_is_that_of_the_cpu_and_never_synchronises(dtype: torch.dtype) -> None:
     sizes, dimension = [5, 300_001, 70_000], 4096
     gradients = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in sizes]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mogeo import ops
 from mogeo.sketch import SignedSketch
 from tests.reference import sketch as reference
+from tests.row_asserts import assert_sketched
 from tests.strategies import DTYPES, REPRODUCIBLE, Sketched, sketched
 
 CPU = torch.device("cpu")
@@ -41,12 +42,9 @@ def test_it_is_the_matrix_of_its_definition(case: Sketched) -> None:
     sketch = SignedSketch(sizes, dimension, seed=seed, device=CPU)
     chunks = [tuple(chunk) for chunk in sketch.chunks[index].tolist()]
     dense = reference.matrix(gradient.numel(), sketch.dimension, chunks, sketch.signs.tolist())
-    flat = gradient.double().flatten()
     before = row.clone()
     sketch.add_(row, index, gradient)
-    reach = before.abs().double() + dense.abs() @ flat.abs()
-    error = (row.double() - (before.double() + dense @ flat)).abs()
-    assert (error <= len(chunks) * 4 * torch.finfo(row.dtype).eps * reach).all()
+    assert_sketched(gradient, dense, before, row, roundings=4 * len(chunks))
 
 
 def test_chunks_cover_every_tensor_and_windows_differ() -> None:

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             autocast_cache=not args.no_autocast_cache,
         )
 
-    traced = traced_in("bf16" if args.precision == "mixed" else args.precision)  # as the layers see it
+    traced = traced_in(args.precision)
     setup = _setup(args, shape, traced.peaks)
     known, unknown = _known(modes(setup))
     operations = traced.forward + traced.backward

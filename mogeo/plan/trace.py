@@ -28,7 +28,7 @@ from mogeo.dpo.errors import InputError
 from mogeo.dpo.models import check_model_source
 from mogeo.plan.memory import Peaks, Shape
 
-Precision = Literal["autocast", "fp32", "bf16"]
+Precision = Literal["autocast", "fp32", "bf16", "mixed"]
 
 _FEW, _MORE, _CHECKED = 2, 3, 4  # layers: of fewer, the last one is the first
 _LINEAR = 0.01  # how far from a line the peak of `_CHECKED` layers may lie
@@ -117,6 +117,7 @@ def trace(
         sequences: B, of the micro-batch; even, for a pair is two.
         tokens: T, of a sequence, all of them scored: an upper bound.
         precision: "autocast" is fp32 weights under bf16 autocast; "fp32" and "bf16" are of weights and products.
+            "mixed", whose layers see bf16 alone, is as "bf16".
         checkpointing: of each layer.
         autocast_cache: whether autocast keeps what it has cast until the forward ends, as it does by default.
 
@@ -215,7 +216,7 @@ def _run(
     """Forward and backward of the DPO loss of one micro-batch of full sequences."""
     shorter = _with_layers(config, layers)
     with FakeTensorMode():
-        model = _build(shorter, torch.bfloat16 if precision == "bf16" else torch.float32).train()
+        model = _build(shorter, torch.bfloat16 if precision in ("bf16", "mixed") else torch.float32).train()
         if checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it

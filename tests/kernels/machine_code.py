@@ -169,11 +169,11 @@ def _sketch(entry: Entry) -> Launch:
     from mogeo.kernels import sketch
 
     dimension = 10**6 if entry.case == "any dimension" else BUCKETS
-    row = _empty(dimension, dtype=torch.promote_types(entry.dtype, _FP32))
+    shape = (8, dimension) if entry.case == "in parts" else (dimension,)
+    sums = _empty(*shape, dtype=torch.promote_types(entry.dtype, _FP32))
     flat, signs = _empty(COLUMNS, dtype=entry.dtype), _empty(CHUNKS + dimension, dtype=torch.uint8)
     chunks = _empty(-(-COLUMNS // dimension), 2, dtype=torch.int32)
-    parts = 8 if entry.case == "in parts" else 1
-    return sketch.launch(flat, chunks, signs, _empty(parts, dimension, dtype=row.dtype) if parts > 1 else row, parts)
+    return sketch.launch(flat, chunks, signs, sums)
 
 
 def _sketch_reduce(entry: Entry) -> Launch:
