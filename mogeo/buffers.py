@@ -12,7 +12,9 @@ gradients. Of what several ranks hold, each counts its part by its share.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mogeo import ops
-from mogeo.capture import Capture, grad_dtype, signature
+from mogeo.capture import Capture, grad_dtype
 from mogeo.constants import constant_tensor
 from mogeo.distributed import Ranks, gradient_of, is_sharded, like_parameter, local_of
 from mogeo.shards import Shards
@@ -68,10 +70,8 @@ class GradientBuffers(Capture):
         row_dtype: torch.dtype | None = None,
         host_rows: bool = False,
     ) -> None:
-        super().__init__(parameters, ranks)
-        self.n_rows = n_rows
+        super().__init__(parameters, n_rows, ranks)
         self.shard_rows = shard_rows and ranks is not None
-        self.signature = signature(parameters, n_rows)
         self.blocks: list[Tensor] = []
         self._row_dtype, self._host_rows = row_dtype, host_rows
         self._allocate()
@@ -88,9 +88,10 @@ class GradientBuffers(Capture):
         self._row, self._weight, self.summed = 0, 1.0, False
         alone = ranks is None
         self._codes = [ops.device_code(blocks) if alone else None for blocks in (self.blocks, self._as_rows())]
-        side = any(block.is_cuda for block in self._directions) and not all(block.is_cuda for block in self.blocks)
-        # On which rows move to the host.
-        self._stream = torch.cuda.Stream(self.device) if side else None  # type: ignore[no-untyped-call]
+        # Whose gradients are scattered over ranks, and whose move to the host, on a stream of their own.
+        self._scattered = bytes(self._scatters(kind) for kind in self._kind_of_parameter)
+        self._sent = bytes(view.device != p.device for p, view in zip(self.parameters, self._views[0], strict=True))
+        self._stream = torch.cuda.Stream(self.device) if any(self._sent) else None  # type: ignore[no-untyped-call]
 
     @property
     def device_code(self) -> ModuleType | None:
@@ -213,7 +214,7 @@ class GradientBuffers(Capture):
         if not self.shard_rows:
             return
         for i, stale in enumerate(before):
-            if stale and not self._captured[i] and not is_sharded(self.parameters[i]):
+            if stale and not self._captured[i] and self._scattered[i]:
                 self._views[0][i].zero_()  # left there by the objective before, or by the last direction
         for kind, direction, shards in zip(self._kinds, self._directions, self._shards, strict=True):
             if shards is not None and self._scatters(kind):
@@ -227,31 +228,42 @@ class GradientBuffers(Capture):
         storage = local_of(grad).untyped_storage().data_ptr()
         return any(storage == block.untyped_storage().data_ptr() for block in self._directions)
 
-    def store(self, index: int, grad: Tensor) -> None:
-        """Move a gradient to the selected row; one of weight 0 nowhere, so that it may hold NaN."""
+    def store(self, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Move gradients to the selected row; of weight 0 nowhere, so that they may hold NaN."""
         if self._weight == 0:
             return
-        view = self._views[self._row][index]
-        shared = self._scatters(self._kind_of_parameter[index])  # with all objectives, and scattered after each
-        fresh = shared or not self._written[self._row][index]
-        if view.device == grad.device:
-            _write(view, grad, self._weight, fresh)
-        else:
-            self._send(view, grad, fresh)
-        self._written[self._row][index] = self._captured[index] = 1
-        self._dirty[self._row][index] = not shared
+        views, written, dirty = (flags[self._row] for flags in (self._views, self._written, self._dirty))
+        goes_to_host = self._sent if self._row != self._direction else bytes(len(self._sent))
+        # By whether the row lies on the host, and whether it holds a gradient of this window already. What is scattered
+        # over ranks shares its row with all objectives, and never does.
+        batches: dict[tuple[int, int], list[int]] = {}
+        for position, i in enumerate(indices):
+            batches.setdefault((goes_to_host[i], written[i] and not self._scattered[i]), []).append(position)
+        for (sent, again), positions in batches.items():
+            targets = [views[indices[at]] for at in positions]
+            sources = [grads[at] for at in positions]
+            if sent:
+                self._send(targets, sources, not again)
+            else:
+                _write(targets, sources, self._weight, not again)
+        for i in indices:
+            written[i] = self._captured[i] = 1
+            dirty[i] = not self._scattered[i]
 
-    def _send(self, view: Tensor, grad: Tensor, fresh: bool) -> None:
-        """Write a gradient to a row on the host, beside what autograd goes on to do."""
+    def _send(self, targets: Sequence[Tensor], grads: Sequence[Tensor], fresh: bool) -> None:
+        """Write gradients to a row on the host, beside what autograd goes on to do."""
         assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(grad.device))
+        for device in {grad.device for grad in grads}:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            if not fresh:  # added up on the device: the host would have to wait to do it
-                grad = view.to(grad.device, non_blocking=True).to(grad.dtype) + grad
-            narrow = grad.to(view.dtype)
-            view.copy_(narrow, non_blocking=True)
-            for tensor in (grad, narrow):
-                tensor.record_stream(self._stream)
+            for target, grad in zip(targets, grads, strict=True):
+                total = grad
+                if not fresh:  # added up on the device: the host would have to wait to do it
+                    total = target.to(grad.device, non_blocking=True).to(grad.dtype) + grad
+                narrow = total.to(target.dtype)
+                target.copy_(narrow, non_blocking=True)
+                for tensor in (grad, total, narrow):
+                    tensor.record_stream(self._stream)
 
     def wait(self) -> None:
         """Wait for the rows that are on their way to the host."""
@@ -373,8 +385,7 @@ class GradientBuffers(Capture):
         return self.device_code.finish_(self._directions, squared_norm, one, None, max_norm, discard=discard)
 
     def _mark_combined(self) -> None:
-        rows = [self._dirty[k] for k in self._rows]
-        self._dirty[self._direction][:] = bytes(any(flags) for flags in zip(*rows, strict=True))
+        self._dirty[self._direction][:] = _union([self._dirty[k] for k in self._rows])
 
     def _clean_padding(self) -> None:
         """Zero what lies between the parameters in the direction: a NaN there would outlast the step."""
@@ -402,9 +413,9 @@ class GradientBuffers(Capture):
             overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
         return overflowed
 
-    def touched(self) -> set[Tensor]:
-        """Parameters that some row was written for in this window."""
-        return {p for p, *written in zip(self.parameters, *self._written, strict=True) if any(written)}
+    def flags(self) -> bytes:
+        """A byte per parameter: 1 where some row was written for it in this window."""
+        return _union(self._written)
 
     def publish(self) -> None:
         """Add the direction to `p.grad` of every parameter that something was written for, and close the window. A
@@ -417,15 +428,14 @@ class GradientBuffers(Capture):
                 shards.gather(direction)
                 self._captured[:] = b"\1" * len(self.parameters)
                 self._dirty[self._direction][:] = b"\1" * len(self.parameters)
-        for i, (parameter, view, *written) in enumerate(
-            zip(self.parameters, self._views[self._direction], *self._written, strict=True)
-        ):
-            if not any(written):
+        views = self._views[self._direction]
+        for i, (parameter, flag) in enumerate(zip(self.parameters, self.flags(), strict=True)):
+            if not flag:
                 continue
             if parameter.grad is not None:
-                view.add_(gradient_of(parameter, parameter.grad))
+                views[i].add_(gradient_of(parameter, parameter.grad))
             if self._grads[i] is None:
-                self._grads[i] = like_parameter(view, parameter)
+                self._grads[i] = like_parameter(views[i], parameter)
             parameter.grad = self._grads[i]
         self.drop()
 
@@ -451,13 +461,20 @@ class GradientBuffers(Capture):
         self.summed = False
 
 
-def _write(view: Tensor, grad: Tensor, weight: float, fresh: bool) -> None:
+def _union(flags: Sequence[bytearray]) -> bytes:
+    """1 where any of the flags is."""
+    total = functools.reduce(operator.or_, (int.from_bytes(each, "little") for each in flags))
+    return total.to_bytes(len(flags[0]), "little")
+
+
+def _write(targets: Sequence[Tensor], grads: Sequence[Tensor], weight: float, fresh: bool) -> None:
     if not fresh:
-        view.add_(grad, alpha=weight)
+        torch._foreach_add_(targets, grads, alpha=weight)
     elif weight == 1.0:
-        view.copy_(grad)
+        torch._foreach_copy_(targets, grads)
     else:
-        torch.mul(grad, weight, out=view)
+        for target, grad in zip(targets, grads, strict=True):
+            torch.mul(grad, weight, out=target)
 
 
 def _combine_from_host(rows: Tensor, weights: Tensor, out: Tensor) -> None:

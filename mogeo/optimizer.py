@@ -270,7 +270,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 window.calls.append(call)
             self._run(call, rows, window)
             plain = self._captures.plain
-            touched = rows.touched() or (plain is not None and plain.touched())
+            touched = any(rows.flags()) or (plain is not None and any(plain.flags()))
             if not touched and (window.weights is None or window.contributed):
                 raise ValueError(
                     "no loss reached a parameter of the base optimizer: was the model copied, or its parameters "
