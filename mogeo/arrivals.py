@@ -1,7 +1,7 @@
 """Arrivals: takes gradients out of `p.grad` in batches while a backward goes on, so that few of them wait at a time.
 
-Knows parameters and autograd's hooks. What becomes of gradients is up to the owner, who also takes what is left once the
-backward is done.
+Knows parameters and autograd's hooks. What becomes of gradients is up to the owner, who also takes what is left once
+the backward is done.
 
 A hook in Python costs some microseconds, as much as autograd spends on the gradient of a small parameter. So only
 large parameters have one: small ones weigh little together, and wait in `p.grad` for the end of the backward. Hooks are
@@ -57,7 +57,7 @@ class Arrivals:
 
     @contextmanager
     def taking(self, take: Take) -> Iterator[None]:
-        """Within this context, `take` is called with the indices of parameters whose gradients are to be taken.
+        """Within this context, `take` is called with indices of parameters, ascending, whose gradients are to be taken.
 
         A gradient may be gone already, and one that is never announced may wait at the end.
         """
@@ -92,7 +92,7 @@ class _Waiting:
         if indices and total + size > self._most:
             self.batches[place] = ([index], size)
             # A second gradient of the same parameter (reentrant checkpoints) is added to one that waits: leave both.
-            self.take([i for i in indices if i != index])
+            self.take(sorted(i for i in indices if i != index))
         else:
             self.batches[place] = ([*indices, index], total + size)
 

@@ -30,6 +30,7 @@ from mogeo.shards import Shards
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 _STAGED = 1 << 24  # elements that move from the host at a time, where they are summed in another dtype than they have
+_SMALL = 1 << 14  # elements up to which a call costs more than what it computes
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
 
 
@@ -91,6 +92,7 @@ class GradientBuffers(Capture):
         # Whose gradients are scattered over ranks, and whose move to the host, on a stream of their own.
         self._scattered = bytes(self._scatters(kind) for kind in self._kind_of_parameter)
         self._sent = bytes(view.device != p.device for p, view in zip(self.parameters, self._views[0], strict=True))
+        self._moves_plainly = not (any(self._scattered) or any(self._sent))
         self._stream = torch.cuda.Stream(self.device) if any(self._sent) else None  # type: ignore[no-untyped-call]
 
     @property
@@ -228,11 +230,16 @@ class GradientBuffers(Capture):
         storage = local_of(grad).untyped_storage().data_ptr()
         return any(storage == block.untyped_storage().data_ptr() for block in self._directions)
 
-    def store(self, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+    def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
         """Move gradients to the selected row; of weight 0 nowhere, so that they may hold NaN."""
         if self._weight == 0:
             return
-        views, written, dirty = (flags[self._row] for flags in (self._views, self._written, self._dirty))
+        views, written, dirty = self._views[self._row], self._written[self._row], self._dirty[self._row]
+        if self._moves_plainly and len(indices) == len(views) and not any(written):  # all at once, for the first time
+            _write(views, grads, self._weight, fresh=True)
+            for flags in (written, dirty, self._captured):
+                flags[:] = b"\1" * len(flags)
+            return
         goes_to_host = self._sent if self._row != self._direction else bytes(len(self._sent))
         # By whether the row lies on the host, and whether it holds a gradient of this window already. What is scattered
         # over ranks shares its row with all objectives, and never does.
@@ -467,14 +474,20 @@ def _union(flags: Sequence[bytearray]) -> bytes:
     return total.to_bytes(len(flags[0]), "little")
 
 
-def _write(targets: Sequence[Tensor], grads: Sequence[Tensor], weight: float, fresh: bool) -> None:
+def _write(targets: list[Tensor], grads: list[Tensor], weight: float, fresh: bool) -> None:
+    """Write weighted gradients, or add them to what is there."""
     if not fresh:
         torch._foreach_add_(targets, grads, alpha=weight)
     elif weight == 1.0:
         torch._foreach_copy_(targets, grads)
     else:
+        # For small ones two calls in all cost less than one call each; large ones are not to be read for nothing.
+        small = [at for at, target in enumerate(targets) if target.numel() <= _SMALL]
+        torch._foreach_zero_([targets[at] for at in small])
+        torch._foreach_add_([targets[at] for at in small], [grads[at] for at in small], alpha=weight)
         for target, grad in zip(targets, grads, strict=True):
-            torch.mul(grad, weight, out=target)
+            if target.numel() > _SMALL:
+                torch.mul(grad, weight, out=target)
 
 
 def _combine_from_host(rows: Tensor, weights: Tensor, out: Tensor) -> None:

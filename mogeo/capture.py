@@ -4,8 +4,8 @@ Knows parameters and autograd. What becomes of a gradient, a subclass says: `mog
 `mogeo.sketched` a sketch of it.
 
 A gradient is taken out of `p.grad` once autograd has finished it, in batches: large ones while the backward goes on
-(`mogeo.arrivals`), the rest when it is done (`collect`). So few exist beside what is kept, and keeping one costs a copy.
-Views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
+(`mogeo.arrivals`), the rest when it is done (`collect`). So few exist beside what is kept, and keeping one costs a
+copy. Views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
 
 With several ranks an engine reads `p.grad` after autograd and writes it again, so all gradients are taken once a
 backward is done. A rank keeps its own part of a sharded parameter.
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch import Tensor
 from mogeo.arrivals import Arrivals
 from mogeo.distributed import Ranks, gradient_of, is_sharded, local_of
 
-Layout = list[tuple[object, ...]]
+Layout = tuple[list[Any], ...]
 
 
 class Capture:
@@ -63,8 +65,8 @@ class Capture:
         """Send gradients to this row from now on."""
         raise NotImplementedError
 
-    def store(self, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Take over gradients of the parameters at `indices`: this rank's parts, dense, without graphs."""
+    def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
+        """Take over gradients of the parameters at `indices`, in ascending order: this rank's parts, dense."""
         raise NotImplementedError
 
     def average_replicas(self) -> None:
@@ -98,18 +100,17 @@ class Capture:
         """
         held: dict[int, Tensor] = {}
         try:
-            for i, parameter in enumerate(self.parameters):
-                if parameter.grad is not None:
-                    held[i] = parameter.grad
-                    held[i] = self.withheld(parameter.grad)
-                    parameter.grad = None
+            for i, grad in enumerate(map(_GRAD, self.parameters)):
+                if grad is not None:
+                    held[i] = grad
+                    held[i] = self.withheld(grad)
+                    self.parameters[i].grad = None
             with nullcontext() if self._arrivals is None else self._arrivals.taking(self._take):
                 yield
         finally:
-            for i, parameter in enumerate(self.parameters):
-                grad = held.get(i)
-                if parameter.grad is not grad:
-                    parameter.grad = grad
+            for i, grad in enumerate(map(_GRAD, self.parameters)):
+                if grad is not held.get(i):
+                    self.parameters[i].grad = held.get(i)
 
     def collect(self) -> None:
         """A backward is done: store its gradients, as far as that has not been done."""
@@ -118,21 +119,17 @@ class Capture:
     @torch.no_grad()
     def _take(self, indices: Sequence[int]) -> None:
         """Store the gradients that some parameters have."""
-        parameters = self.parameters
-        grads = [parameters[i].grad for i in indices]
-        taken = [i for i, grad in zip(indices, grads, strict=True) if grad is not None]
-        for i in taken:
-            parameters[i].grad = None
-        if taken:
-            plain = [
-                grad
-                if type(grad) is Tensor and grad.layout is torch.strided and not grad.requires_grad
-                else _made_plain(parameters[i], grad)
-                for i, grad in zip(indices, grads, strict=True)
-                if grad is not None
-            ]
-            del grads
-            self.store(taken, plain)
+        parameters = [self.parameters[i] for i in indices]
+        grads = list(map(_GRAD, parameters))
+        # In bulk, since most often all are there, and ordinary: asking each one costs as much as taking it.
+        if set(map(type, grads)) != {Tensor} or set(map(_LAYOUT, grads)) != {torch.strided}:
+            there = [at for at, grad in enumerate(grads) if grad is not None]
+            indices, parameters = [indices[at] for at in there], [parameters[at] for at in there]
+            grads = [_local_and_dense(p, grads[at]) for p, at in zip(parameters, there, strict=True)]
+        for parameter in parameters:
+            parameter.grad = None
+        if grads:
+            self.store(indices, grads)
 
     def ranks_hint(self) -> str:
         """What else may be why sharded parameters have no gradient."""
@@ -144,19 +141,25 @@ class Capture:
         )
 
 
-def _made_plain(parameter: Tensor, grad: Tensor) -> Tensor:
-    """This rank's part of a gradient, dense; under create_graph=True without its graph."""
-    grad = gradient_of(parameter, grad.detach())
+def _local_and_dense(parameter: Tensor, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient, dense."""
+    grad = gradient_of(parameter, grad)
     return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
+_FACTS = attrgetter(*(name for name in ("shape", "dtype", "device", "grad_dtype") if hasattr(Tensor, name)))
 
 
 def layout_of(parameters: Sequence[Tensor]) -> Layout:
     """What a layout depends on. Compare it only while the parameters are alive: it holds their ids."""
-    locals_ = [local_of(p) if is_sharded(p) else p for p in parameters]
-    return [
-        (id(p), local.shape, local.stride(), grad_dtype(p), p.device)
-        for p, local in zip(parameters, locals_, strict=True)
-    ]
+    shards = [local_of(parameter) for parameter in parameters if is_sharded(parameter)]
+    return (
+        list(map(id, parameters)),
+        list(map(_FACTS, parameters)),
+        list(map(Tensor.stride, parameters)),
+        [(shard.shape, shard.stride()) for shard in shards],
+    )
 
 
 def grad_dtype(parameter: Tensor) -> torch.dtype:

@@ -1,8 +1,8 @@
 """SketchedRows: per objective a sketch of its gradient instead of the gradient, [K, d] for d ≪ N.
 
 Knows parameters and sketches; no weighting and no optimizer. Enough to estimate the Gram matrix, fed while autograd
-goes on, so that no full gradient exists beside the model's own. Sketches are linear, so micro-batches add up in them, and
-replicas need to average d numbers per objective instead of N.
+goes on, so that no full gradient exists beside the model's own. Sketches are linear, so micro-batches add up in them,
+and replicas need to average d numbers per objective instead of N.
 
 Small parameters share a pack: their gradients are gathered in one tensor, which is sketched when a backward is done.
 """
@@ -61,7 +61,7 @@ class SketchedRows(Capture):
             sizes = [local_of(self.parameters[i]).numel() for i in indices]
             small = _small(sizes)
             pack = torch.zeros(sum(sizes[place] for place in small), dtype=kind[0], device=kind[1])
-            for place, slot in zip(small, pack.split([sizes[place] for place in small]), strict=True):
+            for place, slot in zip(small, torch.split(pack, [sizes[place] for place in small]), strict=True):
                 shape = local_of(self.parameters[indices[place]]).shape
                 self._slots[indices[place]] = slot.view(shape)
             self._packs.append(pack)
@@ -79,7 +79,7 @@ class SketchedRows(Capture):
         assert weight == 1.0
         self._row = row
 
-    def store(self, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+    def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
         """Add sketches of gradients to the selected row; those of small parameters once the backward is done."""
         slots, parts = [], []
         for i, grad in zip(indices, grads, strict=True):

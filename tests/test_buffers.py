@@ -149,3 +149,24 @@ def test_a_gradient_of_weight_zero_goes_nowhere() -> None:
     assert a.grad is not None
     assert a.grad.tolist() == [1.0, 1.0, 1.0]
     assert b.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weighted_gradients_add_up_to_the_last_bit_whatever_their_size(dtype: torch.dtype) -> None:
+    """Small ones are written in one call, large ones one by one: as `p.grad` would hold it, w·g, and then + w'·g'."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (3, 1 << 14, (1 << 14) + 1)]
+    grads = [[torch.randn(p.shape, dtype=dtype) for p in params] for _ in range(2)]
+    buffers = GradientBuffers(params, 2)
+    for window in range(2):  # the second finds what the first left
+        for each, weight in zip(grads, (0.3, 1.7), strict=True):
+            with buffers.capturing():
+                buffers.select(None, weight)
+                torch.autograd.backward(params, each)
+                buffers.collect()
+        buffers.settle()
+        buffers.publish()
+        for p, first, second in zip(params, *grads, strict=True):
+            assert p.grad is not None
+            assert torch.equal(p.grad, (first * 0.3).add_(second, alpha=1.7)), window
+            p.grad = None
