@@ -1,6 +1,7 @@
 """What only hardware can tell: no synchronisation, CUDA graphs, determinism, mixed precision, lengths beyond 2³¹.
 
-The property tests of the kernels run on a GPU as well: test_ops.py, test_min_norm.py, backend "cuda".
+The property tests of the kernels run on a GPU as well, and `pytest -m gpu` runs all of it: tests/kernels, test_cuda.py,
+and test_ops.py, test_min_norm.py, test_descent.py with the backend "cuda".
 """
 
 from __future__ import annotations
@@ -18,10 +19,7 @@ import mogeo
 from mogeo import MultiObjectiveOptimizer
 from mogeo.sketch import SignedSketch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 NAMES = ("help", "honesty", "truth")
 WEIGHTINGS = ["mgda-decoupled", "mgda-normalized", "group-dro", "uniform"]
 
