@@ -7,7 +7,9 @@ round in rotating order, so that noise and drift of the machine fall on all of t
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -100,19 +102,36 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
+@contextmanager
+def synchronisation(mode: str) -> Iterator[None]:
+    """Within, torch refuses ("error") or reports ("warn") whatever waits for the device; then as before, come what may.
+
+    Setting the mode warns once a process that it is a prototype. Where warnings are errors that comes as an exception
+    with the mode already set: hence both inside, or every later copy to the device would fail.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+
+    def turn(to: str | int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(to)
+
+    try:
+        turn(mode)
+        yield
+    finally:
+        turn(before)
+
+
 def captured(call: Call, device: torch.device) -> tuple[Call, str | None]:
     """The call as the replay of a CUDA graph; or the call itself, and why it cannot be captured."""
     call()  # whatever compiles or makes handles
     torch.cuda.synchronize(device)
-    previous = torch.cuda.get_sync_debug_mode()
-    # Asked first: a capture that fails halfway can leave the allocator in a state of its own.
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
+    try:  # asked first: a capture that fails halfway can leave the allocator in a state of its own
+        with synchronisation("error"):
+            call()
     except RuntimeError as error:
         return call, first_line(error)
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

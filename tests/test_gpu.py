@@ -7,8 +7,10 @@ and test_ops.py, test_min_norm.py, test_descent.py with the backend "cuda".
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,10 @@ from torch import Tensor, nn
 import mogeo
 from mogeo import MultiObjectiveOptimizer
 from mogeo.sketch import SignedSketch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from timing import synchronisation
 
 pytestmark = pytest.mark.gpu
 NAMES = ("help", "honesty", "truth")
@@ -47,30 +53,34 @@ def step(net: nn.Module, optimizer: MultiObjectiveOptimizer, x: Tensor) -> None:
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation("error"):
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def held(optimizer: MultiObjectiveOptimizer) -> int:
+    """Bytes of the device that are in use between two steps, once all reports have arrived."""
+    torch.cuda.synchronize()
+    assert optimizer.report is not None
+    assert optimizer.report.to_dict()["direction_norm"] > 0
+    return torch.cuda.memory_allocated()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"nonfinite": "propagate"}], ids=str)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_step_never_synchronises_and_allocates_nothing_new(
+def test_a_step_never_synchronises_and_holds_no_more_than_the_one_before(
     weighting: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     net, x = make_net(dtype), batch()
     optimizer = MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters(), fused=True), weighting, **options)
     for _ in range(3):
         step(net, optimizer, x)
-    reserved = torch.cuda.memory_reserved()
+    before = held(optimizer)
     with no_synchronisation():
         for _ in range(5):
             step(net, optimizer, x)
-    assert torch.cuda.memory_reserved() == reserved
-    assert optimizer.report is not None
-    assert optimizer.report.to_dict()["direction_norm"] > 0
+    # Not memory_reserved: how the allocator cuts its segments is its own affair, and it may want another one.
+    assert held(optimizer) == before
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
