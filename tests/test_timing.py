@@ -1,4 +1,4 @@
-"""What benchmarks/timing.py does to torch's settings, and undoes: held without a GPU, by a stand-in for the settings."""
+"""What benchmarks/timing.py does to torch's settings, it undoes: held without a GPU, by a stand-in for the settings."""
 
 from __future__ import annotations
 
