@@ -13,7 +13,7 @@ half precision are accumulated in fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,11 +26,33 @@ from mogeo.kernels.target import Launch, threads_per_warp
 _SLICES = 8
 _THREADS = 128
 _TILE = _SLICES * _THREADS
-# Chunks whose loads are under way at the same time.
-_UNROLL = 4
-# Programs beyond which a GPU has enough to do, and chunks below which another one is not worth its partial sums.
-_ENOUGH_PROGRAMS = 2048
+# Chunks below which a further program is not worth its partial sums.
 _FEWEST_CHUNKS = 32
+
+
+class Variant(NamedTuple):
+    """How the pass over a gradient works. The number of its rows plays no part: a sketch takes one at a time."""
+
+    unroll: int  #: chunks whose elements are asked for together
+    programs: int  #: programs beyond which tiles share their chunks with no further one
+
+    @property
+    def name(self) -> str:
+        """For tables: "4 chunks, 2048 programs"."""
+        return f"{self.unroll} chunks, {self.programs} programs"
+
+
+def variant(dtype: torch.dtype) -> Variant:
+    """The variant for a gradient of this dtype. What speaks for it: docs/kernels.md."""
+    return candidates(dtype)[0]
+
+
+def candidates(dtype: torch.dtype) -> tuple[Variant, ...]:
+    """Variants between which only hardware can decide, for a gradient of this dtype; the first is the one in use.
+
+    Their sums differ in the last digits where they deal chunks to other numbers of programs.
+    """
+    return (Variant(4, 4096), Variant(4, 1024), Variant(4, 2048))
 
 
 @triton.jit(do_not_specialize=["n_chunks", "tail"])  # or every shape of a model's tensors compiles its own
@@ -178,7 +200,7 @@ def tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tup
     return packed.to(device), [part.clone() for part in drawn.split([len(of_tensor) for of_tensor in chunks])]
 
 
-def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor, *, chosen: Variant | None = None) -> None:
     """row += S gradient.
 
     Args:
@@ -186,33 +208,35 @@ def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> Non
         gradient: fp64 (into fp64 only), fp32, bf16 or fp16, of any shape and strides; one that is not contiguous is
             copied.
         chunks: of this gradient, and `signs`: as `tables` returned them.
+        chosen: one of `candidates`, in place of the first.
     """
     flat = gradient.reshape(-1).contiguous()  # a flat view may have strides, too
     if not len(flat):
         return
-    n_parts = _parts(len(chunks), len(row))
+    chosen = chosen or variant(gradient.dtype)
+    n_parts = _parts(len(chunks), len(row), chosen)
     if n_parts == 1:
-        launch(flat, chunks, signs, row).run()
+        launch(flat, chunks, signs, row, chosen).run()
         return
     partials = row.new_empty(n_parts, len(row))
-    launch(flat, chunks, signs, partials).run()
+    launch(flat, chunks, signs, partials, chosen).run()
     launch_reduce(partials, row).run()
 
 
-def _parts(n_chunks: int, dimension: int) -> int:
+def _parts(n_chunks: int, dimension: int, chosen: Variant) -> int:
     """How many programs share the chunks of a tile."""
     tiles = -(-dimension // _TILE)
-    return max(1, min(n_chunks // _FEWEST_CHUNKS, _ENOUGH_PROGRAMS // tiles))
+    return max(1, min(n_chunks // _FEWEST_CHUNKS, chosen.programs // tiles))
 
 
-def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor) -> Launch:
+def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor, chosen: Variant) -> Launch:
     """The pass over the gradient [N]: adds to `sums` [d] if that is the row itself, else overwrites [parts, d]."""
     dimension = sums.shape[-1]
     n_parts = 1 if sums.ndim == 1 else len(sums)
     options: dict[str, Any] = {
         "SLICES": _SLICES,
         "THREADS": _THREADS,
-        "UNROLL": _UNROLL,
+        "UNROLL": chosen.unroll,
         "ADD": sums.ndim == 1,
         "num_warps": _THREADS // threads_per_warp(),
     }
