@@ -102,6 +102,25 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
+def behind(first: Call, call: Call, device: torch.device) -> float:
+    """Seconds of a call on the device, right after other work, whose kernels leave the caches to themselves.
+
+    Before that the device spins for a while, so that the host is ahead, and what is timed is not its launching.
+    """
+    if device.type != "cuda":
+        first()
+        return wall_clock(device)(call)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(4_000_000)  # cycles: some 2 ms
+    first()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 @contextmanager
 def synchronisation(mode: str) -> Iterator[None]:
     """Within, torch refuses ("error") or reports ("warn") whatever waits for the device; then as before, come what may.

@@ -295,9 +295,7 @@ def direction_(
         discard: where a direction is not finite (fp16 that overflows), write zeros in its place.
     """
     variants = [variant(len(block), block.dtype) for block in blocks]
-    grids = [
-        _grid(block, chosen) if block.shape[1] else 0 for block, chosen in zip(blocks, variants, strict=True)
-    ]
+    grids = [_grid(block, chosen) if block.shape[1] else 0 for block, chosen in zip(blocks, variants, strict=True)]
     squares = torch.empty(sum(grids), dtype=torch.float64, device=weights.device)
     outs = [block[0] for block in blocks] if outs is None else outs
     for block, out, part, chosen in zip(blocks, outs, squares.split(grids), variants, strict=True):
