@@ -376,10 +376,10 @@ def print_bandwidths(records: list[dict[str, Any]]) -> None:
 # Solver
 
 
-def solvers(left_out: LeftOut) -> dict[str, Callable[[Tensor], object]]:
+def solvers(left_out: LeftOut, others: bool = True) -> dict[str, Callable[[Tensor], object]]:
     """Gram matrix → weights."""
     functions: dict[str, Callable[[Tensor], object]] = {"mogeo": mogeo.min_norm_weights}
-    for name in ("MGDAWeighting", "UPGradWeighting"):
+    for name in ("MGDAWeighting", "UPGradWeighting") if others else ():
         try:
             import torchjd.aggregation
 
@@ -446,6 +446,7 @@ def measure_solvers(
     left_out: LeftOut,
     failures: Failures,
     end: float = math.inf,
+    others: bool = True,
 ) -> list[dict[str, Any]]:
     """Microseconds per family, size and solver, on the same fp64 Gram matrices.
 
@@ -454,7 +455,7 @@ def measure_solvers(
     from tests.strategies import FAMILIES
 
     device = ceilings.device
-    functions = solvers(left_out)
+    functions = solvers(left_out, others)
     wall = wall_clock(device)
     records: list[dict[str, Any]] = []
     for count in objectives:

@@ -167,9 +167,9 @@ def captured(call: Call, device: torch.device) -> tuple[Call, str | None]:
     return graph.replay, None
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     """GB/s of a copy, bytes read plus bytes written, median: what the memory gives to plain code."""
-    size = 2**30 if device.type == "cuda" else 2**28
+    size = size or (2**30 if device.type == "cuda" else 2**28)
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     clock = device_clock(device) if device.type == "cuda" else wall_clock(device)
