@@ -260,14 +260,15 @@ def step_table(records: Sequence[Figures]) -> str:
 
 def launches_table(records: Sequence[Figures]) -> str:
     """What the profiler counted of one step."""
-    rows = {}
+    rows = []
     for record in records:
-        if record["stage"] == "step" and "of" in record:
-            for name, counted in record["of"].items():
-                waits = ", ".join(f"{what} {n}" for what, n in counted["waits"].items()) or "none"
-                rows[name] = [name, str(counted["kernels"]), str(counted["copies"]), str(counted["operators"]), waits]
+        if record["stage"] == "step" and "counted" in record:
+            counted = record["counted"]
+            waits = ", ".join(f"{what} {n}" for what, n in counted["waits"].items()) or "none"
+            counts = [str(counted[what]) for what in ("kernels", "copies", "operators")]
+            rows.append([record["contestant"], *counts, waits])
     header = ["a step", "kernels launched", "copies and fills", "operators of torch", "calls that wait"]
-    return table(header, rows.values()) if rows else f"launches: {MISSING}."
+    return table(header, rows) if rows else f"launches: {MISSING}."
 
 
 def correctness_table(records: Sequence[Figures]) -> str:

@@ -80,10 +80,12 @@ def stages(options: argparse.Namespace, output: Path) -> list[Stage]:
         return [python, *script, "--device", device, "--output", results, "--budget", "{budget}", *more]
 
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "gpu_reports", "--tb=short"]
+    # Only what is named: others that happen to be installed there may warn, and warnings are errors.
+    pytest += ["-p", "_hypothesis_pytestplugin"]
     tests = [*pytest, *(TESTS[:1] if options.rehearse else TESTS), "-k", f"not ({LARGE})"]
     tests.append(f"--junitxml={output / 'tests.xml'}")
     if importlib.util.find_spec("xdist") is not None and not options.rehearse:
-        tests += ["-n", "12", "--dist", "worksteal"]
+        tests += ["-p", "xdist.plugin", "-n", "12", "--dist", "worksteal"]
     large = [*pytest, "tests/test_gpu.py", "-k", LARGE, f"--junitxml={output / 'large.xml'}"]
     memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"]
     return [
@@ -126,6 +128,7 @@ def environment(options: argparse.Namespace, top: Path, output: Path) -> dict[st
         "TRITON_CACHE_DIR": str(options.cache_directory),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "GPU_REPORTS": str(output / "results.jsonl"),
     }
     if options.rehearse:
