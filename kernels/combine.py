@@ -151,27 +151,33 @@ def _combine_tiles(
         scaled = scaled + ((tl.load(weights + k) * factor).to(DTYPE),)
     whole = tl.cast(columns, tl.int64) // BLOCK
     for t in tl.range(program, whole, n_programs, num_stages=STAGES):
-        total = tl.zeros(columns_of_tile.shape, DTYPE)
-        for k in tl.static_range(K):
-            read = scaled[k] != 0.0
-            row = tl.load(rows + t * step + k * row_stride + lanes, mask=read, other=0.0)
-            total += scaled[k] * row.to(DTYPE)
-        result = total.to(out.dtype.element_ty)
+        result = _weighted_sum(rows + t * step, scaled, row_stride, lanes, columns_of_tile >= 0, out, K, False, DTYPE)
         tl.store(out + t * out_step + out_lanes, result)
         if MEASURE:
             squared += _squares(result)
     if (whole % n_programs == program) & (whole * BLOCK < columns):
         mask = whole * BLOCK + columns_of_tile < columns
-        total = tl.zeros(columns_of_tile.shape, DTYPE)
-        for k in tl.static_range(K):
-            read = scaled[k] != 0.0
-            row = tl.load(rows + whole * step + k * row_stride + lanes, mask=mask & read, other=0.0)
-            total += scaled[k] * row.to(DTYPE)
-        result = total.to(out.dtype.element_ty)
+        result = _weighted_sum(rows + whole * step, scaled, row_stride, lanes, mask, out, K, True, DTYPE)
         tl.store(out + whole * out_step + out_lanes, result, mask=mask)
         if MEASURE:
             squared += _squares(result)
     return squared
+
+
+@triton.jit
+def _weighted_sum(
+    tile, weights, row_stride, lanes, mask, out, K: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Σ_k w_k g_k of one tile, accumulated in DTYPE, in the dtype of `out`."""
+    total = tl.zeros(mask.shape, DTYPE)
+    for k in tl.static_range(K):
+        read = tl.where(weights[k] != 0.0, 1, 0) > 0
+        if MASKED:
+            row = tl.load(tile + k * row_stride + lanes, mask=mask & read, other=0.0)
+        else:
+            row = tl.load(tile + k * row_stride + lanes, mask=read, other=0.0)
+        total += weights[k] * row.to(DTYPE)
+    return total.to(out.dtype.element_ty)
 
 
 @triton.jit
