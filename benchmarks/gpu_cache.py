@@ -69,8 +69,8 @@ def noted(launches: list[Launched], stage: str = "", *, launch: bool = False) ->
         launches.append(
             {
                 "stage": stage,
-                "module": self.kernel.__module__ if hasattr(self.kernel, "__module__") else self.kernel.fn.__module__,
-                "function": self.kernel.__name__,
+                "module": self.kernel.fn.__module__,
+                "function": self.kernel.fn.__name__,
                 "arguments": [_described(argument) for argument in self.arguments],
                 "options": self.options,
             }
@@ -160,12 +160,12 @@ class Driver:
 
 def prepare(architecture: int = ARCHITECTURE) -> None:
     """Make `mogeo.kernels` importable, without torch and without installing anything, and launches compile only."""
-    if importlib.util.find_spec("torch") is None:
+    try:
+        importlib.import_module("torch")
+    except ImportError:
         sys.modules["torch"] = _stand_in()
-    if "mogeo" not in sys.modules and ("torch" in sys.modules and not hasattr(sys.modules["torch"], "__file__")):
-        package = types.ModuleType("mogeo")
-        package.__path__ = []  # type: ignore[attr-defined]
-        sys.modules["mogeo"] = package
+        sys.modules["mogeo"] = package = types.ModuleType("mogeo")  # the real one asks for more of torch
+        package.__path__ = []
     if importlib.util.find_spec("mogeo.kernels") is None:
         spec = importlib.util.spec_from_file_location(
             "mogeo.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
@@ -220,7 +220,8 @@ def _build_launcher(compiled: Any) -> None:
     build._load_module_from_path = lambda name, path: types.SimpleNamespace(launch=None)
     with contextlib.suppress(AttributeError):  # the functions that a loaded module would have
         driver.CudaUtils()
-    driver.CudaLauncher(compiled.src, compiled.metadata)
+    with contextlib.suppress(AttributeError):  # from Triton 3.7 on, one of these functions launches everything
+        driver.CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _stand_in_for_libcuda(folder: Path) -> bool:
@@ -312,6 +313,7 @@ def misfits(manifest: dict[str, Any]) -> list[str]:
 
 def pack(directory: Path, archive: Path, facts: dict[str, Any]) -> None:
     """Write directory and manifest as tar.xz, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).write_text(json.dumps(here() | facts, indent=1))
     partial = archive.with_name(archive.name + ".part")
     # What a launch needs: the stages of compilation before the binary are several times as large, and Triton reads
