@@ -166,7 +166,7 @@ def prepare(architecture: int = ARCHITECTURE) -> None:
         sys.modules["torch"] = _stand_in()
         sys.modules["mogeo"] = package = types.ModuleType("mogeo")  # the real one asks for more of torch
         package.__path__ = []
-    if importlib.util.find_spec("mogeo.kernels") is None:
+    if "mogeo.kernels" not in sys.modules:  # those of this checkout, whatever may be installed
         spec = importlib.util.spec_from_file_location(
             "mogeo.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
         )
