@@ -134,7 +134,7 @@ def compile_all(run: Run) -> None:
         before = len(gpu_cache.entries(directory))
         major, minor = torch.cuda.get_device_capability(run.device)
         left = run.records.end - time.monotonic()
-        told = gpu_cache.fill(launches, left, os.cpu_count() or 1, launchers=False, architecture=10 * major + minor)
+        told = gpu_cache.fill(launches, left, os.cpu_count() or 1, architecture=10 * major + minor)
         slowest = sorted(told.pop("seconds_each"))[-5:]
         wrong = [f"{launched}: {error}" for launched, error in told["failed"].items()]
         return told | {"slowest_s": slowest, "entries_before": before, "wrong": wrong}
