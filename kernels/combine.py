@@ -149,6 +149,7 @@ def _combine_tiles(
     scaled = ()
     for k in tl.static_range(K):
         scaled = scaled + ((tl.load(weights + k) * factor).to(DTYPE),)
+    # An argument below 2³¹ is an int32 to Triton: made wider before anything is added to it.
     whole = tl.cast(columns, tl.int64) // BLOCK
     for t in tl.range(program, whole, n_programs, num_stages=STAGES):
         result = _weighted_sum(rows + t * step, scaled, row_stride, lanes, columns_of_tile >= 0, out, K, False, DTYPE)
@@ -196,7 +197,7 @@ def _settle(
     """‖d‖² before clipping, the clip factor, and what is left of it to multiply d by."""
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, n_squares, BLOCK):
+    for at in range(0, tl.cast(n_squares, tl.int64), BLOCK):
         sums += tl.load(squares + at + lane, mask=at + lane < n_squares, other=0.0)
     squared_norm = tl.sum(sums, axis=0)
     measured = squared_norm  # of what lies in memory
@@ -226,7 +227,8 @@ def _scale(values, settled, columns, stride, THREADS: tl.constexpr, WIDTH: tl.co
         BLOCK: tl.constexpr = THREADS * WIDTH
         lane = tl.arange(0, BLOCK)
         step = tl.cast(stride, tl.int64)
-        for t in range(tl.program_id(0).to(tl.int64), (columns + BLOCK - 1) // BLOCK, tl.num_programs(0)):
+        tiles = (tl.cast(columns, tl.int64) + BLOCK - 1) // BLOCK
+        for t in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
             column = t * BLOCK + lane
             place = values + column * step if not UNIT else values + column
             value = tl.load(place, mask=(column < columns) & read, other=0.0)

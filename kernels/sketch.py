@@ -28,6 +28,8 @@ _THREADS = 128
 _TILE = _SLICES * _THREADS
 # Chunks below which a further program is not worth its partial sums.
 _FEWEST_CHUNKS = 32
+# Kernels count chunks, and some beyond the last, in 32 bits.
+MOST_CHUNKS = 2**31 - 2**10
 
 
 class Variant(NamedTuple):
@@ -52,7 +54,9 @@ def candidates(dtype: torch.dtype) -> tuple[Variant, ...]:
 
     Their sums differ in the last digits where they deal chunks to other numbers of programs.
     """
-    return (Variant(3, 4096), Variant(3, 1024), Variant(2, 4096))
+    long, short = Variant(3, 4096), Variant(2, 4096)
+    default, other = (short, long) if dtype in (torch.float16, torch.float64) else (long, short)
+    return (default, other, default._replace(programs=1024))
 
 
 @triton.jit(do_not_specialize=["n_chunks", "tail"])  # or every shape of a model's tensors compiles its own
@@ -85,7 +89,7 @@ def _sketch(
         columns = ()
         flips = ()
         for u in tl.static_range(UNROLL):
-            head, column, flip = _placed(signs, drawn[2 * u], drawn[2 * u + 1], first_bucket, lane, dimension)
+            head, column, flip = _placed(signs, drawn[u], first_bucket, lane, dimension)
             whole = whole & (head + TILE <= tl.where(group + u == n_chunks - 1, tail, dimension))
             heads = heads + (head,)
             columns = columns + (column,)
@@ -97,7 +101,7 @@ def _sketch(
         else:
             for chunk in range(group, tl.minimum(group + UNROLL, last)):
                 totals = _add_cut_tile(
-                    totals, gradient, chunks, signs, chunk, first_bucket, lane, dimension, n_chunks, tail, SLICES
+                    totals, gradient, chunks, signs, chunk, last, first_bucket, lane, dimension, n_chunks, tail, SLICES
                 )
             values = _nothing(gradient, lane, SLICES * UNROLL)
 
@@ -120,20 +124,22 @@ def _zeros(SLICES: tl.constexpr, THREADS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _drawn(chunks, group, last, UNROLL: tl.constexpr):
-    """What was drawn for the chunks of a group: of each, its rotation and sign, and its window of the table of signs."""
+    """What was drawn for each chunk of a group: the entries of its row of the table, as one number."""
+    both = chunks.to(tl.pointer_type(tl.int64))
     drawn = ()
     for u in tl.static_range(UNROLL):
-        place = chunks + 2 * tl.cast(tl.minimum(group + u, last - 1), tl.int64)
-        drawn = drawn + (tl.load(place), tl.load(place + 1))
+        drawn = drawn + (tl.load(both + tl.cast(tl.minimum(group + u, last - 1), tl.int64)),)
     return drawn
 
 
 @triton.jit
-def _placed(signs, turned, window, first_bucket, lane, dimension):
+def _placed(signs, drawn, first_bucket, lane, dimension):
     """Which element of a chunk falls into the first bucket of a tile, a byte of signs per lane, and whether to turn it.
 
     That is −1 if so, else 0.
     """
+    turned = drawn.to(tl.int32)
+    window = (drawn >> 32).to(tl.int32)
     head = first_bucket - (turned >> 1)
     head = tl.where(head < 0, head + dimension, head)
     return head, tl.load(signs + window + first_bucket + lane).to(tl.int32), -(turned & 1)
@@ -160,11 +166,11 @@ def _nothing(gradient, lane, COUNT: tl.constexpr):
 
 @triton.jit
 def _add_cut_tile(
-    totals, gradient, chunks, signs, chunk, first_bucket, lane, dimension, n_chunks, tail, SLICES: tl.constexpr
+    totals, gradient, chunks, signs, chunk, last, first_bucket, lane, dimension, n_chunks, tail, SLICES: tl.constexpr
 ):
     """Totals with a tile of a chunk that ends, or wraps around, in the tile; or the tile reaches beyond the buckets."""
-    drawn = chunks + 2 * tl.cast(chunk, tl.int64)
-    head, column, flip = _placed(signs, tl.load(drawn), tl.load(drawn + 1), first_bucket, lane, dimension)
+    (drawn,) = _drawn(chunks, chunk, last, 1)
+    head, column, flip = _placed(signs, drawn, first_bucket, lane, dimension)
     length = tl.where(chunk == n_chunks - 1, tail, dimension)
     place = gradient + chunk * tl.cast(dimension, tl.int64)
     added = ()
@@ -269,7 +275,14 @@ def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor, *, cho
             copied.
         chunks: of this gradient, and `signs`: as `tables` returned them.
         chosen: one of `candidates`, in place of the first.
+
+    Raises:
+        ValueError: 2³¹ chunks or more, or almost.
     """
+    if len(chunks) > MOST_CHUNKS:
+        raise ValueError(
+            f"{gradient.numel()} elements in {len(row)} buckets are {len(chunks)} chunks: use more buckets"
+        )
     flat = gradient.reshape(-1).contiguous()  # a flat view may have strides, too
     if not len(flat):
         return

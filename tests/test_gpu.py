@@ -130,10 +130,15 @@ def test_the_same_bits_a_hundred_times(k: int, dtype: torch.dtype) -> None:
         assert torch.equal(mogeo.combine(rows, solved.weights), direction)
 
 
-@pytest.mark.parametrize(("k", "columns"), [(2, 1_000_000_000), (4, 600_000_000), (2, 2**31 + 37)])
+@pytest.mark.parametrize(
+    ("k", "columns"),
+    [(2, 1_000_000_000), (4, 600_000_000), (2, 2**31 - 1), (2, 2**31 - 17), (2, 2**31 + 37)],
+)
 def test_lengths_beyond_two_to_the_31(k: int, columns: int) -> None:
     if torch.cuda.mem_get_info()[0] < 2.2 * k * columns * 2:
         pytest.skip(f"needs {2.2 * k * columns * 2 / 2**30:.0f} GiB of free GPU memory")
+    from mogeo.cuda import finish_
+
     generator = torch.Generator("cuda").manual_seed(0)
     rows = torch.empty(k, columns, dtype=torch.bfloat16, device="cuda")
     rows.normal_(generator=generator)
@@ -146,6 +151,11 @@ def test_lengths_beyond_two_to_the_31(k: int, columns: int) -> None:
     expected = weights @ rows[:, -1000:].double()
     tail = mogeo.combine(rows, weights, out=rows[0])[-1000:].double()
     torch.testing.assert_close(tail, expected, rtol=2**-8, atol=1e-2)
+    direction = rows[0]
+    before = direction[-1000:].clone()
+    squares = torch.tensor([1.0], dtype=torch.float64, device="cuda")
+    finish_([direction], squares, weights, None, 0.5, discard=True)  # halves a direction of length 1
+    assert torch.equal(direction[-1000:], before * 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -81,7 +81,9 @@ def instructions(listing: str, text: bytes, start: int = 0) -> list[Instruction]
     found = []
     for offset in range(0, len(text), 16):
         (upper,) = struct.unpack_from("<Q", text, offset + 8)
-        control = upper >> 41  # 4 bits of delay, one to yield, scoreboard of its result, one of its operands, 6 to wait for
+        control = (
+            upper >> 41
+        )  # 4 bits of delay, one to yield, scoreboard of its result, one of its operands, 6 to wait for
         found.append(Instruction(start + offset, said[start + offset], control >> 5 & 7, control >> 11 & 63))
     return found
 

@@ -140,6 +140,12 @@ def test_nothing_to_sketch() -> None:
     assert row.tolist() == [1.0] * 8
 
 
+def test_more_chunks_than_32_bits_count_are_refused() -> None:
+    chunks = torch.zeros(1, 2, dtype=torch.int32).expand(2**31, 2)
+    with pytest.raises(ValueError, match="use more buckets"):
+        kernels.sketch_(torch.zeros(1), torch.zeros(1).expand(2**31), chunks, torch.zeros(1, dtype=torch.uint8))
+
+
 def test_the_same_bits_on_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 10)
     case = drawn([30_000], 1024)
