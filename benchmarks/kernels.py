@@ -10,7 +10,11 @@ by events after the cache was filled with other memory; the solver also launch b
 the host's clock, caches as they are, and the CPU code of mogeo, for Triton's interpreter says nothing about time. There
 and here contestants run round by round in rotating order.
 
-Run: python benchmarks/kernels.py [--device cuda] [--quick] [--json PATH] [--plot PATH]
+The solver comes first, and is timed twice: replayed again and again, which finds its code in the instruction caches,
+and within a step (`inside_a_step`), which does not. A contestant that fails is written down and the run goes on; the
+exit code is 1 if it was one of mogeo's. No setting starts after the seconds of --budget: what is left out is said.
+
+Run: python benchmarks/kernels.py [--device cuda] [--quick] [--budget SECONDS] [--json PATH] [--plot PATH]
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +33,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from machine import clocks, data_sheet_bandwidth, describe, free_bytes, l2_bytes
-from timing import Call, Clock, captured, copy_bandwidth, device_clock, first_line, interleaved, spread, wall_clock
+from timing import (
+    Call,
+    Clock,
+    behind,
+    captured,
+    copy_bandwidth,
+    device_clock,
+    first_line,
+    interleaved,
+    rounds_of,
+    spread,
+    wall_clock,
+)
 from torch import Tensor
 
 import mogeo
@@ -59,6 +77,9 @@ LIMIT = 1.0
 SOLVER_LIMIT = 0.1  # the same for one Gram matrix and solver
 BUCKETS = 1 << 18  # of a sketch
 SAMPLES = 4  # Gram matrices of each family for the solver
+IN_A_STEP = "gaussian, N = K + 1"  # the family of the Gram matrix that is solved within a step
+
+OPERATIONS = ("gram", "combine", "sketch", "limit")
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -93,7 +114,19 @@ class LeftOut:
         """Each once."""
         if what not in self.reasons:
             self.reasons[what] = why
-            print(f"left out: {what}: {why}")
+            print(f"left out: {what}: {why}", flush=True)
+
+
+class Failures:
+    """What of mogeo's ran into an error: printed at once, and written down. Other contestants are `LeftOut` then."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def note(self, name: str, error: BaseException, **where: Any) -> None:
+        """A contestant, and what it was doing."""
+        self.records.append({"name": name, **where, "error": first_line(error)})
+        print(f"failed: {name}: {self.records[-1]}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -195,18 +228,20 @@ def sketches(add: Callable[[Tensor, Tensor], object], rows: Tensor) -> Tensor:
     return found
 
 
-def contestants(rows: Tensor, weights: Tensor, compiling: bool, left_out: LeftOut) -> Iterator[Contestant]:
+def contestants(
+    rows: Tensor, weights: Tensor, compiling: bool, left_out: LeftOut, operations: Sequence[str] = OPERATIONS
+) -> Iterator[Contestant]:
     """All there is to time on rows [K, N]."""
     count, columns = rows.shape
     size = columns * rows.element_size()
-    for name, function in gram_functions(compiling, left_out).items():
+    for name, function in gram_functions(compiling, left_out).items() if "gram" in operations else ():
         call: Callable[[Tensor], object] = dots if function is gram_of_dots else function
         yield Contestant("gram", name, count * size, float(count * (count + 1) * columns), call, function)
-    for name, function in combine_functions(weights, rows.dtype, compiling).items():
+    for name, function in combine_functions(weights, rows.dtype, compiling).items() if "combine" in operations else ():
         # In place, as the optimizer does it; the weights are convex, so that row 0 stays bounded.
         call = partial(combine_in_place, weights) if name == "mogeo.combine" else function
         yield Contestant("combine", name, (count + 1) * size, 2.0 * count * columns, call, function)
-    for name, function in sketch_functions(rows, left_out).items():
+    for name, function in sketch_functions(rows, left_out).items() if "sketch" in operations else ():
         yield Contestant("sketch", name, count * size, 2.0 * count * columns, function, None)
     yield Contestant("limit", "sum of all", count * size, float(count * columns), torch.sum, None)
     # As many bytes as gram reads: half of the rows, read and written; from 1 GiB on a copy is as fast as it gets.
@@ -240,9 +275,19 @@ def error_of(contestant: Contestant, rows: Tensor, weights: Tensor) -> float | N
 
 
 def measure(
-    count: int, columns: int, dtype: str, rounds: int, compiling: bool, ceilings: Ceilings, left_out: LeftOut
+    count: int,
+    columns: int,
+    dtype: str,
+    rounds: int,
+    compiling: bool,
+    ceilings: Ceilings,
+    left_out: LeftOut,
+    failures: Failures,
+    operations: Sequence[str] = OPERATIONS,
+    names: Collection[str] | None = None,
+    limit: float = LIMIT,
 ) -> list[dict[str, Any]]:
-    """Every contestant on K rows of N columns."""
+    """Every contestant on K rows of N columns; or those of some operations, and with some names."""
     device = ceilings.device
     size = count * columns * DTYPES[dtype].itemsize
     n_sets = max(1, -(-3 * l2_bytes(device) // size)) if device.type == "cuda" else 1
@@ -263,16 +308,19 @@ def measure(
     chosen: dict[str, Contestant] = {}
     calls: dict[str, Call] = {}
     how: dict[str, str] = {}
-    for contestant in contestants(sets[0], weights, compiling, left_out):
+    for contestant in contestants(sets[0], weights, compiling, left_out, operations):
+        if names is not None and contestant.name not in names:
+            continue
         key = f"{contestant.operation}: {contestant.name}"
         try:
             errors[key] = error_of(contestant, sets[0], weights)
             call = partial(run_all, contestant.call, sets)
             calls[key], reason = captured(call, device) if device.type == "cuda" else (call, None)
-        except Exception as error:  # whatever keeps a baseline from running here; mogeo itself has to run
+        except Exception as error:  # whatever keeps one from running here, the others run
             if contestant.name.startswith("mogeo"):
-                raise
-            left_out.note(f"{contestant.name}, {dtype}", first_line(error))
+                failures.note(contestant.name, error, k=count, n=columns, dtype=dtype)
+            else:
+                left_out.note(f"{contestant.name}, {dtype}", first_line(error))
             continue
         chosen[key] = contestant
         how[key] = "wall" if device.type == "cpu" else "launches" if reason else "graph"
@@ -280,7 +328,7 @@ def measure(
             left_out.note(f"graph replay of {contestant.name}", reason)
 
     records = []
-    for key, seconds in interleaved(calls, rounds, ceilings.clock, LIMIT).items():
+    for key, seconds in interleaved(calls, rounds, ceilings.clock, limit).items():
         contestant = chosen[key]
         milliseconds = spread([1e3 * value / n_sets for value in seconds])
         rates = spread([contestant.n_bytes * n_sets / value / 1e9 for value in seconds])
@@ -328,10 +376,10 @@ def print_bandwidths(records: list[dict[str, Any]]) -> None:
 # Solver
 
 
-def solvers(left_out: LeftOut) -> dict[str, Callable[[Tensor], object]]:
+def solvers(left_out: LeftOut, others: bool = True) -> dict[str, Callable[[Tensor], object]]:
     """Gram matrix → weights."""
     functions: dict[str, Callable[[Tensor], object]] = {"mogeo": mogeo.min_norm_weights}
-    for name in ("MGDAWeighting", "UPGradWeighting"):
+    for name in ("MGDAWeighting", "UPGradWeighting") if others else ():
         try:
             import torchjd.aggregation
 
@@ -341,8 +389,64 @@ def solvers(left_out: LeftOut) -> dict[str, Callable[[Tensor], object]]:
     return functions
 
 
+class Cold(NamedTuple):
+    """Microseconds that the solver adds to a step, its code not in the instruction caches."""
+
+    difference: dict[str, float]  #: of two CUDA graphs of a step, with and without it; quantiles over rounds
+    events: dict[str, float]  #: between two events around it, behind the other kernels of a step
+
+
+def inside_a_step(count: int, gram: Tensor, rounds: int, ceilings: Ceilings) -> Cold:
+    """The solver between a Gram matrix, a combination, and kernels such as a backward launches.
+
+    By difference: two graphs, of everything and of everything but the solver, replayed in turn; a difference is taken
+    within a round. By events: launched one by one; while the device works on what comes first, the host is ahead, so
+    that launching does not count. What comes first reads three times the L2, and its kernels (products, softmax, sort,
+    reductions, Gram) are more code than the instruction caches of a multiprocessor hold.
+    """
+    device = ceilings.device
+    generator = torch.Generator(device).manual_seed(0)
+    columns = 10**6 if device.type == "cuda" else 10**3
+    rows = torch.empty(count, columns, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+    square = torch.empty(512, 512, device=device).normal_(generator=generator)
+
+    def others() -> None:
+        hidden = torch.nn.functional.layer_norm(torch.nn.functional.gelu(square @ square), (512,))
+        hidden.softmax(-1).log().sort(-1).values.cumsum(-1).var(-1)
+        half = square.to(torch.bfloat16)
+        (half @ half).float().tanh().sum()
+
+    weights = torch.full((count,), 1 / count, dtype=torch.float64, device=device)
+
+    def step(solve: bool) -> None:
+        others()
+        mogeo.gram(rows)
+        solved = mogeo.min_norm_weights(gram).weights if solve else weights
+        mogeo.combine(rows, solved, out=rows[0])
+
+    with_it: Call = partial(step, True)
+    without: Call = partial(step, False)
+    if device.type == "cuda":
+        (with_it, reason), (without, other_reason) = captured(with_it, device), captured(without, device)
+        if reason or other_reason:
+            raise RuntimeError(reason or other_reason)
+    differences = [
+        1e6 * (seconds["with"] - seconds["without"])
+        for seconds in rounds_of({"with": with_it, "without": without}, rounds, ceilings.clock)
+    ]
+    solve = partial(mogeo.min_norm_weights, gram)
+    return Cold(spread(differences), spread([1e6 * behind(others, solve, device) for _ in range(rounds)]))
+
+
 def measure_solvers(
-    objectives: tuple[int, ...], samples: int, rounds: int, ceilings: Ceilings, left_out: LeftOut
+    objectives: tuple[int, ...],
+    samples: int,
+    rounds: int,
+    ceilings: Ceilings,
+    left_out: LeftOut,
+    failures: Failures,
+    end: float = math.inf,
+    others: bool = True,
 ) -> list[dict[str, Any]]:
     """Microseconds per family, size and solver, on the same fp64 Gram matrices.
 
@@ -351,18 +455,21 @@ def measure_solvers(
     from tests.strategies import FAMILIES
 
     device = ceilings.device
-    functions = solvers(left_out)
+    functions = solvers(left_out, others)
     wall = wall_clock(device)
-    records = []
+    records: list[dict[str, Any]] = []
     for count in objectives:
         gram = torch.eye(count, dtype=torch.float64, device=device)
-        replay = None
-        if device.type == "cuda":
-            replay, reason = captured(partial(mogeo.min_norm_weights, gram), device)
-            if reason:
-                left_out.note("graph replay of the solver", reason)
-                replay = None
+        replay, reason = (
+            captured(partial(mogeo.min_norm_weights, gram), device) if device.type == "cuda" else (None, "")
+        )
+        if reason:
+            left_out.note("graph replay of the solver", reason)
+            replay = None
         for family, sample in FAMILIES.items():
+            if time.monotonic() > end:
+                left_out.note(f"solver, K = {count}, {family}", "no time left (--budget)")
+                continue
             microseconds: dict[str, list[float]] = {}
             refused = dict.fromkeys(functions, 0)
             not_optimal = 0
@@ -375,9 +482,13 @@ def measure_solvers(
                     calls[name] = partial(function, given.to(device))
                     try:
                         calls[name]()
-                    except (ValueError, ArithmeticError, RuntimeError):
+                    except (ValueError, ArithmeticError, RuntimeError) as error:
                         refused[name] += 1
                         del calls[name]
+                        if name == "mogeo":
+                            failures.note("mogeo", error, k=count, family=family)
+                if "mogeo" not in calls:
+                    continue
                 not_optimal += int(mogeo.min_norm_weights(whole.to(device)).status) != 0
                 for name, seconds in interleaved(calls, rounds, wall, SOLVER_LIMIT).items():
                     microseconds.setdefault(name, []).extend(1e6 * value for value in seconds)
@@ -388,6 +499,11 @@ def measure_solvers(
             record: dict[str, Any] = {"k": count, "family": family, "samples": samples, "not_optimal": not_optimal}
             record["refused"] = refused
             record["microseconds"] = {name: spread(values) for name, values in microseconds.items()}
+            if family == IN_A_STEP:
+                try:
+                    record["inside_a_step"] = inside_a_step(count, whole.to(device), rounds, ceilings)._asdict()
+                except RuntimeError as error:
+                    failures.note("mogeo, inside a step", error, k=count)
             records.append(record)
     return records
 
@@ -405,6 +521,11 @@ def print_solvers(records: list[dict[str, Any]]) -> None:
             middle, (slowest, family) = entries[len(entries) // 2][0], entries[-1]
             quantiles = f"({middle['p20']:.1f} … {middle['p80']:.1f})"
             print(f"{count:3} {name:22}{middle['p50']:14.1f} {quantiles:>23}  {slowest['p50']:.1f}, {family}")
+        for cold in (record["inside_a_step"] for record in chosen if "inside_a_step" in record):
+            told = (
+                f"{what} {value['p50']:.1f} ({value['p20']:.1f} … {value['p80']:.1f})" for what, value in cold.items()
+            )
+            print(f"{count:3} {'mogeo, inside a step':22}{', '.join(told):>38}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -420,6 +541,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 30 on a GPU, else 9)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, nothing compiled by torch")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start nothing after that")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--plot", type=Path, help="draw bandwidths against arithmetic intensity there")
     arguments = parser.parse_args()
@@ -450,24 +572,36 @@ def note_sizes(arguments: argparse.Namespace, left_out: LeftOut) -> None:
 def main() -> None:
     """Parse, measure, print; write the figures after each setting, so that a run cut short leaves what it has."""
     arguments = parse()
-    device, left_out = arguments.device, LeftOut()
+    end = time.monotonic() + arguments.budget
+    device, left_out, failures = arguments.device, LeftOut(), Failures()
     facts = describe("triton", "torchjd", "mogeo", device=device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     note_sizes(arguments, left_out)
     clock = device_clock(device) if device.type == "cuda" else wall_clock(device)
     ceilings = Ceilings(device, clock, copy_bandwidth(device), data_sheet_bandwidth(device))
     peak = "unknown" if ceilings.peak is None else f"{ceilings.peak:.0f} GB/s"
-    print(f"a large copy: {ceilings.copy:.1f} GB/s; data sheet: {peak}; {arguments.rounds} rounds\n")
+    print(f"a large copy: {ceilings.copy:.1f} GB/s; data sheet: {peak}; {arguments.rounds} rounds")
     document: dict[str, Any] = {"machine": facts, "rounds": arguments.rounds}
     document |= {"copy_gb_per_s": ceilings.copy, "peak_gb_per_s": ceilings.peak}
-    document |= {"left_out": left_out.reasons, "results": [], "solver": []}
+    document |= {"left_out": left_out.reasons, "failed": failures.records, "results": [], "solver": []}
 
     def write() -> None:
         if arguments.json:
             document["clocks_last"] = clocks(device)
             arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
-    print(f"{'K':>3} {'N':>11} {'dtype':5} {'':33}{'ms':>10} {'(20 … 80 %)':>23} ", end="")
+    samples = 1 if arguments.quick else SAMPLES
+    for count in arguments.objectives:
+        try:
+            document["solver"] += measure_solvers(
+                (count,), samples, arguments.rounds, ceilings, left_out, failures, end
+            )
+        except ImportError as error:
+            left_out.note("solver", first_line(error))
+        write()
+    print_solvers(document["solver"])
+
+    print(f"\n{'K':>3} {'N':>11} {'dtype':5} {'':33}{'ms':>10} {'(20 … 80 %)':>23} ", end="")
     print(f"{'GB/s':>8} {'% copy':>7} {'% peak':>7} {'error':>8}")
     widest = max((n for n in arguments.columns if n <= COMPILED_UP_TO), default=0)
     for columns in arguments.columns:
@@ -476,26 +610,26 @@ def main() -> None:
             left_out.note(f"torch.compile at N = {columns:,}", f"takes seconds per shape: done at N = {widest:,} only")
         for count in arguments.objectives:
             for dtype in arguments.dtypes:
+                setting = f"K = {count}, N = {columns:,}, {dtype}"
+                if time.monotonic() > end:
+                    left_out.note(setting, "no time left (--budget)")
+                    continue
                 try:
-                    records = measure(count, columns, dtype, arguments.rounds, compiling, ceilings, left_out)
+                    records = measure(count, columns, dtype, arguments.rounds, compiling, ceilings, left_out, failures)
                 except torch.OutOfMemoryError as error:
-                    left_out.note(f"K = {count}, N = {columns:,}, {dtype}", first_line(error))
+                    left_out.note(setting, first_line(error))
                     records = []
                 print_bandwidths(records)
                 document["results"] += records
                 write()
                 gc.collect()  # graphs and compiled functions hold memory in cycles
-    samples = 1 if arguments.quick else SAMPLES
-    try:
-        document["solver"] = measure_solvers(arguments.objectives, samples, arguments.rounds, ceilings, left_out)
-    except ImportError as error:
-        left_out.note("solver", first_line(error))
-    print_solvers(document["solver"])
     write()
     if arguments.plot:
         from roofline import draw
 
         draw(document, arguments.plot)
+    if failures.records:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ quality  A run of its own per mode in the demo's world, all from one start and o
          benchmarks/alignment.py.
 
 Time and memory are taken on --device, with the models of benchmarks/step_overhead.py; the world is trained on the CPU,
-with one thread, in its regime `noisehelp`.
+with one thread, in its regime `noisehelp`. Figures are written after every round and mode; a mode that fails is written
+down, the others go on, and the exit code is 1. Nothing starts after the seconds of --budget.
 
 Run: python benchmarks/memory_modes.py [--parts time memory error quality] [--seeds 4] [--rounds 5] [--device cuda]
-     [--quick] [--json PATH] [--plot PATH]
+     [--budget SECONDS] [--quick] [--json PATH] [--plot PATH]
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -42,7 +46,7 @@ from alignment import WORLD_COLUMNS
 from machine import clocks, describe
 from plan_check import MIB, allocated
 from step_overhead import Setting, make_model, prepared, release
-from timing import Clock, cpu_clock, rotated, wall_clock
+from timing import Clock, cpu_clock, first_line, rotated, wall_clock
 from torch import Tensor, nn
 
 from mogeo import MultiObjectiveOptimizer
@@ -129,23 +133,48 @@ def step_of(mode: Mode, model: nn.Module, setting: Setting, tensors: bool = Fals
     return step
 
 
-def time_of(listed: Mapping[str, Mode], setting: Setting, period: int, rounds: int, clock: Clock) -> dict[str, Figures]:
-    """Milliseconds a step and ratios to plain, by mode: medians and quartiles over rounds."""
+@dataclass
+class Course:
+    """How far a run has come, and what it could not do: in JSON as it stands whenever figures are written."""
+
+    end: float = math.inf  #: nothing starts after that, on the clock of `time.monotonic`
+    left_out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Say and note it."""
+        self.left_out[what] = why
+        print(f"left out: {what}: {why}", flush=True)
+
+    def is_over(self, what: str) -> bool:
+        """Whether there is no time left for something, which is noted then."""
+        if over := time.monotonic() > self.end:
+            self.leave_out(what, "no time left (--budget)")
+        return over
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """Say and note it."""
+        self.failed[what] = first_line(error)
+        print(f"failed: {what}: {error}", flush=True)
+
+
+def time_of(
+    listed: Mapping[str, Mode], setting: Setting, period: int, rounds: int, clock: Clock, course: Course
+) -> Iterator[dict[str, Figures]]:
+    """Milliseconds a step and ratios to plain, by mode: medians and quartiles over the rounds so far, round by round.
+
+    A mode that fails takes no further part.
+    """
     model = make_model(setting)
     contestants = [*listed, *(f"{name}, tensors" for name, mode in listed.items() if mode.tensors)]
     found: list[dict[str, float]] = []
-    for turn in range(rounds):
-        seconds = {}
-        for name in rotated(contestants, turn):
-            mode, tensors = listed[name.removesuffix(", tensors")], name.endswith(", tensors")
-            step = step_of(mode, copy.deepcopy(model), setting, tensors)
-            for _ in range(2):
-                step()
-            seconds[name] = clock(partial(_repeat, step, period)) / period
-            del step
-            release(setting.device)
-        found.append(seconds)
-        print(f"time: round {turn + 1} of {rounds} done", file=sys.stderr, flush=True)
+
+    def seconds_of(name: str) -> float:
+        mode, tensors = listed[name.removesuffix(", tensors")], name.endswith(", tensors")
+        step = step_of(mode, copy.deepcopy(model), setting, tensors)
+        for _ in range(2):
+            step()
+        return clock(partial(_repeat, step, period)) / period
 
     def figures(name: str, plain: str) -> Figures:
         milliseconds = [1e3 * seconds[name] for seconds in found]
@@ -153,11 +182,26 @@ def time_of(listed: Mapping[str, Mode], setting: Setting, period: int, rounds: i
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
         return {"ms": statistics.median(milliseconds), "ratio": quartiles, "ms_by_round": milliseconds}
 
-    return {
-        name: figures(name, PLAIN)
-        | ({"tensors": figures(f"{name}, tensors", f"{PLAIN}, tensors")} if mode.tensors else {})
-        for name, mode in listed.items()
-    }
+    for turn in range(rounds):
+        if course.is_over(f"time: rounds from {turn + 1} on"):
+            break
+        seconds = {}
+        for name in rotated(contestants, turn):
+            try:
+                seconds[name] = seconds_of(name)
+            except Exception as error:  # whatever it is, the others go on
+                course.fail(f"time: {name}", error)
+            release(setting.device)
+        contestants = [name for name in contestants if name in seconds]
+        found.append(seconds)
+        print(f"time: round {turn + 1} of {rounds} done", file=sys.stderr, flush=True)
+        if len(found) < 2 or PLAIN not in contestants:
+            continue
+        told = {name: figures(name, PLAIN) for name in listed if name in contestants}
+        for name in told:
+            if f"{name}, tensors" in contestants and f"{PLAIN}, tensors" in contestants:
+                told[name]["tensors"] = figures(f"{name}, tensors", f"{PLAIN}, tensors")
+        yield told
 
 
 def _repeat(step: Callable[[], None], times: int) -> None:
@@ -180,10 +224,18 @@ def memory_of(mode: Mode, setting: Setting, period: int) -> int:
     return torch.cuda.max_memory_allocated(setting.device) - before
 
 
-def memory_by_mode(listed: Mapping[str, Mode], setting: Setting, period: int) -> dict[str, int]:
-    """The same of every mode, after steps that leave what the process keeps for good, such as workspaces."""
+def memory_by_mode(
+    listed: Mapping[str, Mode], setting: Setting, period: int, course: Course
+) -> Iterator[tuple[str, int]]:
+    """The same of every mode, one by one, after steps that leave what the process keeps, such as workspaces."""
     memory_of(listed[PLAIN], setting, 1)
-    return {name: memory_of(mode, setting, period) for name, mode in listed.items()}
+    for name, mode in listed.items():
+        if course.is_over(f"memory: {name}"):
+            continue
+        try:
+            yield name, memory_of(mode, setting, period)
+        except Exception as error:
+            course.fail(f"memory: {name}", error)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -314,8 +366,9 @@ def table(results: Sequence[Figures], runs: tables.Runs) -> str:
     for name, result in by_mode.items():
         cells = [*_time_cells(result.get("time")), *_time_cells(result.get("time", {}).get("tensors"))]
         if "peak_bytes" in result:
-            plain = by_mode[PLAIN]["peak_bytes"]
-            cells += [f"{result['peak_bytes'] / MIB:.1f}", f"{(result['peak_bytes'] - plain) / MIB:+.1f}"]
+            plain = by_mode[PLAIN].get("peak_bytes")
+            over = "–" if plain is None else f"{(result['peak_bytes'] - plain) / MIB:+.1f}"
+            cells += [f"{result['peak_bytes'] / MIB:.1f}", over]
         else:
             cells += ["–", "–"]
         error = result.get("error")
@@ -366,11 +419,13 @@ def main() -> None:
         default="wall",
         help="cpu: seconds of CPU, for a machine that is busy with other things; with --threads 1 (default: wall)",
     )
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start nothing after that")
     parser.add_argument("--keep", action="store_true", help="keep what the file of --json holds of other parts")
     parser.add_argument("--quick", action="store_true", help="sizes too small to mean anything: does it run?")
     parser.add_argument("--json", type=Path, help="write every figure there, after each part")
     parser.add_argument("--plot", type=Path, help="draw time, memory and error there; needs these three parts")
     options = parser.parse_args()
+    course = Course(time.monotonic() + options.budget)
     on_gpu = options.device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
@@ -389,7 +444,7 @@ def main() -> None:
     timed = setting._replace(tokens=setting.shape.tokens[0])
     weighed = setting._replace(tokens=2 * setting.shape.length)  # one pair per objective
     period, listed = options.refresh_every, modes(options.refresh_every, on_gpu)
-    left_out = {name: "a CPU has one memory only" for name in modes(period) if name not in listed}
+    missing = [name for name in modes(period) if name not in listed]
     results = {name: _described(name, mode) for name, mode in listed.items()}
     document = {
         "machine": describe("mogeo", "transformers", device=options.device),
@@ -400,22 +455,23 @@ def main() -> None:
         "tokens": {"time": timed.tokens, "memory": weighed.tokens},
         "results": list(results.values()),
         "judged": [],
-        "left_out": left_out,
+        "left_out": course.left_out,
+        "failed": course.failed,
     }
     if options.keep:
         keep(json.loads(options.json.read_text("utf-8")), document, options.parts)
     print(", ".join(f"{key} {value}" for key, value in document["machine"].items()))
     print(f"{model}: {document['parameters'] / 1e6:.2f} M parameters, K = {setting.objectives}, T = {period};", end=" ")
     print(f"tokens an objective: {timed.tokens} for time, {weighed.tokens} for memory")
-    for name, why in left_out.items():
-        print(f"left out: {name}: {why}")
+    for name in missing:
+        course.leave_out(name, "a CPU has one memory only")
 
     def save() -> None:
         if options.json:
             document["clocks_last"] = clocks(options.device)
             options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
-    if {"error", "quality"} & set(options.parts):
+    if {"error", "quality"} & set(options.parts) and not course.is_over("error and quality"):
         sizes = smoothing.plan(options.quick)
         errors, judged = world(listed, options.seeds, options.parts, sizes, options.workers)
         document["judged"] = judged or document["judged"]
@@ -425,14 +481,16 @@ def main() -> None:
     if "time" in options.parts:
         clock = cpu_clock if options.clock == "cpu" else wall_clock(options.device)
         document["clock"] = options.clock
-        for name, figures in time_of(listed, timed, period, options.rounds, clock).items():
-            results[name]["time"] = figures
-        save()
+        for so_far in time_of(listed, timed, period, options.rounds, clock, course):
+            for name, figures in so_far.items():
+                results[name]["time"] = figures
+            save()
 
     if "memory" in options.parts:  # last: what a profile leaves behind would be in the clock's way
-        for name, peak in memory_by_mode(listed, weighed, period).items():
+        for name, peak in memory_by_mode(listed, weighed, period, course):
             results[name]["peak_bytes"] = peak
-        save()
+            save()
+    save()
     runs = tables.by_label(document["judged"])
     print("\n" + table(document["results"], runs))
     if runs:
@@ -442,6 +500,8 @@ def main() -> None:
         from memory_modes_figure import draw
 
         draw(document, options.plot)
+    if course.failed:
+        sys.exit(1)
 
 
 def _described(name: str, mode: Mode) -> Figures:

@@ -14,10 +14,14 @@ Every round runs one step of each contestant in rotating order, so that noise of
 taken within a round, and the table gives its median and quartiles over rounds. Where the contestants do not fit into
 the GPU's memory side by side, or with --alternate, blocks take the place of rounds: in each block every contestant in
 turn has the memory to itself, warms up and takes a few steps, and the ratio is that of their medians. Memory is the
-peak of a fresh process per contestant that takes three steps: of its resident size (Linux), or on a GPU of what torch
-has allocated there.
+peak over three steps: of the resident size (Linux) of a fresh process per contestant, or on a GPU of what torch has
+allocated there, over what it had before.
 
-Run: python benchmarks/step_overhead.py [--device cuda] [--tokens 256 2048] [--rounds 15] [--json PATH]
+A contestant that fails is written down, and the others go on; the exit code is 1 if it was one of mogeo's. No setting
+starts after the seconds of --budget. Figures are written after each setting.
+
+Run: python benchmarks/step_overhead.py [--device cuda] [--tokens 256 2048] [--rounds 15] [--budget SECONDS]
+     [--json PATH]
 """
 
 from __future__ import annotations
@@ -27,16 +31,18 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from machine import clocks, describe, free_bytes
-from timing import rotated, rounds_of, spread, wall_clock
+from timing import first_line, rotated, rounds_of, spread, wall_clock
 from torch import Tensor, nn
 
 from mogeo import MultiObjectiveOptimizer
@@ -219,38 +225,50 @@ def steps_of(contestant: str, model: nn.Module, setting: Setting) -> Callable[[]
     return step
 
 
-def high_water_mark(device: torch.device) -> float:
-    """Peak MiB of this process: resident, or allocated by torch on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+def high_water_mark() -> float:
+    """Peak resident MiB of this process."""
     # getrusage would count the parent's, which a child inherits.
     with open("/proc/self/status") as status:
         return float(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1024
 
 
 def print_memory(contestant: str, setting: Setting) -> None:
-    """What the fresh process does: three steps, then peak MiB, and MiB held between steps on a GPU."""
+    """What the fresh process does: three steps, then peak MiB."""
     step = steps_of(contestant, make_model(setting), setting)
-    if setting.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setting.device)
     for _ in range(3):
         step()
-    held = torch.cuda.memory_allocated(setting.device) / 2**20 if setting.device.type == "cuda" else 0.0
-    print(high_water_mark(setting.device), held)
+    print(high_water_mark())
 
 
-def memory_of(contestant: str, setting: Setting) -> tuple[float, float] | None:
-    """Peak MiB, and MiB held between steps, of a contestant alone in a fresh process; None if the GPU's do not do."""
+def memory_on_gpu(contestant: str, model: nn.Module, setting: Setting) -> tuple[float, float]:
+    """Peak MiB, and MiB held between steps, of a contestant: what torch gave out beyond what others hold."""
+    release(setting.device)
+    before = torch.cuda.memory_allocated(setting.device)
+    step = steps_of(contestant, copy.deepcopy(model), setting)
+    torch.cuda.reset_peak_memory_stats(setting.device)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize(setting.device)
+    held = torch.cuda.memory_allocated(setting.device) - before
+    return (torch.cuda.max_memory_allocated(setting.device) - before) / 2**20, held / 2**20
+
+
+def memory_of(contestant: str, model: nn.Module, setting: Setting) -> tuple[float, float] | None:
+    """Peak MiB, and MiB held between steps on a GPU, of a contestant alone; None if the GPU's do not do."""
+    if setting.device.type == "cuda":
+        try:
+            return memory_on_gpu(contestant, model, setting)
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            release(setting.device)
     command = [sys.executable, __file__, "--memory-of", contestant, "--threads", str(torch.get_num_threads())]
     for option in ("model", "device", "weights", "objectives", "tokens"):
         command += [f"--{option}", str(getattr(setting, option))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "OutOfMemoryError" in result.stderr:
-        return None
     if result.returncode:
         raise RuntimeError(f"{contestant} took no steps in a process of its own:\n{result.stderr[-2000:]}")
-    peak, held = result.stdout.split()[-2:]
-    return float(peak), float(held)
+    return float(result.stdout.split()[-1]), 0.0
 
 
 def fit_side_by_side(memory: dict[str, tuple[float, float]], device: torch.device) -> bool:
@@ -282,18 +300,28 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(names: list[str], setting: Setting, rounds: int, alternate: bool) -> list[dict[str, Any]]:
+def measure(
+    names: list[str], setting: Setting, rounds: int, alternate: bool, left_out: dict[str, str], failed: dict[str, str]
+) -> list[dict[str, Any]]:
     """Print a table of all contestants for one setting; its figures."""
+    model = make_model(setting).to(setting.device)
     memory: dict[str, tuple[float, float]] = {}
     for name in names:
-        if (alone := memory_of(name, setting)) is None:
-            print(f"left out: {name}, {setting.tokens} tokens: does not fit into the GPU's memory")
+        what = f"{name}, {setting.tokens} tokens"
+        try:
+            alone = memory_of(name, model, setting)
+        except Exception as error:  # whatever it is, the others go on
+            failed[what] = first_line(error)
+            print(f"failed: {what}: {error}")
+            continue
+        if alone is None:
+            left_out[what] = "does not fit into the GPU's memory"
+            print(f"left out: {what}: {left_out[what]}")
         else:
             memory[name] = alone
     names = list(memory)
     if "plain" not in names:
         return []
-    model = make_model(setting)
     if alternate or not fit_side_by_side(memory, setting.device):
         design = "alternating blocks"
         records = list(blocks_of(names, model, setting, rounds))
@@ -338,6 +366,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: torch's)")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="default: all that suit the model")
     parser.add_argument("--alternate", action="store_true", help="one contestant at a time in memory")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start nothing after that")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--memory-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -354,6 +383,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse, measure, print; write the figures after each setting."""
     arguments = parse()
+    end = time.monotonic() + arguments.budget
     torch.set_num_threads(arguments.threads)
     settings = [
         Setting(arguments.model, arguments.device, arguments.weights, arguments.objectives, tokens)
@@ -366,21 +396,36 @@ def main() -> None:
     facts = describe("triton", "mogeo", "torchjd", "transformers", device=arguments.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     names = list(dict.fromkeys(["plain", *(arguments.only or settings[0].shape.contestants)]))
+    left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
     if importlib.util.find_spec("torchjd") is None:
         for name in [name for name in names if name.startswith("torchjd")]:
             names.remove(name)
-            print(f"left out: {name}: TorchJD is not installed")
+            left_out[name] = "TorchJD is not installed"
+            print(f"left out: {name}: {left_out[name]}")
     n_parameters = sum(p.numel() for p in make_model(settings[0]).parameters())
     precision = "bf16 autocast over fp32 weights" if settings[0].autocast else f"{arguments.weights} weights"
     print(f"{arguments.model}: {n_parameters / 1e6:.2f} M parameters, {precision}, K = {arguments.objectives}")
     document: dict[str, Any] = {"machine": facts, "model": arguments.model, "parameters": n_parameters}
     document |= {"precision": precision, "objectives": arguments.objectives, "rounds": arguments.rounds, "results": []}
+    document |= {"left_out": left_out, "failed": failed}
     for setting in settings:
-        document["results"] += measure(names, setting, arguments.rounds, arguments.alternate)
+        if time.monotonic() > end:
+            left_out[f"{setting.tokens} tokens"] = "no time left (--budget)"
+            print(f"left out: {setting.tokens} tokens: no time left (--budget)")
+        else:
+            try:
+                document["results"] += measure(names, setting, arguments.rounds, arguments.alternate, left_out, failed)
+            except Exception as error:
+                failed[f"mogeo or others, {setting.tokens} tokens, side by side"] = first_line(error)
+                print(f"failed: {setting.tokens} tokens: {error}")
+                release(arguments.device)
         if arguments.json:
             document["clocks_last"] = clocks(arguments.device)
             with open(arguments.json, "w") as file:
                 json.dump(document, file, indent=1)
+    if any(name.startswith("mogeo") for name in failed):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

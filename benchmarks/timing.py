@@ -7,7 +7,9 @@ round in rotating order, so that noise and drift of the machine fall on all of t
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -100,19 +102,55 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
+def behind(first: Call, call: Call, device: torch.device) -> float:
+    """Seconds of a call on the device, right after other work, whose kernels leave the caches to themselves.
+
+    Before that the device spins for a while, so that the host is ahead, and what is timed is not its launching.
+    """
+    if device.type != "cuda":
+        first()
+        return wall_clock(device)(call)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(4_000_000)  # cycles: some 2 ms
+    first()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def synchronisation(mode: str) -> Iterator[None]:
+    """Within, torch refuses ("error") or reports ("warn") whatever waits for the device; then as before, come what may.
+
+    Setting the mode warns once a process that it is a prototype. Where warnings are errors that comes as an exception
+    with the mode already set: hence both inside, or every later copy to the device would fail.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+
+    def turn(to: str | int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(to)
+
+    try:
+        turn(mode)
+        yield
+    finally:
+        turn(before)
+
+
 def captured(call: Call, device: torch.device) -> tuple[Call, str | None]:
     """The call as the replay of a CUDA graph; or the call itself, and why it cannot be captured."""
     call()  # whatever compiles or makes handles
     torch.cuda.synchronize(device)
-    previous = torch.cuda.get_sync_debug_mode()
-    # Asked first: a capture that fails halfway can leave the allocator in a state of its own.
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
+    try:  # asked first: a capture that fails halfway can leave the allocator in a state of its own
+        with synchronisation("error"):
+            call()
     except RuntimeError as error:
         return call, first_line(error)
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -129,9 +167,9 @@ def captured(call: Call, device: torch.device) -> tuple[Call, str | None]:
     return graph.replay, None
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     """GB/s of a copy, bytes read plus bytes written, median: what the memory gives to plain code."""
-    size = 2**30 if device.type == "cuda" else 2**28
+    size = size or (2**30 if device.type == "cuda" else 2**28)
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     clock = device_clock(device) if device.type == "cuda" else wall_clock(device)

@@ -36,6 +36,34 @@ _LARGEST_FP32 = tl.constexpr(3.4e38)
 _SMALLEST_FP32 = tl.constexpr(1.2e-38)
 
 
+class Variant(NamedTuple):
+    """How the pass over the rows works on K rows of one dtype."""
+
+    threads: int  #: vectors of 16 bytes of a tile
+    stages: int  #: tiles in shared memory or on their way there, plus one; 1: tiles go straight to registers
+
+    @property
+    def name(self) -> str:
+        """For tables: "128 threads, 3 stages"."""
+        return f"{self.threads} threads, {self.stages} stage" + "s" * (self.stages > 1)
+
+
+def variant(count: int, dtype: torch.dtype) -> Variant:
+    """The variant for K = `count` rows. What speaks for it: docs/kernels.md."""
+    return candidates(count, dtype)[0]
+
+
+def candidates(count: int, dtype: torch.dtype) -> tuple[Variant, ...]:
+    """Variants between which only hardware can decide, for K = `count` rows; the first is the one in use.
+
+    All write the same bits. What they measure of a direction differs in the last digits of fp64.
+    """
+    direct, copied = Variant(128, stages=1), Variant(128, stages=3)
+    if count == 1 or count > 8 or dtype == torch.float64:
+        return (direct,)
+    return (copied, direct)
+
+
 class Direction(NamedTuple):
     """What there is to know of a direction; fp64 [] on the device."""
 
@@ -68,10 +96,8 @@ def _clip_factor(squared_norm, known, max_norm):
 def _combine(
     rows, out, weights, gram, squares, columns, row_stride, col_stride, out_stride, max_norm: tl.float64,
     K: tl.constexpr, SIDE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
-    CLIP: tl.constexpr, MEASURE: tl.constexpr,
+    CLIP: tl.constexpr, MEASURE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    n_programs = tl.num_programs(0)
     stride = tl.cast(row_stride, tl.int64)
     BLOCK: tl.constexpr = THREADS * WIDTH
     columns_of_tile = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -96,58 +122,70 @@ def _combine(
         in_range = sizes < 0.0
     wide = tl.min(in_range.to(tl.int32), axis=0) == 0
 
-    squared = tl.zeros([THREADS], tl.float64)
-    whole = columns // BLOCK
-    for t in range(program, whole, n_programs):
-        squared += _combine_tile(
-            rows + t * step, out + t * out_step, weights, factor, wide, stride, lanes, out_lanes, columns_of_tile >= 0,
-            K, False, MEASURE,
+    if wide == 0:
+        squared = _combine_tiles(
+            rows, out, weights, factor, columns, step, out_step, stride, lanes, out_lanes, columns_of_tile,
+            K, BLOCK, MEASURE, tl.float32, STAGES,
         )  # fmt: skip
-    if (whole % n_programs == program) & (whole * BLOCK < columns):
-        squared += _combine_tile(
-            rows + whole * step, out + whole * out_step, weights, factor, wide, stride, lanes, out_lanes,
-            whole * BLOCK + columns_of_tile < columns, K, True, MEASURE,
+    else:
+        squared = _combine_tiles(
+            rows, out, weights, factor, columns, step, out_step, stride, lanes, out_lanes, columns_of_tile,
+            K, BLOCK, MEASURE, tl.float64, 1,
         )  # fmt: skip
     if MEASURE:
-        tl.store(squares + program, tl.sum(squared, axis=0))
+        tl.store(squares + tl.program_id(0), tl.sum(squared, axis=0))
 
 
 @triton.jit
-def _combine_tile(
-    tile, out, weights, factor, wide, row_stride, lanes, out_lanes, mask,
-    K: tl.constexpr, MASKED: tl.constexpr, MEASURE: tl.constexpr,
+def _combine_tiles(
+    rows, out, weights, factor, columns, step, out_step, row_stride, lanes, out_lanes, columns_of_tile,
+    K: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Combine one tile [THREADS, WIDTH]; the squares of what was written, per thread."""
-    result = _weighted_sum(tile, out, weights, factor, row_stride, lanes, mask, K, MASKED, tl.float32, wide == 0)
-    if wide:
-        result = _weighted_sum(tile, out, weights, factor, row_stride, lanes, mask, K, MASKED, tl.float64, wide)
-    if MASKED:
-        tl.store(out + out_lanes, result, mask=mask)
-    else:
-        tl.store(out + out_lanes, result)
-    squared = tl.zeros([mask.shape[0]], tl.float64)
-    if MEASURE:
-        written = result.to(tl.float64)
-        squared = tl.sum(written * written, axis=1)
+    """Combine the tiles of one program in DTYPE; the squares of what was written, per thread."""
+    program = tl.program_id(0).to(tl.int64)
+    n_programs = tl.num_programs(0)
+    squared = tl.zeros([columns_of_tile.shape[0]], tl.float64)
+    # Before the loop, or every tile waits for them first.
+    scaled = ()
+    for k in tl.static_range(K):
+        scaled = scaled + ((tl.load(weights + k) * factor).to(DTYPE),)
+    # An argument below 2³¹ is an int32 to Triton: made wider before anything is added to it.
+    whole = tl.cast(columns, tl.int64) // BLOCK
+    for t in tl.range(program, whole, n_programs, num_stages=STAGES):
+        result = _weighted_sum(rows + t * step, scaled, row_stride, lanes, columns_of_tile >= 0, out, K, False, DTYPE)
+        tl.store(out + t * out_step + out_lanes, result)
+        if MEASURE:
+            squared += _squares(result)
+    if (whole % n_programs == program) & (whole * BLOCK < columns):
+        mask = whole * BLOCK + columns_of_tile < columns
+        result = _weighted_sum(rows + whole * step, scaled, row_stride, lanes, mask, out, K, True, DTYPE)
+        tl.store(out + whole * out_step + out_lanes, result, mask=mask)
+        if MEASURE:
+            squared += _squares(result)
     return squared
 
 
 @triton.jit
 def _weighted_sum(
-    tile, out, weights, factor, row_stride, lanes, mask,
-    K: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, needed,
-):  # fmt: skip
-    """Σ_k w_k g_k of one tile, accumulated in DTYPE, in the dtype of `out`; reads nothing unless needed."""
+    tile, weights, row_stride, lanes, mask, out, K: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Σ_k w_k g_k of one tile, accumulated in DTYPE, in the dtype of `out`."""
     total = tl.zeros(mask.shape, DTYPE)
     for k in tl.static_range(K):
-        weight = tl.load(weights + k) * factor
-        read = needed & (weight != 0.0)
+        read = tl.where(weights[k] != 0.0, 1, 0) > 0
         if MASKED:
             row = tl.load(tile + k * row_stride + lanes, mask=mask & read, other=0.0)
         else:
             row = tl.load(tile + k * row_stride + lanes, mask=read, other=0.0)
-        total += tl.where(read, weight, 0.0).to(DTYPE) * row.to(DTYPE)
+        total += weights[k] * row.to(DTYPE)
     return total.to(out.dtype.element_ty)
+
+
+@triton.jit
+def _squares(values):
+    """Σ v² of each thread's vector."""
+    values = values.to(tl.float64)
+    return tl.sum(values * values, axis=1)
 
 
 @triton.jit
@@ -159,7 +197,7 @@ def _settle(
     """‖d‖² before clipping, the clip factor, and what is left of it to multiply d by."""
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, n_squares, BLOCK):
+    for at in range(0, tl.cast(n_squares, tl.int64), BLOCK):
         sums += tl.load(squares + at + lane, mask=at + lane < n_squares, other=0.0)
     squared_norm = tl.sum(sums, axis=0)
     measured = squared_norm  # of what lies in memory
@@ -189,7 +227,8 @@ def _scale(values, settled, columns, stride, THREADS: tl.constexpr, WIDTH: tl.co
         BLOCK: tl.constexpr = THREADS * WIDTH
         lane = tl.arange(0, BLOCK)
         step = tl.cast(stride, tl.int64)
-        for t in range(tl.program_id(0).to(tl.int64), (columns + BLOCK - 1) // BLOCK, tl.num_programs(0)):
+        tiles = (tl.cast(columns, tl.int64) + BLOCK - 1) // BLOCK
+        for t in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
             column = t * BLOCK + lane
             place = values + column * step if not UNIT else values + column
             value = tl.load(place, mask=(column < columns) & read, other=0.0)
@@ -201,7 +240,14 @@ def _scale(values, settled, columns, stride, THREADS: tl.constexpr, WIDTH: tl.co
 # Launch
 
 
-def combine_(rows: Tensor, weights: Tensor, *, gram: Tensor | None = None, max_norm: float | None = None) -> Tensor:
+def combine_(
+    rows: Tensor,
+    weights: Tensor,
+    *,
+    gram: Tensor | None = None,
+    max_norm: float | None = None,
+    chosen: Variant | None = None,
+) -> Tensor:
     """Overwrite row 0 of rows [K, N], K ≤ 32, fp64, fp32, bf16 or fp16, with min(1, max_norm/√(wᵀMw)) · wᵀ rows.
 
     Args:
@@ -210,6 +256,7 @@ def combine_(rows: Tensor, weights: Tensor, *, gram: Tensor | None = None, max_n
         gram: M, fp64 [K, K], contiguous. Without it and `max_norm` nothing is clipped, and nothing where wᵀMw has
             cancelled below 1e-4 (Σ w_k ‖g_k‖)²: `direction_` measures there.
         max_norm: the length to clip to.
+        chosen: one of `candidates`, in place of the first.
 
     Returns:
         Row 0.
@@ -217,16 +264,22 @@ def combine_(rows: Tensor, weights: Tensor, *, gram: Tensor | None = None, max_n
     Raises:
         ValueError: other dtypes, or more rows: `mogeo.combine` takes those.
     """
-    return combine_into(rows, weights, rows[0], gram=gram, max_norm=max_norm)
+    return combine_into(rows, weights, rows[0], gram=gram, max_norm=max_norm, chosen=chosen)
 
 
 def combine_into(
-    rows: Tensor, weights: Tensor, out: Tensor, *, gram: Tensor | None = None, max_norm: float | None = None
+    rows: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    *,
+    gram: Tensor | None = None,
+    max_norm: float | None = None,
+    chosen: Variant | None = None,
 ) -> Tensor:
     """As `combine_`, into `out` [N] of any of these dtypes, which is row 0 or overlaps no row."""
     _check(rows, weights)
     if out.numel():
-        launch(rows, weights, out, gram, max_norm, None).run()
+        launch(rows, weights, out, gram, max_norm, None, chosen or variant(len(rows), rows.dtype)).run()
     return out
 
 
@@ -249,13 +302,14 @@ def direction_(
         max_norm: the length to clip to, over all blocks together; None for no clipping.
         discard: where a direction is not finite (fp16 that overflows), write zeros in its place.
     """
-    grids = [_grid(block) if block.shape[1] else 0 for block in blocks]
+    variants = [variant(len(block), block.dtype) for block in blocks]
+    grids = [_grid(block, chosen) if block.shape[1] else 0 for block, chosen in zip(blocks, variants, strict=True)]
     squares = torch.empty(sum(grids), dtype=torch.float64, device=weights.device)
     outs = [block[0] for block in blocks] if outs is None else outs
-    for block, out, part in zip(blocks, outs, squares.split(grids), strict=True):
+    for block, out, part, chosen in zip(blocks, outs, squares.split(grids), variants, strict=True):
         _check(block, weights)
         if block.shape[1]:
-            launch(block, weights, out, gram, max_norm, part).run()
+            launch(block, weights, out, gram, max_norm, part, chosen).run()
     return finish_(outs, squares, weights, gram, max_norm, discard=discard)
 
 
@@ -284,7 +338,13 @@ def finish_(
 
 
 def launch(
-    rows: Tensor, weights: Tensor, out: Tensor, gram: Tensor | None, max_norm: float | None, squares: Tensor | None
+    rows: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    gram: Tensor | None,
+    max_norm: float | None,
+    squares: Tensor | None,
+    chosen: Variant,
 ) -> Launch:
     """One pass over the rows."""
     count, columns = rows.shape
@@ -294,15 +354,16 @@ def launch(
     options: dict[str, Any] = {
         "K": count,
         "SIDE": square_side(count),
-        "THREADS": _THREADS,
+        "THREADS": chosen.threads,
         "WIDTH": 16 // rows.element_size(),
         "UNIT": rows.stride(1) == 1 and out.stride(0) == 1,
         "CLIP": clip,
         "MEASURE": squares is not None,
-        "num_warps": _THREADS // threads_per_warp(),
+        "STAGES": chosen.stages,
+        "num_warps": chosen.threads // threads_per_warp(),
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
-    return Launch(_combine, (_grid(rows),), arguments, options)
+    return Launch(_combine, (_grid(rows, chosen),), arguments, options)
 
 
 def launch_settle(
@@ -349,5 +410,5 @@ def _check(rows: Tensor, weights: Tensor) -> None:
         )
 
 
-def _grid(rows: Tensor) -> int:
-    return max(1, min(_MOST_PROGRAMS, -(-rows.shape[1] // (_THREADS * 16 // rows.element_size()))))
+def _grid(rows: Tensor, chosen: Variant) -> int:
+    return max(1, min(_MOST_PROGRAMS, -(-rows.shape[1] // (chosen.threads * 16 // rows.element_size()))))

@@ -48,23 +48,42 @@ class Variant(NamedTuple):
     threads: int  #: vectors of a tile (rows), or 1 (dot)
     width: int  #: elements of a vector (rows: 16 bytes), or columns of a tile (dot)
     tiles: int  #: tiles of a chunk, at most: how many fp32 sums follow one another
-    stages: int  #: tiles in flight to the tensor cores (dot)
+    stages: int  #: tiles in shared memory or on their way there, plus one; 1: tiles go straight to registers
 
     @property
     def block(self) -> int:
         """Columns of a tile."""
         return self.threads * self.width
 
+    @property
+    def name(self) -> str:
+        """For tables: "rows, 3 stages"."""
+        return f"{self.kernel}, {self.stages} stage" + "s" * (self.stages > 1)
+
 
 def variant(count: int, dtype: torch.dtype) -> Variant:
-    """The variant for K = `count` rows. Registers and instructions behind the choice: docs/kernels.md."""
-    if dtype == torch.float32:
-        if count <= 10:
-            return Variant("rows", threads=128, width=4, tiles=32, stages=1)
-        return Variant("dot", threads=1, width=32, tiles=64, stages=3)
-    if count < 8:
-        return Variant("rows", threads=128, width=8, tiles=32, stages=1)
-    return Variant("dot", threads=1, width=128, tiles=64, stages=4)
+    """The variant for K = `count` rows. What speaks for it: docs/kernels.md."""
+    return candidates(count, dtype)[0]
+
+
+def candidates(count: int, dtype: torch.dtype) -> tuple[Variant, ...]:
+    """Variants between which only hardware can decide, for K = `count` rows; the first is the one in use.
+
+    Their sums differ in the last digits of fp32, since they differ in what they add up first.
+    """
+    wide = dtype == torch.float32
+    rows = Variant("rows", threads=128, width=4 if wide else 8, tiles=32, stages=1)
+    dot = Variant("dot", threads=1, width=32, tiles=64, stages=3) if wide else Variant("dot", 1, 128, 64, 4)
+    copied = rows._replace(stages=4 if count <= 3 else 3)
+    if count == 1:
+        return (rows,)
+    if count > (10 if wide else 8):
+        return (dot,)
+    if not wide and count == 8:
+        return (dot, copied)
+    if wide and count <= 3:
+        return (rows, copied)
+    return (copied, rows, dot) if count >= (8 if wide else 4) else (copied, rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -115,7 +134,7 @@ def _add_tile(sums, tile, row_stride, lanes, mask, MASKED: tl.constexpr, K: tl.c
 def _gram_rows(
     rows, cuts, partials, columns, row_stride, col_stride, length, n_chunks,
     K: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, CUTS: tl.constexpr,
-    RESCUE: tl.constexpr,
+    RESCUE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     stride = tl.cast(row_stride, tl.int64)
@@ -131,7 +150,7 @@ def _gram_rows(
     sums = _zeros(K * (K + 1) // 2, THREADS)
     first = (start + BLOCK - 1) // BLOCK
     last = end // BLOCK
-    for t in range(first, last):
+    for t in tl.range(first, last, num_stages=STAGES):
         sums = _add_tile(sums, rows + t * step, stride, lanes, True, False, K)
     if CUTS:
         head = start // BLOCK
@@ -277,12 +296,13 @@ def _gram_reduce(
 # Launch
 
 
-def gram(rows: Tensor, *, add_to: Tensor | None = None) -> Tensor:
+def gram(rows: Tensor, *, add_to: Tensor | None = None, chosen: Variant | None = None) -> Tensor:
     """G Gᵀ of rows G [K, N], K ≤ 32, fp32, bf16 or fp16, of any strides → fp64 [K, K], exactly symmetric.
 
     Args:
         rows: 128-bit loads need a first element and a row stride at multiples of 16 bytes, and unit stride in a row.
         add_to: fp64 [K, K], contiguous: add the Gram to this tensor, and return it. For models of several dtypes.
+        chosen: one of `candidates`, in place of the first.
 
     Raises:
         ValueError: another dtype, or more rows: `mogeo.gram` takes those.
@@ -291,8 +311,9 @@ def gram(rows: Tensor, *, add_to: Tensor | None = None) -> Tensor:
     count, columns = rows.shape
     if columns == 0:
         return torch.zeros(count, count, dtype=torch.float64, device=rows.device) if add_to is None else add_to
-    length = _chunk_length(columns, variant(count, rows.dtype))
-    partials = _partials(rows, None, length, -(-columns // length))
+    chosen = chosen or variant(count, rows.dtype)
+    length = _chunk_length(columns, chosen)
+    partials = _partials(rows, None, length, -(-columns // length), chosen)
     out = torch.empty(1, count, count, dtype=torch.float64, device=rows.device) if add_to is None else add_to[None]
     launch_reduce(partials, None, out, add=add_to is not None).run()
     return out[0]
@@ -312,9 +333,10 @@ def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
     count, columns = rows.shape
     out = torch.zeros(len(boundaries), count, count, dtype=torch.float64, device=rows.device)
     if columns:
-        length = _chunk_length(columns, variant(count, rows.dtype))
+        chosen = variant(count, rows.dtype)
+        length = _chunk_length(columns, chosen)
         cuts, ranges = _cuts(tuple(boundaries), length, rows.device)
-        partials = _partials(rows, cuts, length, len(cuts) - 1)
+        partials = _partials(rows, cuts, length, len(cuts) - 1, chosen)
         launch_reduce(partials, ranges, out, add=False).run()
     return out
 
@@ -342,10 +364,9 @@ def _cuts(boundaries: tuple[int, ...], length: int, device: torch.device) -> tup
     return torch.tensor(places, device=device), torch.tensor(ranges, device=device)
 
 
-def launch(rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor) -> Launch:
+def launch(rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor, chosen: Variant) -> Launch:
     """Stage one."""
     count, columns = rows.shape
-    chosen = variant(count, rows.dtype)
     n_chunks = partials.shape[1]
     arguments = [rows, cuts, partials, columns, rows.stride(0), rows.stride(1), length, n_chunks]
     options: dict[str, Any] = {
@@ -356,7 +377,8 @@ def launch(rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor) -> 
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
     if chosen.kernel == "rows":
-        options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "num_warps": chosen.threads // threads_per_warp()}
+        options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "STAGES": chosen.stages}
+        options["num_warps"] = chosen.threads // threads_per_warp()
         return Launch(_gram_rows, (n_chunks,), arguments, options)
     options |= {"SIDE": 16 if count <= 16 else 32, "BLOCK": chosen.block, "STAGES": chosen.stages, "num_warps": 1}
     options["PRECISION"] = fp32_dot_precision() if rows.dtype == torch.float32 else "ieee"
@@ -377,9 +399,9 @@ def launch_reduce(partials: Tensor, ranges: Tensor | None, out: Tensor, *, add: 
     return Launch(_gram_reduce, (segments, count, count), [partials, ranges, out, partials.shape[1]], options)
 
 
-def _partials(rows: Tensor, cuts: Tensor | None, length: int, n_chunks: int) -> Tensor:
+def _partials(rows: Tensor, cuts: Tensor | None, length: int, n_chunks: int, chosen: Variant) -> Tensor:
     count = rows.shape[0]
     # From torch's allocator, call by call: it hands out the same memory every step, stream by stream.
     partials = torch.empty(count * (count + 1) // 2, n_chunks, dtype=torch.float64, device=rows.device)
-    launch(rows, cuts, length, partials).run()
+    launch(rows, cuts, length, partials, chosen).run()
     return partials

@@ -13,7 +13,7 @@ half precision are accumulated in fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,11 +26,37 @@ from mogeo.kernels.target import Launch, threads_per_warp
 _SLICES = 8
 _THREADS = 128
 _TILE = _SLICES * _THREADS
-# Chunks whose loads are under way at the same time.
-_UNROLL = 4
-# Programs beyond which a GPU has enough to do, and chunks below which another one is not worth its partial sums.
-_ENOUGH_PROGRAMS = 2048
+# Chunks below which a further program is not worth its partial sums.
 _FEWEST_CHUNKS = 32
+# Kernels count chunks, and some beyond the last, in 32 bits.
+MOST_CHUNKS = 2**31 - 2**10
+
+
+class Variant(NamedTuple):
+    """How the pass over a gradient works. The number of its rows plays no part: a sketch takes one at a time."""
+
+    unroll: int  #: chunks whose elements are asked for together
+    programs: int  #: programs beyond which tiles share their chunks with no further one
+
+    @property
+    def name(self) -> str:
+        """For tables: "4 chunks, 2048 programs"."""
+        return f"{self.unroll} chunks, {self.programs} programs"
+
+
+def variant(dtype: torch.dtype) -> Variant:
+    """The variant for a gradient of this dtype. What speaks for it: docs/kernels.md."""
+    return candidates(dtype)[0]
+
+
+def candidates(dtype: torch.dtype) -> tuple[Variant, ...]:
+    """Variants between which only hardware can decide, for a gradient of this dtype; the first is the one in use.
+
+    Their sums differ in the last digits where they deal chunks to other numbers of programs.
+    """
+    long, short = Variant(3, 4096), Variant(2, 4096)
+    default, other = (short, long) if dtype in (torch.float16, torch.float64) else (long, short)
+    return (default, other, default._replace(programs=1024))
 
 
 @triton.jit(do_not_specialize=["n_chunks", "tail"])  # or every shape of a model's tensors compiles its own
@@ -47,24 +73,37 @@ def _sketch(
     last = ((part + 1) * tl.cast(n_chunks, tl.int64) // n_parts).to(tl.int32)
     lane = tl.arange(0, THREADS)
 
+    # A group of chunks is asked for an iteration before it is added, and what was drawn for it, one before that: all
+    # that a warp waits for has been under way together. The first iteration adds nothing, the last one asks for nothing.
     totals = _zeros(SLICES, THREADS, sums.dtype.element_ty)
-    for group in range(first, last, UNROLL):
-        places = ()
-        columns = ()
+    values = _nothing(gradient, lane, SLICES * UNROLL)
+    columns = _zeros(UNROLL, THREADS, tl.int32)
+    flips = ()
+    for _ in tl.static_range(UNROLL):
+        flips = flips + (first * 0,)
+    drawn = _drawn(chunks, first, last, UNROLL)
+    for group in range(first, last + UNROLL, UNROLL):
+        totals = _add(totals, values, columns, flips, gradient.dtype.element_ty, SLICES, UNROLL)
         whole = (group + UNROLL <= last) & (first_bucket + TILE <= dimension)
+        heads = ()
+        columns = ()
+        flips = ()
         for u in tl.static_range(UNROLL):
-            chunk = tl.minimum(group + u, last - 1)
-            head, column = _drawn(chunks, signs, chunk, first_bucket, lane, dimension)
-            whole = whole & (head + TILE <= tl.where(chunk == n_chunks - 1, tail, dimension))
-            places = places + (gradient + chunk * tl.cast(dimension, tl.int64) + head,)
+            head, column, flip = _placed(signs, drawn[u], first_bucket, lane, dimension)
+            whole = whole & (head + TILE <= tl.where(group + u == n_chunks - 1, tail, dimension))
+            heads = heads + (head,)
             columns = columns + (column,)
+            flips = flips + (flip,)
+        drawn = _drawn(chunks, group + UNROLL, last, UNROLL)
         if whole:  # no chunk ends, or wraps around, in this tile
-            totals = _add_whole_tiles(totals, places, columns, lane, SLICES, UNROLL)
+            place = gradient + group * tl.cast(dimension, tl.int64)
+            values = _side_by_side(place, heads, lane, dimension, SLICES, UNROLL)
         else:
             for chunk in range(group, tl.minimum(group + UNROLL, last)):
                 totals = _add_cut_tile(
-                    totals, gradient, chunks, signs, chunk, first_bucket, lane, dimension, n_chunks, tail, SLICES
+                    totals, gradient, chunks, signs, chunk, last, first_bucket, lane, dimension, n_chunks, tail, SLICES
                 )
+            values = _nothing(gradient, lane, SLICES * UNROLL)
 
     place = sums + part * tl.cast(dimension, tl.int64) + first_bucket + lane
     for s in tl.static_range(SLICES):
@@ -84,41 +123,54 @@ def _zeros(SLICES: tl.constexpr, THREADS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _drawn(chunks, signs, chunk, first_bucket, lane, dimension):
-    """Which element of a chunk falls into the first bucket of a tile, and a byte of signs per lane."""
-    drawn = chunks + 2 * tl.cast(chunk, tl.int64)
-    turned = tl.load(drawn)
-    window = tl.load(drawn + 1)
-    head = first_bucket - (turned >> 1)
-    head = tl.where(head < 0, head + dimension, head)
-    packed = tl.load(signs + window + first_bucket + lane).to(tl.int32)
-    return head, packed ^ -(turned & 1)
+def _drawn(chunks, group, last, UNROLL: tl.constexpr):
+    """What was drawn for each chunk of a group: the entries of its row of the table, as one number."""
+    both = chunks.to(tl.pointer_type(tl.int64))
+    drawn = ()
+    for u in tl.static_range(UNROLL):
+        drawn = drawn + (tl.load(both + tl.cast(tl.minimum(group + u, last - 1), tl.int64)),)
+    return drawn
 
 
 @triton.jit
-def _add_whole_tiles(totals, places, columns, lane, SLICES: tl.constexpr, UNROLL: tl.constexpr):
-    """Totals with a tile of several chunks, each of elements side by side.
+def _placed(signs, drawn, first_bucket, lane, dimension):
+    """Which element of a chunk falls into the first bucket of a tile, a byte of signs per lane, and whether to turn it.
 
-    All is asked for before any is added; how many loads are under way at a time, the compiler decides.
+    That is −1 if so, else 0.
     """
+    turned = drawn.to(tl.int32)
+    window = (drawn >> 32).to(tl.int32)
+    head = first_bucket - (turned >> 1)
+    head = tl.where(head < 0, head + dimension, head)
+    return head, tl.load(signs + window + first_bucket + lane).to(tl.int32), -(turned & 1)
+
+
+@triton.jit
+def _side_by_side(place, heads, lane, dimension, SLICES: tl.constexpr, UNROLL: tl.constexpr):
+    """The elements of a tile of buckets in each chunk of a group, slice by slice, as `_carried`."""
     values = ()
     for i in tl.static_range(UNROLL * SLICES):
-        values = values + (tl.load(places[i // SLICES] + i % SLICES * lane.shape[0] + lane),)
-    added = ()
-    for s in tl.static_range(SLICES):
-        total = totals[s]
-        for u in tl.static_range(UNROLL):
-            total += _signed(values[u * SLICES + s].to(total.dtype), columns[u], s)
-        added = added + (total,)
-    return added
+        first = place + i // SLICES * tl.cast(dimension, tl.int64) + heads[i // SLICES] + i % SLICES * lane.shape[0]
+        values = values + (_carried(tl.load(first + lane)),)
+    return values
+
+
+@triton.jit
+def _nothing(gradient, lane, COUNT: tl.constexpr):
+    """As many zeros, in place of elements."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (_carried(tl.zeros([lane.shape[0]], gradient.dtype.element_ty)),)
+    return values
 
 
 @triton.jit
 def _add_cut_tile(
-    totals, gradient, chunks, signs, chunk, first_bucket, lane, dimension, n_chunks, tail, SLICES: tl.constexpr
+    totals, gradient, chunks, signs, chunk, last, first_bucket, lane, dimension, n_chunks, tail, SLICES: tl.constexpr
 ):
     """Totals with a tile of a chunk that ends, or wraps around, in the tile; or the tile reaches beyond the buckets."""
-    head, column = _drawn(chunks, signs, chunk, first_bucket, lane, dimension)
+    (drawn,) = _drawn(chunks, chunk, last, 1)
+    head, column, flip = _placed(signs, drawn, first_bucket, lane, dimension)
     length = tl.where(chunk == n_chunks - 1, tail, dimension)
     place = gradient + chunk * tl.cast(dimension, tl.int64)
     added = ()
@@ -128,7 +180,43 @@ def _add_cut_tile(
         element = tl.where(element < dimension, element, element - dimension)
         mask = (first_bucket + offset < dimension) & (element < length)
         value = tl.load(place + element, mask=mask, other=0.0)
-        added = added + (totals[s] + _signed(value.to(totals[s].dtype), column, s),)
+        added = added + (totals[s] + _signed(value.to(totals[s].dtype), column ^ flip, s),)
+    return added
+
+
+@triton.jit
+def _carried(values):
+    """Values as they go from one iteration to the next: half precision in a register of its own.
+
+    Else two would be packed into one, as soon as they are there, and all would be waited for.
+    """
+    carried = values
+    if values.dtype.primitive_bitwidth == 16:
+        carried = values.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return carried
+
+
+@triton.jit
+def _restored(carried, DTYPE: tl.constexpr):
+    """What `_carried` was given, or the same in fp32."""
+    values = carried
+    if DTYPE == tl.bfloat16:
+        values = (carried << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.float16:
+        values = carried.to(tl.uint16).to(tl.float16, bitcast=True)
+    return values
+
+
+@triton.jit
+def _add(totals, values, columns, flips, DTYPE: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr):
+    """Totals with the elements of a group, chunk by chunk."""
+    added = ()
+    for s in tl.static_range(SLICES):
+        total = totals[s]
+        for u in tl.static_range(UNROLL):
+            value = _restored(values[u * SLICES + s], DTYPE).to(total.dtype)
+            total += _signed(value, columns[u] ^ flips[u], s)
+        added = added + (total,)
     return added
 
 
@@ -178,7 +266,7 @@ def tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tup
     return packed.to(device), [part.clone() for part in drawn.split([len(of_tensor) for of_tensor in chunks])]
 
 
-def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor, *, chosen: Variant | None = None) -> None:
     """row += S gradient.
 
     Args:
@@ -186,33 +274,42 @@ def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> Non
         gradient: fp64 (into fp64 only), fp32, bf16 or fp16, of any shape and strides; one that is not contiguous is
             copied.
         chunks: of this gradient, and `signs`: as `tables` returned them.
+        chosen: one of `candidates`, in place of the first.
+
+    Raises:
+        ValueError: 2³¹ chunks or more, or almost.
     """
+    if len(chunks) > MOST_CHUNKS:
+        raise ValueError(
+            f"{gradient.numel()} elements in {len(row)} buckets are {len(chunks)} chunks: use more buckets"
+        )
     flat = gradient.reshape(-1).contiguous()  # a flat view may have strides, too
     if not len(flat):
         return
-    n_parts = _parts(len(chunks), len(row))
+    chosen = chosen or variant(gradient.dtype)
+    n_parts = _parts(len(chunks), len(row), chosen)
     if n_parts == 1:
-        launch(flat, chunks, signs, row).run()
+        launch(flat, chunks, signs, row, chosen).run()
         return
     partials = row.new_empty(n_parts, len(row))
-    launch(flat, chunks, signs, partials).run()
+    launch(flat, chunks, signs, partials, chosen).run()
     launch_reduce(partials, row).run()
 
 
-def _parts(n_chunks: int, dimension: int) -> int:
+def _parts(n_chunks: int, dimension: int, chosen: Variant) -> int:
     """How many programs share the chunks of a tile."""
     tiles = -(-dimension // _TILE)
-    return max(1, min(n_chunks // _FEWEST_CHUNKS, _ENOUGH_PROGRAMS // tiles))
+    return max(1, min(n_chunks // _FEWEST_CHUNKS, chosen.programs // tiles))
 
 
-def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor) -> Launch:
+def launch(flat: Tensor, chunks: Tensor, signs: Tensor, sums: Tensor, chosen: Variant) -> Launch:
     """The pass over the gradient [N]: adds to `sums` [d] if that is the row itself, else overwrites [parts, d]."""
     dimension = sums.shape[-1]
     n_parts = 1 if sums.ndim == 1 else len(sums)
     options: dict[str, Any] = {
         "SLICES": _SLICES,
         "THREADS": _THREADS,
-        "UNROLL": _UNROLL,
+        "UNROLL": chosen.unroll,
         "ADD": sums.ndim == 1,
         "num_warps": _THREADS // threads_per_warp(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -16,8 +17,13 @@ class Launch(NamedTuple):
     options: dict[str, Any]  #: constants of the kernel, and options of the compiler
 
     def run(self) -> None:
-        """Launch it where its tensors are."""
-        self.kernel[self.grid](*self.arguments, **self.options)
+        """Launch it on the GPU of its tensors, and on the current stream there: Triton takes the current device's."""
+        device = next((given.device for given in self.arguments if isinstance(given, Tensor) and given.is_cuda), None)
+        if device is None or device.index == torch.cuda.current_device():
+            self.kernel[self.grid](*self.arguments, **self.options)
+        else:  # changing devices costs more than asking which one it is
+            with torch.cuda.device(device):
+                self.kernel[self.grid](*self.arguments, **self.options)
 
 
 def square_side(count: int) -> int:

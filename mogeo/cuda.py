@@ -8,7 +8,6 @@ products they would have to sum in fp64, and for more than 32 rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,27 +24,19 @@ from mogeo.kernels import sketch as sketch_kernels
 MOST_ROWS = min(gram_kernels.MAX_ROWS, combine_kernels.MAX_ROWS, min_norm_kernel.MAX_OBJECTIVES)
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's GPU the current one: Triton launches there, and on its stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def direction_(blocks: Sequence[Tensor], weights: Tensor, outs: Sequence[Tensor], **options: Any) -> Any:
     """`mogeo.kernels.combine.direction_`."""
-    with _on(weights):
-        return combine_kernels.direction_(blocks, weights, outs, **options)
+    return combine_kernels.direction_(blocks, weights, outs, **options)
 
 
 def finish_(parts: Sequence[Tensor], squares: Tensor, *arguments: Any, **options: Any) -> Any:
     """`mogeo.kernels.combine.finish_`."""
-    with _on(squares):
-        return combine_kernels.finish_(parts, squares, *arguments, **options)
+    return combine_kernels.finish_(parts, squares, *arguments, **options)
 
 
 def gram(rows: Tensor) -> Tensor:
     """G Gᵀ for rows G [K, N] → fp64 [K, K], exactly symmetric."""
-    with _on(rows):
-        result: Tensor = gram_kernels.gram(rows) if _suits(rows) else cpu.gram(rows)
+    result: Tensor = gram_kernels.gram(rows) if _suits(rows) else cpu.gram(rows)
     return result
 
 
@@ -54,8 +45,7 @@ def gram_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
     total = gram(blocks[0])
     for block in blocks[1:]:
         if _suits(block):
-            with _on(block):
-                gram_kernels.gram(block, add_to=total)
+            gram_kernels.gram(block, add_to=total)
         else:
             total += cpu.gram(block)
     return total
@@ -64,8 +54,7 @@ def gram_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
 def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
     """The Gram of each segment, columns b_s … b_{s+1} − 1, and last that of all: fp64 [S + 1, K, K]."""
     code = gram_kernels if _suits(rows) else cpu
-    with _on(rows):
-        result: Tensor = code.gram_by_segment(rows, boundaries)
+    result: Tensor = code.gram_by_segment(rows, boundaries)
     return result
 
 
@@ -73,8 +62,7 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all."""
     if len(rows) > MOST_ROWS:
         return cpu.combine(rows, weights, out)
-    with _on(rows):
-        combine_kernels.combine_into(rows, weights.contiguous(), out)
+    combine_kernels.combine_into(rows, weights.contiguous(), out)
     return out
 
 
@@ -88,10 +76,9 @@ def min_norm(
     if gram.shape[-1] > MOST_ROWS:
         return cpu.min_norm(gram, losses, normalize, power, apply_to, **options)
     losses = None if losses is None else losses.to(torch.float64).contiguous()
-    with _on(gram):
-        weights, gap, status = min_norm_kernel.min_norm(
-            gram.contiguous(), losses, normalize=normalize, power=power, apply_to=apply_to, **options
-        )
+    weights, gap, status = min_norm_kernel.min_norm(
+        gram.contiguous(), losses, normalize=normalize, power=power, apply_to=apply_to, **options
+    )
     return weights, gap, status
 
 
@@ -99,8 +86,7 @@ def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K]."""
     if gram.shape[-1] > MOST_ROWS:
         return cpu.descent(gram, weights)
-    with _on(gram):
-        weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous())
+    weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous())
     return weights, correction, status
 
 
@@ -109,8 +95,7 @@ sketch_tables = sketch_kernels.tables
 
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
     """row += S gradient, with what `sketch_tables` returned."""
-    with _on(row):
-        sketch_kernels.sketch_(row, gradient, chunks, signs)
+    sketch_kernels.sketch_(row, gradient, chunks, signs)
 
 
 def _suits(rows: Tensor) -> bool:

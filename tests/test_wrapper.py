@@ -56,8 +56,9 @@ def assert_equal_nets(a: nn.Module, b: nn.Module) -> None:
 
 
 def bases() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
-    from lion_pytorch import Lion
-    from pytorch_optimizer import AdaBelief
+    def foreign(package: str, name: str) -> Callable[..., torch.optim.Optimizer]:
+        optimizer: Callable[..., torch.optim.Optimizer] = getattr(pytest.importorskip(package), name)
+        return optimizer
 
     return {
         "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
@@ -65,8 +66,8 @@ def bases() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
         "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
         "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
         "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
-        "Lion": lambda p: Lion(p, lr=0.001, weight_decay=0.1),
-        "AdaBelief": lambda p: AdaBelief(p, lr=0.01),
+        "Lion": lambda p: foreign("lion_pytorch", "Lion")(p, lr=0.001, weight_decay=0.1),
+        "AdaBelief": lambda p: foreign("pytorch_optimizer", "AdaBelief")(p, lr=0.01),
     }
 
 
@@ -222,12 +223,11 @@ def test_closure() -> None:
 
 def test_a_closure_optimizer_that_steps_on_what_is_there_first() -> None:
     """SAM ascends along p.grad before it calls the closure: what is due has to be there by then."""
-    from pytorch_optimizer import SAM
-
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     weights = []
     for combine_first in (True, False):
         net = make_net()
-        base = SAM(net.parameters(), base_optimizer=torch.optim.SGD, lr=0.1, rho=0.5)
+        base = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, lr=0.1, rho=0.5)
         optimizer = MultiObjectiveOptimizer(base)
 
         def closure(net: nn.Module = net, optimizer: MultiObjectiveOptimizer = optimizer) -> Tensor:
@@ -507,10 +507,9 @@ def test_distributed_checkpoint_in_one_process(tmp_path: Path, flat: bool, saved
 
 
 def test_what_else_the_base_can_do_is_reachable() -> None:
-    from pytorch_optimizer import ScheduleFreeSGD
-
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     net = make_net()
-    optimizer = MultiObjectiveOptimizer(ScheduleFreeSGD(net.parameters(), lr=0.1))
+    optimizer = MultiObjectiveOptimizer(pytorch_optimizer.ScheduleFreeSGD(net.parameters(), lr=0.1))
     optimizer.train()
     train(net, optimizer, range(1))
     optimizer.eval()

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("torchjd")
+
 from torchjd import aggregation as torchjd
 
 from mogeo.weightings import resolve

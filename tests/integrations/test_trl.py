@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor
 from trl import DPOTrainer
 
 from mogeo import MultiObjectiveOptimizer

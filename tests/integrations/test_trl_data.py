@@ -6,6 +6,9 @@ import re
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets")
+
 from datasets import Dataset
 
 from mogeo.dpo.errors import InputError

@@ -11,6 +11,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+pytest.importorskip("trl")
+
+
 from mogeo.integrations.trl import MultiObjectiveDPOTrainer
 from tests.distributed.engines import full
 from tests.distributed.runner import run

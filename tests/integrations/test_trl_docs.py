@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("trl")
+
+
 from tests.integrations.tiny import config, make_model, make_pairs, make_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent

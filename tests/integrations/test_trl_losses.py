@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
 from trl import DPOTrainer
 
 from mogeo.integrations.trl_losses import ScoredPairs

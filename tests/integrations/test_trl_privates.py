@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
+
+pytest.importorskip("trl")
+
 import trl
 from datasets import Dataset
-from packaging.version import Version
 from trl import DPOTrainer
 
 from mogeo.integrations.trl import MultiObjectiveDPOTrainer

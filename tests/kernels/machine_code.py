@@ -112,8 +112,8 @@ def _gram(entry: Entry) -> Launch:
     else:
         rows = _empty(entry.count, COLUMNS, dtype=entry.dtype)
     if entry.case == "by segment":
-        return gram.launch(rows, _empty(CHUNKS + 1, dtype=torch.int64), length, _empty(pairs, CHUNKS))
-    return gram.launch(rows, None, length, _empty(pairs, -(-rows.shape[1] // length)))
+        return gram.launch(rows, _empty(CHUNKS + 1, dtype=torch.int64), length, _empty(pairs, CHUNKS), chosen)
+    return gram.launch(rows, None, length, _empty(pairs, -(-rows.shape[1] // length)), chosen)
 
 
 def _reduce(entry: Entry) -> Launch:
@@ -132,7 +132,9 @@ def _combine(entry: Entry) -> Launch:
     rows = _empty(entry.count, COLUMNS, dtype=entry.dtype)
     squares = _empty(4096)
     max_norm = None if entry.case == "no clipping" else 1.0
-    return combine.launch(rows, _empty(entry.count), rows[0], _empty(entry.count, entry.count), max_norm, squares)
+    chosen = combine.variant(entry.count, entry.dtype)
+    weights, matrix = _empty(entry.count), _empty(entry.count, entry.count)
+    return combine.launch(rows, weights, rows[0], matrix, max_norm, squares, chosen)
 
 
 def _settle(entry: Entry) -> Launch:
@@ -173,7 +175,7 @@ def _sketch(entry: Entry) -> Launch:
     sums = _empty(*shape, dtype=torch.promote_types(entry.dtype, _FP32))
     flat, signs = _empty(COLUMNS, dtype=entry.dtype), _empty(CHUNKS + dimension, dtype=torch.uint8)
     chunks = _empty(-(-COLUMNS // dimension), 2, dtype=torch.int32)
-    return sketch.launch(flat, chunks, signs, sums)
+    return sketch.launch(flat, chunks, signs, sums, sketch.variant(entry.dtype))
 
 
 def _sketch_reduce(entry: Entry) -> Launch:

@@ -180,6 +180,37 @@ def test_columns_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     assert_combined(before, WEIGHTS * factor, rows[0], roundings=2)
 
 
+@pytest.mark.parametrize("columns", [2**31 - 1, 2**31 - 17])
+def test_the_last_tile_of_as_many_columns_as_32_bits_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """It is combined and scaled; what lies behind it stays. In a sparse file of which a few pages are used."""
+    if KERNEL_DEVICE != "cpu":
+        pytest.skip("a GPU has no sparse memory")
+    from tests.kernels.one_program import run_program
+
+    monkeypatch.setattr(kernels, "_MOST_PROGRAMS", 1 << 21)  # so that the program of the last tile has few others
+    chosen = kernels.variant(2, BF16)
+    tile = chosen.threads * 8
+    start = columns // tile * tile
+    row = torch.from_file(str(tmp_path / "sparse"), shared=True, size=columns + 2 * tile, dtype=BF16)
+    row[start:] = gaussian(1, len(row) - start, BF16)[0]
+    before, behind = row[start:columns].clone(), row[columns:].clone()
+    weights, squares = torch.tensor([0.5, -2.0], dtype=FP64), torch.zeros(kernels._MOST_PROGRAMS, dtype=FP64)
+    rows = row[:columns].expand(2, columns)  # twice the same: row 0 is written where both have been read
+    launch = kernels.launch(rows, weights, row[:columns], None, None, squares, chosen)
+    program = columns // tile % launch.grid[0]
+    run_program(launch, program)
+    assert torch.equal(row[start:columns], -1.5 * before)
+    # Zeros, but for the last tile, are all that this program has combined.
+    written = row[start:columns].double()
+    assert squares[program].item() == pytest.approx(written.square().sum().item(), rel=1e-12)
+    scale = kernels.launch_scale(row[:columns], torch.tensor([1.0, 1.0, 0.5], dtype=FP64))
+    run_program(scale, columns // tile % scale.grid[0])
+    assert torch.equal(row[start:columns], -0.75 * before)
+    assert torch.equal(row[columns:], behind)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # direction_: several blocks, one norm
 

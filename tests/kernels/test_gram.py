@@ -223,3 +223,26 @@ def test_columns_further_apart_than_32_bits_count(tmp_path: Path, k: int) -> Non
     rows = spread_out(tmp_path, gaussian(k, 5, BF16), (1, 2**29 + 9))
     assert 4 * rows.stride(1) > 2**31
     assert_gram(rows, gram(rows))
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", [2**31 - 1, 2**31 - 17, 2**31 + 5])
+@pytest.mark.parametrize("k", [1, 9])
+def test_the_last_chunk_of_as_many_columns_as_32_bits_count(tmp_path: Path, k: int, columns: int) -> None:
+    """And none of what lies behind it: NaN. In a sparse file of which a few pages are used; all rows are the same."""
+    if KERNEL_DEVICE != "cpu":
+        pytest.skip("a GPU has no sparse memory")
+    from tests.kernels.one_program import run_program
+
+    chosen = kernels.variant(k, BF16)
+    length = chosen.tiles * chosen.block
+    n_chunks = -(-columns // length)
+    start = (n_chunks - 1) * length
+    row = torch.from_file(str(tmp_path / "sparse"), shared=True, size=columns + 2 * length, dtype=BF16)
+    row[start:columns] = gaussian(1, columns - start, BF16)[0]
+    row[columns:] = math.nan
+    partials = torch.zeros(k * (k + 1) // 2, n_chunks, dtype=torch.float64)
+    run_program(kernels.launch(row[:columns].expand(k, columns), None, length, partials, chosen), n_chunks - 1)
+    expected = row[start:columns].double().square().sum().expand(len(partials))
+    torch.testing.assert_close(partials[:, -1], expected, rtol=1e-6, atol=0)
+    assert not partials[:, :-1].any()

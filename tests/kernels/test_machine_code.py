@@ -128,9 +128,9 @@ def test_scale_loads_and_stores_vectors(codes: Codes, entry: Entry) -> None:
 @each("sketch")
 def test_sketch_reads_side_by_side(codes: Codes, entry: Entry) -> None:
     """Rotations are arbitrary, so that no vector would be aligned: threads take one element each, side by side."""
-    from mogeo.kernels.sketch import _SLICES, _UNROLL
+    from mogeo.kernels.sketch import _SLICES, variant
 
-    loads = _SLICES * (_UNROLL + 1)  # of whole tiles, and of one that is cut
+    loads = _SLICES * (variant(entry.dtype).unroll + 1)  # of whole tiles, and of one that is cut
     assert not offenders(codes, entry, lambda code: code.loads_128 == 0 and code.loads_other >= loads)
     assert not offenders(codes, entry, lambda code: code.stores_128 == 0 and code.stores_other == _SLICES)
 

@@ -92,7 +92,7 @@ def test_tiles_that_are_whole_cut_or_wrapped_around(dimension: int, dtype: torch
 def test_chunks_dealt_to_several_programs(example: Sketched, fewest: int, enough: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_FEWEST_CHUNKS", fewest)
-        patch.setattr(kernels, "_ENOUGH_PROGRAMS", enough)
+        patch.setattr(kernels, "variant", lambda dtype: kernels.candidates(dtype)[0]._replace(programs=enough))
         test_it_is_the_matrix_of_its_definition.hypothesis.inner_test(example)  # type: ignore[attr-defined]
 
 
@@ -101,7 +101,7 @@ def test_chunks_dealt_to_several_programs(example: Sketched, fewest: int, enough
     [(0, 64, 1), (1, 64, 1), (63, 64, 1), (64, 64, 2), (10**6, 1024, 2048), (10**6, 1 << 18, 8), (10**4, 1 << 22, 1)],
 )
 def test_how_chunks_are_dealt(n_chunks: int, dimension: int, parts: int) -> None:
-    assert kernels._parts(n_chunks, dimension) == parts
+    assert kernels._parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
 
 
 def test_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +138,12 @@ def test_nothing_to_sketch() -> None:
     row = torch.ones(8)
     sketch_(row, torch.empty(0), case.chunks, case.signs)
     assert row.tolist() == [1.0] * 8
+
+
+def test_more_chunks_than_32_bits_count_are_refused() -> None:
+    chunks = torch.zeros(1, 2, dtype=torch.int32).expand(2**31, 2)
+    with pytest.raises(ValueError, match="use more buckets"):
+        kernels.sketch_(torch.zeros(1), torch.zeros(1).expand(2**31), chunks, torch.zeros(1, dtype=torch.uint8))
 
 
 def test_the_same_bits_on_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
