@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -435,15 +435,15 @@ class GradientBuffers(Capture):
                 shards.gather(direction)
                 self._captured[:] = b"\1" * len(self.parameters)
                 self._dirty[self._direction][:] = b"\1" * len(self.parameters)
-        views = self._views[self._direction]
-        for i, (parameter, flag) in enumerate(zip(self.parameters, self.flags(), strict=True)):
-            if not flag:
-                continue
-            if parameter.grad is not None:
-                views[i].add_(gradient_of(parameter, parameter.grad))
-            if self._grads[i] is None:
-                self._grads[i] = like_parameter(views[i], parameter)
-            parameter.grad = self._grads[i]
+        views, grads = self._views[self._direction], self._grads
+        written = [i for i, flag in enumerate(self.flags()) if flag]
+        for i in set(written).intersection(self._with_gradient()):
+            parameter = self.parameters[i]
+            views[i].add_(gradient_of(parameter, cast(Tensor, parameter.grad)))
+        for i in written:
+            if grads[i] is None:
+                grads[i] = like_parameter(views[i], self.parameters[i])
+            self.parameters[i].grad = grads[i]
         self.drop()
 
     def without_rows(self) -> GradientBuffers:

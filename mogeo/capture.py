@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,17 +100,22 @@ class Capture:
         """
         held: dict[int, Tensor] = {}
         try:
-            for i, grad in enumerate(map(_GRAD, self.parameters)):
-                if grad is not None:
-                    held[i] = grad
-                    held[i] = self.withheld(grad)
-                    self.parameters[i].grad = None
+            for i in self._with_gradient():
+                held[i] = cast(Tensor, self.parameters[i].grad)
+                held[i] = self.withheld(held[i])
+                self.parameters[i].grad = None
             with nullcontext() if self._arrivals is None else self._arrivals.taking(self._take):
                 yield
         finally:
-            for i, grad in enumerate(map(_GRAD, self.parameters)):
-                if grad is not held.get(i):
-                    self.parameters[i].grad = held.get(i)
+            for i in {*held, *self._with_gradient()}:
+                self.parameters[i].grad = held.get(i)
+
+    def _with_gradient(self) -> list[int]:
+        """Which parameters have a `p.grad`."""
+        grads = list(map(_GRAD, self.parameters))
+        if set(map(type, grads)) == {type(None)}:  # in bulk, as most often none has
+            return []
+        return [i for i, grad in enumerate(grads) if grad is not None]
 
     def collect(self) -> None:
         """A backward is done: store its gradients, as far as that has not been done."""
