@@ -59,14 +59,24 @@ class Arrivals:
     def taking(self, take: Take) -> Iterator[None]:
         """Within this context, `take` is called with indices of parameters, ascending, whose gradients are to be taken.
 
-        A gradient may be gone already, and one that is never announced may wait at the end.
+        A gradient may be gone already. Call `done` after each backward.
         """
         self._waiting.take = take
         try:
             yield
         finally:
             self._waiting.take = None
-            self._waiting.batches.clear()
+            self.done()
+
+    def done(self) -> set[int]:
+        """A backward is done: for which parameters `take` was called, with no other gradient announced since.
+
+        If they have a `p.grad` nevertheless, it is no gradient that has not been taken: an engine wrote it (DDP of one
+        process writes what it has reduced).
+        """
+        taken, self._waiting.taken = self._waiting.taken, set()
+        self._waiting.batches.clear()
+        return taken
 
 
 class _Waiting:
@@ -78,12 +88,14 @@ class _Waiting:
     def __init__(self, most: int) -> None:
         self.take: Take | None = None
         self.batches: dict[tuple[int, int], tuple[list[int], int]] = {}
+        self.taken: set[int] = set()
         self._most = most
 
     def arrived(self, index: int, size: int, parameter: Tensor) -> None:
         """The hook: a gradient of `size` bytes lies in `parameter.grad`."""
         if self.take is None:
             return
+        self.taken.discard(index)
         place = (-1, 0)
         if parameter.is_cuda:
             stream = torch.cuda.current_stream(parameter.device)
@@ -92,7 +104,9 @@ class _Waiting:
         if indices and total + size > self._most:
             self.batches[place] = ([index], size)
             # A second gradient of the same parameter (reentrant checkpoints) is added to one that waits: leave both.
-            self.take(sorted(i for i in indices if i != index))
+            others = sorted({*indices} - {index})
+            self.take(others)
+            self.taken.update(others)
         else:
             self.batches[place] = ([*indices, index], total + size)
 

@@ -119,6 +119,8 @@ class Capture:
 
     def collect(self) -> None:
         """A backward is done: store its gradients, as far as that has not been done."""
+        for i in () if self._arrivals is None else self._arrivals.done():
+            self.parameters[i].grad = None
         self._take(range(len(self.parameters)))
 
     @torch.no_grad()
