@@ -71,7 +71,7 @@ class Arrivals:
     def done(self) -> set[int]:
         """A backward is done: the parameters for which `take` was called, and no other gradient announced since.
 
-        Whatever `p.grad` they have by now is to be dropped: an engine wrote it. DDP on one process writes what it reduced.
+        Drop whatever `p.grad` they have by now: an engine wrote it. DDP on one process writes what it reduced.
         """
         taken, self._waiting.taken = self._waiting.taken, set()
         self._waiting.batches.clear()
