@@ -101,7 +101,7 @@ def test_chunks_dealt_to_several_programs(example: Sketched, fewest: int, enough
     [(0, 64, 1), (1, 64, 1), (63, 64, 1), (64, 64, 2), (10**6, 1024, 2048), (10**6, 1 << 18, 8), (10**4, 1 << 22, 1)],
 )
 def test_how_chunks_are_dealt(n_chunks: int, dimension: int, parts: int) -> None:
-    assert kernels._parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
+    assert kernels.parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
 
 
 def test_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
