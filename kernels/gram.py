@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.target import Launch, fp32_dot_precision, threads_per_warp
+from mogeo.kernels.target import Launch, fp32_dot_precision, stages, threads_per_warp
 
 MAX_ROWS = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -377,7 +377,7 @@ def launch(rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor, cho
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
     if chosen.kernel == "rows":
-        options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "STAGES": chosen.stages}
+        options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "STAGES": stages(chosen.stages)}
         options["num_warps"] = chosen.threads // threads_per_warp()
         return Launch(_gram_rows, (n_chunks,), arguments, options)
     options |= {"SIDE": 16 if count <= 16 else 32, "BLOCK": chosen.block, "STAGES": chosen.stages, "num_warps": 1}

@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
     @property
     def is_conditional(self) -> bool:
         """For a branch: whether it may be passed by."""
-        return bool(re.match(r"@|BRA[\w.]*\s+!?U?P\d", self.text))
+        return bool(re.match(r"@|BRA\.DIV|BRA[\w.]*\s+!?U?P\d", self.text))
 
     @property
     def target(self) -> int | None:
@@ -117,7 +117,7 @@ def _ways(code: Sequence[Instruction], index: dict[int, int], head: int, backs: 
             following = []
             if instruction.target is not None and index[instruction.target] > at:
                 following.append(index[instruction.target])
-            leaves = instruction.opcode in ("EXIT", "RET") or instruction.target is not None
+            leaves = instruction.opcode.split(".")[0] in ("EXIT", "RET") or instruction.target is not None
             if not leaves or instruction.is_conditional:
                 following.append(at + 1)
             following = [i for i in following if i <= last]
@@ -132,7 +132,7 @@ def replay(loop: Sequence[Instruction], width: int) -> float:
 
     Loads of another width (tables, weights) are waited for, but bring nothing.
     """
-    rounds = 64
+    rounds = 120  # the second half of which is a whole number of periods, however many tiles are on their way
     delivered = [0.0] * SCOREBOARDS
     now, group, groups = 0.0, 0.0, [0.0]
     ends = []

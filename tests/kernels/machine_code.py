@@ -239,7 +239,7 @@ class Code:
     instructions: int
     shared_memory: int  #: bytes per program
     narrow: int  #: uses of a 32-bit argument other than to make it wider
-    loaded: float | None = None  #: kilobytes on their way to a multiprocessor of sm_90 (`loads_in_flight`), if counted
+    in_flight: float | None = None  #: sm_90: kilobytes on their way to a multiprocessor, if counted
 
 
 Codes: TypeAlias = dict[str, dict[str, Code]]  # by name of the entry, and by target
@@ -471,8 +471,8 @@ def page(codes: Codes, triton_version: str) -> str:
         (function,) = {code.function for code in by_target.values()}
         cells = [function, entry.case, str(entry.count), DTYPE_NAMES[entry.dtype]]
         cells += [_cell(by_target.get(target)) for target in TARGETS]
-        loaded = by_target["sm_90"].loaded
-        cells.append("" if loaded is None else f"{loaded:.0f}")
+        in_flight = by_target["sm_90"].in_flight
+        cells.append("" if in_flight is None else f"{in_flight:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
