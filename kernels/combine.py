@@ -56,7 +56,7 @@ def variant(count: int, dtype: torch.dtype) -> Variant:
 def candidates(count: int, dtype: torch.dtype) -> tuple[Variant, ...]:
     """Variants between which only hardware can decide, for K = `count` rows; the first is the one in use.
 
-    All write the same bits. What they measure of a direction differs in the last digits of fp64.
+    All compute the same bits: they differ in when they ask for a row.
     """
     direct, copied = Variant(128, stages=1), Variant(128, stages=3)
     if count == 1 or count > 8 or dtype == torch.float64:
