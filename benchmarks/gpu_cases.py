@@ -166,8 +166,7 @@ def sketch_of(gradient: Tensor, dimension: int, chosen: Any = None) -> Tensor:
     drawn = SignedSketch([gradient.numel()], dimension, device=torch.device("cpu"))
     signs, (chunks,) = sketch_kernels.tables(drawn.signs.to(torch.int8), drawn.chunks, device)
     row = torch.zeros(dimension, dtype=torch.promote_types(gradient.dtype, torch.float32), device=device)
-    with cuda._on(row):
-        sketch_kernels.sketch_(row, gradient, chunks, signs, chosen=chosen)
+    sketch_kernels.sketch_(row, gradient, chunks, signs, chosen=chosen)
     return row
 
 
