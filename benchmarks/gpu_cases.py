@@ -175,9 +175,20 @@ def sketch_of(gradient: Tensor, dimension: int, chosen: Any = None) -> Tensor:
 
 
 def work_of(sizes: Sizes) -> Iterator[tuple[str, Work]]:
-    """Stage by stage, in the order of the run, calls that launch whatever the stage does, and perhaps more."""
-    for case in cases(sizes):
+    """Calls that launch whatever the stages do, and perhaps more: of each stage in its own order.
+
+    Most of it is correctness, so all but its first cases come last: what is compiled until time is up serves all.
+    """
+    judged = list(cases(sizes))
+    first = 3 * len(DTYPES)
+    for case in judged[:first]:
         yield "correctness", partial(_judged, case)
+    yield from _of_other_stages(sizes)
+    for case in judged[first:]:
+        yield "correctness", partial(_judged, case)
+
+
+def _of_other_stages(sizes: Sizes) -> Iterator[tuple[str, Work]]:
     for dtype in DTYPES:
         for size, dimension in sizes.sketches:
             yield "correctness", partial(_sketched, size, dimension, dtype, None)

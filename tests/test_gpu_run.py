@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu_cache
 import gpu_report
 import gpu_run
+import timing
 from gpu_records import SPOILT, Records, read
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -277,7 +279,6 @@ def test_the_plan_holds_what_the_stages_launch() -> None:
     """At toy sizes, under the interpreter: every launch of a stage is one that was planned."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs the interpreter")
-    import torch
     from gpu_cases import TOY
     from gpu_stages import Run, correctness, long, variants
 
@@ -291,6 +292,53 @@ def test_the_plan_holds_what_the_stages_launch() -> None:
         assert not records.failed
     assert launched
     assert {gpu_cache.identity(launch) for launch in launched} <= planned
+
+
+def test_what_a_cut_short_fill_has_serves_every_stage() -> None:
+    stages = [launch["stage"] for launch in gpu_cache.plan()]
+    assert set(stages[: len(stages) // 2]) == {"correctness", "bandwidth", "solver", "variants", "step", "long"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The benchmarks that the stages are made of
+
+
+def broken(*arguments: object, **options: object) -> torch.Tensor:
+    """A kernel that does not run."""
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_contestant_that_fails_is_written_down_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("benchmark_of_kernels", ROOT / "benchmarks" / "kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)  # by its path: `kernels` is also what lies at the top level
+    spec.loader.exec_module(kernels)
+    monkeypatch.setattr(kernels.mogeo, "gram", broken)
+    ceilings = kernels.Ceilings(torch.device("cpu"), timing.wall_clock(torch.device("cpu")), 10.0, None)
+    failures = kernels.Failures()
+    found = kernels.measure(2, 300, "fp32", 1, False, ceilings, kernels.LeftOut(), failures, ("gram", "combine"))
+    assert [(failure["name"], failure["k"]) for failure in failures.records] == [("mogeo.gram", 2)]
+    assert {"rows @ rows.T", "mogeo.combine"} <= {record["name"] for record in found}
+
+
+def test_a_mode_that_fails_is_written_down_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import memory_modes
+    from step_overhead import Setting
+
+    original = memory_modes.optimizer_of
+    bad = memory_modes.Mode({"weighting": "uniform"})
+    listed = {memory_modes.PLAIN: memory_modes.Mode(None), "bad": bad, memory_modes.EXACT: memory_modes.Mode({})}
+    monkeypatch.setattr(
+        memory_modes, "optimizer_of", lambda mode, base: (broken if mode is bad else original)(mode, base)
+    )
+    setting = Setting("qwen-shape-tiny", torch.device("cpu"), "fp32", 2, 128)
+    course = memory_modes.Course()
+    clock = timing.wall_clock(setting.device)
+    *_, last = memory_modes.time_of(listed, setting, 1, 2, clock, course)
+    assert set(last) == {memory_modes.PLAIN, memory_modes.EXACT}
+    assert dict(memory_modes.memory_by_mode(listed, setting, 1, course)).keys() == last.keys()
+    assert set(course.failed) == {"time: bad", "memory: bad"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
