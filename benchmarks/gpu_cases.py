@@ -250,5 +250,6 @@ def _stepped(columns: int, count: int, device: torch.device) -> None:
         gram, losses_of(count, device), "loss", 1.0, "raw", absent=None, propagate=False, nonfinite=nonfinite
     )
     cuda.direction_([rows], weights, [rows[0]], gram=gram, max_norm=None, discard=True)
+    cuda.gram(rows[:1])  # the norm of a sum whose weights were known
     squares, one = (torch.empty(1, dtype=torch.float64, device=device) for _ in range(2))
     cuda.finish_([rows[0]], squares, one, None, None, discard=True)

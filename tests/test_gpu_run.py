@@ -45,6 +45,7 @@ def conducted(stages: list[gpu_run.Stage], output: Path, budget: float = 60.0) -
 def test_a_stage_that_fails_or_hangs_or_is_not_there_does_not_stop_the_next(tmp_path: Path) -> None:
     hang = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     stages = [
+        python("raise SystemExit(9)", name="means something")._replace(codes={9: "failed: errors of memory"}),
         python("raise SystemExit(7)", name="fails"),
         python(f"{hang}; open('child', 'w').write('x'); time.sleep(600)", name="hangs", seconds=5.0),
         python("", name="absent", needs="no-such-program"),
@@ -56,6 +57,7 @@ def test_a_stage_that_fails_or_hangs_or_is_not_there_does_not_stop_the_next(tmp_
     assert time.monotonic() - start < 30
     assert ended.pop("unknown").startswith("failed (")
     assert ended == {
+        "means something": "failed: errors of memory",
         "fails": "failed (7)",
         "hangs": "killed at its deadline",
         "absent": "left out: no-such-program is not there",
@@ -292,6 +294,29 @@ def test_the_plan_holds_what_the_stages_launch() -> None:
         assert not records.failed
     assert launched
     assert {gpu_cache.identity(launch) for launch in launched} <= planned
+
+
+@needs_triton
+@pytest.mark.parametrize("contestant", ["mogeo", "mogeo uniform"])
+def test_the_plan_holds_what_a_step_launches(contestant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small model, decided by the kernels as on a GPU."""
+    from gpu_cases import _stepped
+    from step_overhead import Setting, make_model, steps_of
+
+    from tests.deciders import let_decide
+
+    let_decide("device", monkeypatch)
+    setting = Setting("qwen-shape-tiny", torch.device("cpu"), "fp32", 2, 128)
+    model = make_model(setting)
+    step = steps_of(contestant, model, setting)
+    launched: list[gpu_cache.Launched] = []
+    with gpu_cache.noted(launched, launch=True):
+        step()
+    planned: list[gpu_cache.Launched] = []
+    with gpu_cache.noted(planned):
+        _stepped(sum(parameter.numel() for parameter in model.parameters()), 2, torch.device("meta"))
+    assert launched
+    assert {gpu_cache.identity(launch) for launch in launched} <= {gpu_cache.identity(launch) for launch in planned}
 
 
 def test_what_a_cut_short_fill_has_serves_every_stage() -> None:
