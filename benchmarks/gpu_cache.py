@@ -39,7 +39,7 @@ import tarfile
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,22 @@ def plan(toy: bool = False) -> list[Launched]:
         with noted(launches, stage):
             work(torch.device("meta"))
     return list({identity(launched): launched for launched in reversed(launches)}.values())[::-1]
+
+
+def plan_of_tests(files: Sequence[str], *more: str) -> list[Launched]:
+    """What the tests for a GPU launch, by running them without one (`gpu_launches.py`): takes some minutes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "launches.jsonl"
+        variables = {**os.environ, "GPU_LAUNCHES": str(path), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_launches", *files, *more]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        if not path.exists():
+            raise RuntimeError(f"the tests wrote down no launches:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        print(done.stdout[-300:].strip())
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def identity(launched: Launched) -> str:
@@ -343,6 +359,7 @@ def main() -> None:
     parser.add_argument("what", choices=("plan", "fill"))
     parser.add_argument("--plan", type=Path, help="fill: a plan made elsewhere (default: make it)")
     parser.add_argument("--to", type=Path, default=Path("plan.jsonl"), help="plan: where to write it")
+    parser.add_argument("--tests", action="store_true", help="plan: what `pytest -m gpu` launches, too (some minutes)")
     parser.add_argument("--archive", type=Path, default=Path("gpu-cache.tar.xz"), help="fill: grows, if it exists")
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help=f"fill: the cache (default: {DIRECTORY})")
     parser.add_argument("--minutes", type=float, default=20.0, help="fill: stop after that (default: 20)")
@@ -353,6 +370,11 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if arguments.what == "plan":
         launches = plan()
+        if arguments.tests:
+            from gpu_run import TESTS
+
+            launches += plan_of_tests(TESTS)
+            launches = list({identity(launched): launched for launched in reversed(launches)}.values())[::-1]
         arguments.to.write_text("".join(json.dumps(launched) + "\n" for launched in launches))
         print(f"{len(launches)} launches, written to {arguments.to}")
         return
