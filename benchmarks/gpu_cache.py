@@ -291,6 +291,8 @@ def fill(
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:  # what is still compiled would outlast its time
                 process.kill()
+            for process in processes:
+                process.join()
     return told | {"seconds": round(time.monotonic() - start, 1), "workers": workers}
 
 
