@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.target import Launch, square_side, threads_per_warp
+from mogeo.kernels.target import Launch, square_side, stages, threads_per_warp
 
 MAX_ROWS = 32
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +56,7 @@ def variant(count: int, dtype: torch.dtype) -> Variant:
 def candidates(count: int, dtype: torch.dtype) -> tuple[Variant, ...]:
     """Variants between which only hardware can decide, for K = `count` rows; the first is the one in use.
 
-    All write the same bits. What they measure of a direction differs in the last digits of fp64.
+    All compute the same bits: they differ in when they ask for a row.
     """
     direct, copied = Variant(128, stages=1), Variant(128, stages=3)
     if count == 1 or count > 8 or dtype == torch.float64:
@@ -197,7 +197,7 @@ def _settle(
     """‖d‖² before clipping, the clip factor, and what is left of it to multiply d by."""
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, tl.cast(n_squares, tl.int64), BLOCK):
+    for at in range(0, n_squares, BLOCK):
         sums += tl.load(squares + at + lane, mask=at + lane < n_squares, other=0.0)
     squared_norm = tl.sum(sums, axis=0)
     measured = squared_norm  # of what lies in memory
@@ -359,7 +359,7 @@ def launch(
         "UNIT": rows.stride(1) == 1 and out.stride(0) == 1,
         "CLIP": clip,
         "MEASURE": squares is not None,
-        "STAGES": chosen.stages,
+        "STAGES": stages(chosen.stages),
         "num_warps": chosen.threads // threads_per_warp(),
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }

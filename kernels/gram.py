@@ -6,9 +6,12 @@ program per pair, adds the chunks up in fp64 in a fixed order. The cuts depend o
 device, so that every GPU of one architecture adds in the same order. A segment (the columns of one layer) ends where a
 chunk ends, and its Gram is the sum of its chunks: it costs no further pass.
 
-Two variants of stage one, chosen by `variant`: **rows** keeps each pair's sum in registers, a vector of each row per
+Two kernels for stage one, chosen by `variant`: **rows** keeps each pair's sum in registers, a vector of each row per
 thread and iteration; **dot** gives a tile [K, columns] and its transpose to the tensor cores, which pays as soon as the
 pairs outnumber what the other units can multiply in the time the memory needs.
+
+Where it pays, tiles are copied to shared memory a few iterations ahead: what a thread loads straight into registers,
+the compiler asks for only beside its use, one row after the other.
 
 Products of fp16 and bf16 are exact in fp32, and a chunk is short, so that sums keep seven digits. What fp32 cannot hold
 (squares that overflow, or sink into its subnormals) is noticed per chunk, and that chunk is summed again in fp64.
@@ -26,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.target import Launch, fp32_dot_precision, threads_per_warp
+from mogeo.kernels.target import Launch, fp32_dot_precision, stages, threads_per_warp
 
 MAX_ROWS = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +72,7 @@ def variant(count: int, dtype: torch.dtype) -> Variant:
 def candidates(count: int, dtype: torch.dtype) -> tuple[Variant, ...]:
     """Variants between which only hardware can decide, for K = `count` rows; the first is the one in use.
 
-    Their sums differ in the last digits of fp32, since they differ in what they add up first.
+    Stages do not change a bit; rows and dot differ in the last digits of fp32, since they add in different orders.
     """
     wide = dtype == torch.float32
     rows = Variant("rows", threads=128, width=4 if wide else 8, tiles=32, stages=1)
@@ -377,7 +380,7 @@ def launch(rows: Tensor, cuts: Tensor | None, length: int, partials: Tensor, cho
         "enable_fp_fusion": True,  # no longer Triton's default from 3.10 on
     }
     if chosen.kernel == "rows":
-        options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "STAGES": chosen.stages}
+        options |= {"THREADS": chosen.threads, "WIDTH": chosen.width, "STAGES": stages(chosen.stages)}
         options["num_warps"] = chosen.threads // threads_per_warp()
         return Launch(_gram_rows, (n_chunks,), arguments, options)
     options |= {"SIDE": 16 if count <= 16 else 32, "BLOCK": chosen.block, "STAGES": chosen.stages, "num_warps": 1}

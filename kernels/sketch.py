@@ -54,8 +54,8 @@ def candidates(dtype: torch.dtype) -> tuple[Variant, ...]:
 
     Their sums differ in the last digits where they deal chunks to other numbers of programs.
     """
-    long, short = Variant(3, 4096), Variant(2, 4096)
-    default, other = (short, long) if dtype in (torch.float16, torch.float64) else (long, short)
+    two, three = Variant(2, 4096), Variant(3, 4096)  # of bf16, two chunks' elements are too few bytes
+    default, other = (three, two) if dtype == torch.bfloat16 else (two, three)
     return (default, other, default._replace(programs=1024))
 
 
@@ -74,7 +74,8 @@ def _sketch(
     lane = tl.arange(0, THREADS)
 
     # A group of chunks is asked for an iteration before it is added, and what was drawn for it, one before that: all
-    # that a warp waits for has been under way together. The first iteration adds nothing, the last one asks for nothing.
+    # that a warp waits for has been under way together. The first iteration adds nothing, and the last one asks for
+    # nothing.
     totals = _zeros(SLICES, THREADS, sums.dtype.element_ty)
     values = _nothing(gradient, lane, SLICES * UNROLL)
     columns = _zeros(UNROLL, THREADS, tl.int32)
@@ -198,11 +199,11 @@ def _carried(values):
 
 @triton.jit
 def _restored(carried, DTYPE: tl.constexpr):
-    """What `_carried` was given, or the same in fp32."""
+    """What `_carried` was given; bf16 as fp32, of which it is the upper half."""
     values = carried
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         values = (carried << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == tl.float16:
+    elif DTYPE.is_fp16():
         values = carried.to(tl.uint16).to(tl.float16, bitcast=True)
     return values
 
@@ -287,7 +288,7 @@ def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor, *, cho
     if not len(flat):
         return
     chosen = chosen or variant(gradient.dtype)
-    n_parts = _parts(len(chunks), len(row), chosen)
+    n_parts = parts(len(chunks), len(row), chosen)
     if n_parts == 1:
         launch(flat, chunks, signs, row, chosen).run()
         return
@@ -296,7 +297,7 @@ def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor, *, cho
     launch_reduce(partials, row).run()
 
 
-def _parts(n_chunks: int, dimension: int, chosen: Variant) -> int:
+def parts(n_chunks: int, dimension: int, chosen: Variant) -> int:
     """How many programs share the chunks of a tile."""
     tiles = -(-dimension // _TILE)
     return max(1, min(n_chunks // _FEWEST_CHUNKS, chosen.programs // tiles))

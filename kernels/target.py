@@ -36,6 +36,11 @@ def threads_per_warp() -> int:
     return 64 if torch.version.hip else 32
 
 
+def stages(wanted: int) -> int:
+    """Of the pipeline that copies vectors of rows ahead, into shared memory. AMD's compiler would fill registers."""
+    return 1 if torch.version.hip else wanted
+
+
 def fp32_dot_precision() -> str:
     """Triton's `input_precision` for products of fp32 with fp32 accuracy: AMD's matrix cores multiply fp32 as it is."""
     return "ieee" if torch.version.hip else "tf32x3"

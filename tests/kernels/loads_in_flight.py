@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
     @property
     def is_conditional(self) -> bool:
         """For a branch: whether it may be passed by."""
-        return bool(re.match(r"@|BRA[\w.]*\s+!?U?P\d", self.text))
+        return bool(re.match(r"@|BRA\.DIV|BRA[\w.]*\s+!?U?P\d", self.text))
 
     @property
     def target(self) -> int | None:
@@ -69,21 +69,18 @@ class Instruction(NamedTuple):
         return int(found[1], 16) if found else None
 
 
-def instructions(listing: str, text: bytes, start: int = 0) -> list[Instruction]:
-    """Those of one kernel.
+def read_listing(listing: str) -> dict[int, str]:
+    """What nvdisasm says at each address."""
+    return {int(address, 16): text for address, text in _INSTRUCTION.findall(listing)}
 
-    Args:
-        listing: what nvdisasm says, of this kernel and perhaps others.
-        text: the kernel's machine code, 16 bytes an instruction.
-        start: its address in the listing.
-    """
-    said = {int(address, 16): words for address, words in _INSTRUCTION.findall(listing)}
+
+def instructions(said: dict[int, str], code: bytes, start: int) -> list[Instruction]:
+    """Those of one kernel: machine code, 16 bytes an instruction, that the listing has from address `start` on."""
     found = []
-    for offset in range(0, len(text), 16):
-        (upper,) = struct.unpack_from("<Q", text, offset + 8)
-        control = (
-            upper >> 41
-        )  # 4 bits of delay, one to yield, scoreboard of its result, one of its operands, 6 to wait for
+    for offset in range(0, len(code), 16):
+        (upper,) = struct.unpack_from("<Q", code, offset + 8)
+        # 4 bits of delay, one to yield, scoreboard of its result, one of its operands, 6 bits of what it waits for.
+        control = upper >> 41
         found.append(Instruction(start + offset, said[start + offset], control >> 5 & 7, control >> 11 & 63))
     return found
 
@@ -120,7 +117,7 @@ def _ways(code: Sequence[Instruction], index: dict[int, int], head: int, backs: 
             following = []
             if instruction.target is not None and index[instruction.target] > at:
                 following.append(index[instruction.target])
-            leaves = instruction.opcode in ("EXIT", "RET") or instruction.target is not None
+            leaves = instruction.opcode.split(".")[0] in ("EXIT", "RET") or instruction.target is not None
             if not leaves or instruction.is_conditional:
                 following.append(at + 1)
             following = [i for i in following if i <= last]
@@ -135,7 +132,7 @@ def replay(loop: Sequence[Instruction], width: int) -> float:
 
     Loads of another width (tables, weights) are waited for, but bring nothing.
     """
-    rounds = 64
+    rounds = 120  # the second half of which is a whole number of periods, however many tiles are on their way
     delivered = [0.0] * SCOREBOARDS
     now, group, groups = 0.0, 0.0, [0.0]
     ends = []

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from mogeo.kernels.target import Launch
+from tests.kernels import loads_in_flight
 
 PAGE = Path(__file__).parents[2] / "docs" / "registers.md"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -40,6 +42,9 @@ COLUMNS = 1 << 30
 CHUNKS = 1 << 15
 # Buckets of a sketch of it.
 BUCKETS = 1 << 18
+
+# Kernels that pass over all elements, in whose main loops bytes on their way are counted.
+IN_FLIGHT = ("gram_rows", "gram_dot", "combine", "sketch")
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -56,6 +61,7 @@ class Entry:
     count: int  #: K
     dtype: torch.dtype
     case: str = ""  #: what is out of the ordinary
+    candidate: int = 0  #: which of the kernel's `candidates`; the first is in use
 
     @property
     def name(self) -> str:
@@ -65,7 +71,7 @@ class Entry:
     @property
     def targets(self) -> tuple[str, ...]:
         """Where it is compiled: everywhere, unless that takes long and the rest of the table says as much."""
-        if self.kernel == "descent" or (self.kernel == "min_norm" and self.count <= 8):
+        if self.kernel == "descent" or (self.kernel == "min_norm" and self.count <= 8) or self.candidate:
             return ("sm_90", "sm_100")
         if self.kernel == "combine" and self.count == 32:
             return ("sm_80", "sm_90", "sm_100")
@@ -73,6 +79,14 @@ class Entry:
 
 
 _BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# Beside the variants in use, those that only hardware can tell from them: kernel, K, dtype, how many.
+_CANDIDATES = (
+    ("gram", 2, _BF16, 2), ("gram", 4, _BF16, 3), ("gram", 8, _BF16, 2),
+    ("gram", 2, _FP32, 2), ("gram", 4, _FP32, 2), ("gram", 8, _FP32, 3),
+    *(("combine", k, dtype, 2) for dtype in (_BF16, _FP32) for k in (2, 4, 8)),
+    *(("sketch", 1, dtype, 3) for dtype in (_BF16, _FP32)),
+)  # fmt: skip
 
 ENTRIES = (
     *(Entry("gram", k, dtype) for dtype in (_BF16, _FP32) for k in (1, 2, 4, 7, 8, 16, 32)),
@@ -91,9 +105,14 @@ ENTRIES = (
     Entry("min_norm", 4, _FP64, "l2, power 0.5"),
     *(Entry("descent", k, _FP64) for k in (4, 32)),
     *(Entry("sketch", 1, dtype) for dtype in (_BF16, _FP16, _FP32, _FP64)),
-    Entry("sketch", 1, _BF16, "in parts"),
+    Entry("sketch", 1, _BF16, "in one part"),
     Entry("sketch", 1, _BF16, "any dimension"),
     *(Entry("sketch_reduce", 1, dtype) for dtype in (_FP32, _FP64)),
+    *(
+        Entry(kernel, k, dtype, f"candidate {i + 1}", candidate=i)
+        for kernel, k, dtype, count in _CANDIDATES
+        for i in range(1, count)
+    ),
 )
 
 
@@ -104,7 +123,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def _gram(entry: Entry) -> Launch:
     from mogeo.kernels import gram
 
-    chosen = gram.variant(entry.count, entry.dtype)
+    chosen = gram.candidates(entry.count, entry.dtype)[entry.candidate]
     length = chosen.tiles * chosen.block
     pairs = entry.count * (entry.count + 1) // 2
     if entry.case == "any strides":
@@ -132,7 +151,7 @@ def _combine(entry: Entry) -> Launch:
     rows = _empty(entry.count, COLUMNS, dtype=entry.dtype)
     squares = _empty(4096)
     max_norm = None if entry.case == "no clipping" else 1.0
-    chosen = combine.variant(entry.count, entry.dtype)
+    chosen = combine.candidates(entry.count, entry.dtype)[entry.candidate]
     weights, matrix = _empty(entry.count), _empty(entry.count, entry.count)
     return combine.launch(rows, weights, rows[0], matrix, max_norm, squares, chosen)
 
@@ -170,12 +189,14 @@ def _descent(entry: Entry) -> Launch:
 def _sketch(entry: Entry) -> Launch:
     from mogeo.kernels import sketch
 
+    chosen = sketch.candidates(entry.dtype)[entry.candidate]
     dimension = 10**6 if entry.case == "any dimension" else BUCKETS
-    shape = (8, dimension) if entry.case == "in parts" else (dimension,)
+    n_chunks = -(-COLUMNS // dimension)
+    n_parts = 1 if entry.case == "in one part" else sketch.parts(n_chunks, dimension, chosen)
+    shape = (n_parts, dimension) if n_parts > 1 else (dimension,)
     sums = _empty(*shape, dtype=torch.promote_types(entry.dtype, _FP32))
     flat, signs = _empty(COLUMNS, dtype=entry.dtype), _empty(CHUNKS + dimension, dtype=torch.uint8)
-    chunks = _empty(-(-COLUMNS // dimension), 2, dtype=torch.int32)
-    return sketch.launch(flat, chunks, signs, sums, sketch.variant(entry.dtype))
+    return sketch.launch(flat, _empty(n_chunks, 2, dtype=torch.int32), signs, sums, chosen)
 
 
 def _sketch_reduce(entry: Entry) -> Launch:
@@ -216,6 +237,9 @@ class Code:
     tensor: int  #: instructions to tensor (matrix) cores
     fp64_fma: int
     instructions: int
+    shared_memory: int  #: bytes per program
+    narrow: int  #: uses of a 32-bit argument other than to make it wider
+    in_flight: float | None = None  #: sm_90: kilobytes on their way to a multiprocessor, if counted
 
 
 Codes: TypeAlias = dict[str, dict[str, Code]]  # by name of the entry, and by target
@@ -227,6 +251,12 @@ class _Binary:
 
     function: str
     content: bytes
+    shared_memory: int  #: bytes per program
+    warps: int
+    programs: int
+    width: int  #: bytes that a thread takes at a time of what is read most
+    share: float  #: of these bytes, how much is there: the rest is masked
+    narrow: int
 
 
 def _compile(entry: Entry, target_name: str) -> _Binary:
@@ -249,7 +279,7 @@ def _build(entry: Entry, target_name: str) -> _Binary:
     hip = torch.version.hip
     try:
         torch.version.hip = "6.0" if is_amd else None  # what `mogeo.kernels.target` looks at
-        kernel, _, arguments, options = _LAUNCHES[entry.kernel](entry)
+        kernel, grid, arguments, options = _LAUNCHES[entry.kernel](entry)
     finally:
         torch.version.hip = hip
 
@@ -259,9 +289,30 @@ def _build(entry: Entry, target_name: str) -> _Binary:
     bound, specialization, compile_options = bind(*arguments, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, compile_options)
     source = ASTSource(kernel, signature, constants, attributes)
-    assembly = triton.compile(source, target=target, options=compile_options).asm
-    content = assembly["amdgcn"].encode() if is_amd else assembly["cubin"]
-    return _Binary(kernel.__name__.removeprefix("_"), content)
+    compiled = triton.compile(source, target=target, options=compile_options)
+    return _Binary(
+        kernel.__name__.removeprefix("_"),
+        compiled.asm["amdgcn"].encode() if is_amd else compiled.asm["cubin"],
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+        math.prod(grid),
+        entry.dtype.itemsize if entry.kernel == "sketch" else 16,
+        entry.count / options["SIDE"] if kernel.__name__ == "_gram_dot" else 1.0,
+        _narrow(compiled.asm["ttir"]),
+    )
+
+
+def _narrow(ttir: str) -> int:
+    """Uses of 32-bit arguments, in Triton's own intermediate code, other than to make them 64 bits wide.
+
+    What is added to a length of nearly 2³¹ in 32 bits may wrap around.
+    """
+    (head,) = re.findall(r"^.*tt\.func public.*$", ttir, re.MULTILINE)
+    body = ttir.replace(head, "")
+    names = re.findall(r"%(\w+): i32", head)
+    return sum(
+        len(re.findall(rf"%{name}\b", body)) - len(re.findall(rf"arith\.extsi %{name} :", body)) for name in names
+    )
 
 
 def _is_amd(target: str) -> bool:
@@ -291,12 +342,12 @@ def _read_nvidia(target: str, binaries: Sequence[_Binary]) -> Iterator[Code]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     texts = [_text_section(binary.content) for binary in binaries]
     listing = _output_of(tools / "nvdisasm", "--binary", _RAW_BINARIES[target], of=b"".join(texts))
-    instruction = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    opcode_at = {int(address, 16): opcode for address, opcode in instruction.findall(listing)}
+    said = loads_in_flight.read_listing(listing)
     end = 0
     for binary, text in zip(binaries, texts, strict=True):
         start, end = end, end + len(text)
-        opcodes = Counter(opcode_at[address] for address in range(start, end, 16))
+        code = loads_in_flight.instructions(said, text, start)
+        opcodes = Counter(instruction.opcode for instruction in code)
         count = functools.partial(_count, opcodes)
         usage = re.search(r"REG:(\d+) STACK:(\d+)", _output_of(tools / "cuobjdump", "-res-usage", of=binary.content))
         assert usage
@@ -306,7 +357,20 @@ def _read_nvidia(target: str, binaries: Sequence[_Binary]) -> Iterator[Code]:
             binary.function, int(usage[1]), int(usage[2]), count(r"(LDL|STL)\b.*"),
             loads_128, loads - loads_128, stores_128, stores - stores_128,
             count(r"(HMMA|HGMMA|UTC\w*MMA)\b.*"), count(r"DFMA\b.*"), opcodes.total() - count("NOP"),
+            binary.shared_memory, binary.narrow,
+            _in_flight(binary, code, int(usage[1])) if target == "sm_90" and binary.function in IN_FLIGHT else None,
         )  # fmt: skip
+
+
+def _in_flight(binary: _Binary, code: Sequence[loads_in_flight.Instruction], registers: int) -> float | None:
+    """Kilobytes on their way to a multiprocessor of an H100; None if nothing is loaded at the width expected."""
+    loop = loads_in_flight.main_loop(code, binary.width)
+    if not loop:
+        return None
+    resident = loads_in_flight.resident_programs(registers, binary.shared_memory, binary.warps)
+    programs = min(resident, binary.programs / loads_in_flight.MULTIPROCESSORS)
+    per_thread = binary.share * loads_in_flight.replay(loop, binary.width)
+    return round(per_thread * 32 * binary.warps * programs / 1024, 1)
 
 
 def _text_section(cubin: bytes) -> bytes:
@@ -344,6 +408,7 @@ def _read_amd(binaries: Sequence[_Binary]) -> Iterator[Code]:
             binary.function, registers, stack, spills,
             loads_128, loads - loads_128, stores_128, stores - stores_128,
             count(r"v_mfma\w*"), count(r"v_fmac?_f64\w*"), opcodes.total() - count("s_nop"),
+            binary.shared_memory, binary.narrow,
         )  # fmt: skip
 
 
@@ -369,9 +434,28 @@ lie at any place), and that `gram_dot`, and nothing else, uses tensor cores.
   model of 10⁹ parameters; a sketch of them has 2¹⁸ buckets.
 - **sm_80** (A100), **sm_90** (H100), **sm_100** (B200): registers of a thread, of 255.
 - **gfx942** (MI300): vector registers of a thread, of 512.
+- **KB in flight** (sm_90): of the kernels that pass over all elements, kilobytes of these that are on their way to a
+  multiprocessor of an H100 at a time. See below.
 
 Bytes of stack, and spills (instructions on NVIDIA, registers on AMD), follow in brackets where there are any. What
-takes long to compile and adds little is left out on sm_80 and gfx942.
+takes long to compile and adds little is left out on sm_80 and gfx942. A **candidate** is what `candidates` in the
+kernel's file offers beside the variant in use: which is faster, only hardware can tell.
+
+**What is counted as in flight.** A multiprocessor gets its share of 3 TB/s if 40 KB and more are on their way to it at
+a time. How many a kernel keeps there follows from three things that the machine code says.
+
+1. The main loop: the first one that loads vectors of 16 bytes (`sketch`: elements). Of several ways through it, the one
+   that loads most; of those, the shortest.
+2. When it waits: an instruction names the scoreboards that must be empty before it may be issued, and a load names the
+   one that counts it. The loop is replayed on a clock where a load takes one unit, and everything else nothing, be it
+   a barrier. Bytes that a thread loads in a round, divided by the units that a round takes, are on their way in the
+   mean. Loads of other widths, of weights or tables, are waited for like the others, though the cache has them, and
+   their bytes are not counted. Nor are those that are masked where a tile has more rows than there are.
+3. How many threads there are: as many programs as registers, shared memory, threads and blocks of an H100 allow, or as
+   the launch has per multiprocessor if those are fewer.
+
+So it is what the compiler allows for, in the middle of a long run. It says nothing of the ends of a program, of what
+the memory system can keep track of, nor of the arithmetic in between, for which other warps must be ready.
 """
 
 
@@ -379,14 +463,16 @@ def page(codes: Codes, triton_version: str) -> str:
     """docs/registers.md."""
     lines = [
         _HEAD.format(version=triton_version),
-        "| kernel | case | K | dtype | " + " | ".join(TARGETS) + " |",
-        "| --- | --- | ---: | --- |" + " ---: |" * len(TARGETS),
+        "| kernel | case | K | dtype | " + " | ".join(TARGETS) + " | KB in flight |",
+        "| --- | --- | ---: | --- |" + " ---: |" * (len(TARGETS) + 1),
     ]
     for entry in ENTRIES:
         by_target = codes[entry.name]
         (function,) = {code.function for code in by_target.values()}
         cells = [function, entry.case, str(entry.count), DTYPE_NAMES[entry.dtype]]
         cells += [_cell(by_target.get(target)) for target in TARGETS]
+        in_flight = by_target["sm_90"].in_flight
+        cells.append("" if in_flight is None else f"{in_flight:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -106,6 +106,26 @@ def test_rows_of_weight_zero_do_not_spoil_the_clipping() -> None:
     assert_combined(kept, weights[[0, 2]] / 2, rows[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 9])
+def test_candidates_write_the_same_bits(monkeypatch: pytest.MonkeyPatch, k: int, dtype: torch.dtype) -> None:
+    """Over several tiles a program; the first is in use; their names tell them apart. A row of weight zero is NaN."""
+    monkeypatch.setattr(kernels, "_MOST_PROGRAMS", 2)
+    candidates = kernels.candidates(k, dtype)
+    assert kernels.variant(k, dtype) == candidates[0]
+    assert len({chosen.name for chosen in candidates}) == len(candidates)
+    rows, weights = gaussian(k, 5300, dtype), torch.linspace(0, 2, k + 1, dtype=FP64)[1:]
+    if k > 2:
+        weights[1], rows[1] = 0.0, math.nan
+    combined = []
+    for chosen in candidates:
+        copy = rows.clone()
+        combined.append(combine_(copy, weights, chosen=chosen).clone())
+    used = weights != 0
+    assert_combined(rows[used], weights[used], combined[0])
+    assert all(torch.equal(other, combined[0]) for other in combined)
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 32])
 def test_any_number_of_rows(k: int) -> None:
     rows = gaussian(k, 600)

@@ -42,11 +42,10 @@ gram_by_segment = elsewhere(kernels.gram_by_segment, KERNEL_DEVICE)
 
 
 @pytest.fixture
-def three_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def three_tiles(few_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three tiles, whatever the number of columns."""
     variant = kernels.variant
     monkeypatch.setattr(kernels, "variant", lambda count, dtype: variant(count, dtype)._replace(tiles=3))
-    monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 1)
 
 
 @pytest.fixture
@@ -122,12 +121,13 @@ def test_the_longest_chunks_sum_accurately(few_chunks: None, k: int, dtype: torc
     """Equal products, so that roundings of an fp32 sum have the same sign; and one entry that outweighs the rest.
 
     Then a rounding may lose half a unit of the largest sum per tile: in a thread's own sum, or in that of all columns.
+    And a product of tiles may lose all others of the tile of that entry: it adds in an order of its own.
     """
     chosen = kernels.variant(k, dtype)
     rows = torch.full((k, 2 * chosen.tiles * chosen.block + 5), 1.1).to(dtype)
     rows[:, 0] = first
-    per_tile = 2.0**-24 if chosen.kernel == "dot" and first > 2 else 0.0
-    assert_gram(rows, gram(rows), max(WORST_CASE, per_tile * chosen.tiles))
+    lost = chosen.tiles * 2.0**-24 + chosen.block * (1.1 / first) ** 2 if chosen.kernel == "dot" and first > 2 else 0.0
+    assert_gram(rows, gram(rows), max(WORST_CASE, lost))
 
 
 @needs_kernels
@@ -143,6 +143,20 @@ def test_cuts_do_not_matter_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(kernels, "_REDUCE_BLOCK", block)
         assert torch.equal(gram(rows), expected)
         assert torch.equal(gram_by_segment(rows, [0, 170, 400])[-1], expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 11])
+def test_candidates(few_chunks: None, k: int, dtype: torch.dtype) -> None:
+    """All are right, over chunks of several tiles; the first is in use; their names tell them apart."""
+    candidates = kernels.candidates(k, dtype)
+    assert kernels.variant(k, dtype) == candidates[0]
+    assert len({chosen.name for chosen in candidates}) == len(candidates)
+    for chosen in candidates:
+        rows = gaussian(k, 4 * chosen.block + 17, dtype)
+        assert_gram(rows, gram(rows, chosen=chosen._replace(tiles=3)))
+    assert torch.equal(gram(rows), gram(rows, chosen=candidates[0]))
 
 
 # --------------------------------------------------------------------------------------------------------------------

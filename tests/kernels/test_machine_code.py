@@ -32,6 +32,19 @@ SPILLS = {
 # kernel that keeps too much costs kilobytes.
 OTHER_TRITONS = 32
 
+# Kilobytes on their way to a multiprocessor that should do, and where fewer are, with the Triton of docs/registers.md.
+ENOUGH_IN_FLIGHT = 40
+FEW_IN_FLIGHT = {
+    "combine K=1 bf16": "one vector a thread; combining one row is no more than a copy",
+    "combine K=1 fp32": "one vector a thread; combining one row is no more than a copy",
+    "gram K=4 bf16, any strides": "no vectors: nothing is counted",
+    "sketch K=1 fp16": "the compiler packs two halves into a register as soon as they are there, and so waits for them",
+    "sketch K=1 bf16, in one part": "two programs per multiprocessor, as for a tensor of few chunks",
+}
+
+# Bytes that a program may have.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
 MOST_REGISTERS = 255  # NVIDIA has no more; on AMD's CDNA, from 257 on, no second wave fits on a SIMD unit
 
 
@@ -92,13 +105,37 @@ def test_registers(codes: Codes, entry: Entry) -> None:
     assert not offenders(codes, entry, lambda code: 0 < code.registers <= MOST_REGISTERS)
 
 
+@each()
+def test_shared_memory_is_there(codes: Codes, entry: Entry) -> None:
+    for target, code in codes[entry.name].items():
+        assert code.shared_memory <= SHARED_MEMORY[target], (target, code)
+
+
+@each("gram", "reduce", "combine", "scale")
+def test_lengths_are_made_wide_before_anything_is_added(codes: Codes, entry: Entry) -> None:
+    """Triton takes an argument below 2³¹ for an int32, in which a sum with the size of a tile may wrap around."""
+    assert not offenders(codes, entry, lambda code: code.narrow == 0)
+
+
+PASSES = [entry for entry in ENTRIES if entry.kernel in ("gram", "combine", "sketch") and not entry.candidate]
+
+
+@pytest.mark.parametrize("entry", PASSES, ids=lambda entry: entry.name)
+def test_enough_bytes_are_in_flight(codes: Codes, entry: Entry, is_the_pages_triton: bool) -> None:
+    """On an H100; how they are counted, docs/registers.md says."""
+    if not is_the_pages_triton:
+        pytest.skip("another version of Triton than that of docs/registers.md arranges loads otherwise")
+    in_flight = codes[entry.name]["sm_90"].in_flight or 0.0
+    assert (in_flight < ENOUGH_IN_FLIGHT) == (entry.name in FEW_IN_FLIGHT), in_flight
+
+
 @each("gram", but="any strides")
 def test_gram_loads_vectors(codes: Codes, entry: Entry) -> None:
     """Of every tile, in the loop and in the tail behind it; with segments, whose ends lie anywhere, in the loop."""
-    from mogeo.kernels.gram import variant
+    from mogeo.kernels.gram import candidates
 
     by_segment = entry.case == "by segment"
-    chosen = variant(entry.count, entry.dtype)
+    chosen = candidates(entry.count, entry.dtype)[entry.candidate]
     for target, code in codes[entry.name].items():
         assert code.function == f"gram_{chosen.kernel}"
         threads = chosen.threads if chosen.kernel == "rows" else lanes(target)
@@ -128,9 +165,9 @@ def test_scale_loads_and_stores_vectors(codes: Codes, entry: Entry) -> None:
 @each("sketch")
 def test_sketch_reads_side_by_side(codes: Codes, entry: Entry) -> None:
     """Rotations are arbitrary, so that no vector would be aligned: threads take one element each, side by side."""
-    from mogeo.kernels.sketch import _SLICES, variant
+    from mogeo.kernels.sketch import _SLICES, candidates
 
-    loads = _SLICES * (variant(entry.dtype).unroll + 1)  # of whole tiles, and of one that is cut
+    loads = _SLICES * (candidates(entry.dtype)[entry.candidate].unroll + 1)  # of whole tiles, and of one that is cut
     assert not offenders(codes, entry, lambda code: code.loads_128 == 0 and code.loads_other >= loads)
     assert not offenders(codes, entry, lambda code: code.stores_128 == 0 and code.stores_other == _SLICES)
 

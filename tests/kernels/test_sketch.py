@@ -101,7 +101,24 @@ def test_chunks_dealt_to_several_programs(example: Sketched, fewest: int, enough
     [(0, 64, 1), (1, 64, 1), (63, 64, 1), (64, 64, 2), (10**6, 1024, 2048), (10**6, 1 << 18, 8), (10**4, 1 << 22, 1)],
 )
 def test_how_chunks_are_dealt(n_chunks: int, dimension: int, parts: int) -> None:
-    assert kernels._parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
+    assert kernels.parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """All are right, whatever is left of a group of chunks; the first is in use; their names tell them apart."""
+    monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 4)
+    candidates = kernels.candidates(dtype)
+    assert kernels.variant(dtype) == candidates[0]
+    assert len({chosen.name for chosen in candidates}) == len(candidates)
+    for n_chunks in (1, 2, 3, 7, 11):
+        case = drawn([1024 * n_chunks - 5], 1024, seed=n_chunks)
+        gradient = torch.randn(1024 * n_chunks - 5, generator=torch.Generator().manual_seed(1), dtype=FP64).to(dtype)
+        for chosen in candidates:
+            row = torch.ones(1024, dtype=FP64 if dtype == FP64 else FP32)
+            before = row.clone()
+            sketch_(row, gradient, case.chunks, case.signs, chosen=chosen)
+            assert_sketched(gradient, case.matrix, before, row, roundings=n_chunks + 2)
 
 
 def test_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
