@@ -17,11 +17,15 @@ turn has the memory to itself, warms up and takes a few steps, and the ratio is 
 peak over three steps: of the resident size (Linux) of a fresh process per contestant, or on a GPU of what torch has
 allocated there, over what it had before.
 
+`--model small-tensors` is another case: 1,000 tensors of 4 elements, K = 2, 4, 8, which benchmarks/small_tensors.py
+describes.
+
 A contestant that fails is written down, and the others go on; the exit code is 1 if it was one of mogeo's. No setting
 starts after the seconds of --budget. Figures are written after each setting.
 
 Run: python benchmarks/step_overhead.py [--device cuda] [--tokens 256 2048] [--rounds 15] [--budget SECONDS]
-     [--json PATH]
+     [--threads 1 --clock cpu] [--json PATH]
+     python benchmarks/step_overhead.py --model small-tensors [--objectives 4] [--rounds 15] [--json PATH]
 """
 
 from __future__ import annotations
@@ -39,15 +43,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import small_tensors
 import torch
 import torch.nn.functional as F
 from machine import clocks, describe, free_bytes
-from timing import first_line, rotated, rounds_of, spread, wall_clock
+from timing import Clock, cpu_clock, first_line, rotated, rounds_of, spread, wall_clock
 from torch import Tensor, nn
 
 from mogeo import MultiObjectiveOptimizer
 
 CONTESTANTS = ("plain", "mogeo", "mogeo uniform", "mogeo group-dro", "torchjd idiomatic", "torchjd best effort")
+SMALL_TENSORS = "small-tensors"  # a case of its own among the models
 WARM_UP = 2
 STEPS_OF_A_BLOCK = 3
 
@@ -279,9 +285,10 @@ def fit_side_by_side(memory: dict[str, tuple[float, float]], device: torch.devic
     return needed < 0.9 * free_bytes(device) / 2**20
 
 
-def blocks_of(names: list[str], model: nn.Module, setting: Setting, rounds: int) -> Iterator[dict[str, float]]:
+def blocks_of(
+    names: list[str], model: nn.Module, setting: Setting, rounds: int, clock: Clock
+) -> Iterator[dict[str, float]]:
     """Median seconds a step of each contestant, block by block: one at a time in memory, in rotating order."""
-    clock = wall_clock(setting.device)
     for block in range(max(2, rounds // STEPS_OF_A_BLOCK)):
         medians = {}
         for name in rotated(names, block):
@@ -301,7 +308,13 @@ def release(device: torch.device) -> None:
 
 
 def measure(
-    names: list[str], setting: Setting, rounds: int, alternate: bool, left_out: dict[str, str], failed: dict[str, str]
+    names: list[str],
+    setting: Setting,
+    rounds: int,
+    alternate: bool,
+    clock: Clock,
+    left_out: dict[str, str],
+    failed: dict[str, str],
 ) -> list[dict[str, Any]]:
     """Print a table of all contestants for one setting; its figures."""
     model = make_model(setting).to(setting.device)
@@ -324,11 +337,11 @@ def measure(
         return []
     if alternate or not fit_side_by_side(memory, setting.device):
         design = "alternating blocks"
-        records = list(blocks_of(names, model, setting, rounds))
+        records = list(blocks_of(names, model, setting, rounds, clock))
     else:
         design = "side by side"
         steps = {name: steps_of(name, copy.deepcopy(model), setting) for name in names}
-        records = list(rounds_of(steps, rounds, wall_clock(setting.device), WARM_UP))
+        records = list(rounds_of(steps, rounds, clock, WARM_UP))
         del steps
         release(setting.device)
     kind = "device" if setting.device.type == "cuda" else "RSS"
@@ -351,7 +364,7 @@ def parse() -> argparse.Namespace:
     """The options, defaults by device and model filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
-    parser.add_argument("--model", choices=MODELS, help="default: llama-8m, on a GPU qwen-0.5b")
+    parser.add_argument("--model", choices=[*MODELS, SMALL_TENSORS], help="default: llama-8m, on a GPU qwen-0.5b")
     parser.add_argument(
         "--weights",
         default="fp32",
@@ -361,9 +374,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="tokens per objective (default 256 2048, of qwen-0.5b 1024 4096)"
     )
-    parser.add_argument("--objectives", type=int, default=4, help="K (default 4)")
+    parser.add_argument("--objectives", type=int, help="K (default 4; of small-tensors 2, 4 and 8)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds per setting (default 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: torch's)")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: seconds of CPU, for a machine that is busy"
+    )
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="default: all that suit the model")
     parser.add_argument("--alternate", action="store_true", help="one contestant at a time in memory")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start nothing after that")
@@ -373,6 +389,11 @@ def parse() -> argparse.Namespace:
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     arguments.model = arguments.model or ("qwen-0.5b" if arguments.device.type == "cuda" else "llama-8m")
+    if arguments.clock == "cpu" and arguments.device.type == "cuda":
+        parser.error("--clock cpu: a GPU's work takes no seconds of CPU")
+    if arguments.model == SMALL_TENSORS:
+        return arguments
+    arguments.objectives = arguments.objectives or 4
     arguments.tokens = arguments.tokens or list(MODELS[arguments.model].tokens)
     for tokens in arguments.tokens:
         if tokens <= 0 or tokens % (2 * MODELS[arguments.model].length):
@@ -380,10 +401,32 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def measure_small_tensors(arguments: argparse.Namespace, end: float) -> None:
+    """The case of its own: print, and write the figures after each setting."""
+    torch.set_num_threads(1)
+    facts = describe("mogeo")
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    document: dict[str, Any] = {"machine": facts, "model": SMALL_TENSORS, "rounds": arguments.rounds, "results": []}
+    document["left_out"] = {}
+    for objectives in [arguments.objectives] if arguments.objectives else (2, 4, 8):
+        if time.monotonic() > end:
+            document["left_out"][f"K = {objectives}"] = "no time left (--budget)"
+            print(f"left out: K = {objectives}: no time left (--budget)")
+            continue
+        for record in small_tensors.measure(objectives, arguments.rounds):
+            document["results"].append(record)
+            if arguments.json:
+                with open(arguments.json, "w") as file:
+                    json.dump(document, file, indent=1)
+
+
 def main() -> None:
     """Parse, measure, print; write the figures after each setting."""
     arguments = parse()
     end = time.monotonic() + arguments.budget
+    if arguments.model == SMALL_TENSORS:
+        measure_small_tensors(arguments, end)
+        return
     torch.set_num_threads(arguments.threads)
     settings = [
         Setting(arguments.model, arguments.device, arguments.weights, arguments.objectives, tokens)
@@ -408,14 +451,17 @@ def main() -> None:
     print(f"{arguments.model}: {n_parameters / 1e6:.2f} M parameters, {precision}, K = {arguments.objectives}")
     document: dict[str, Any] = {"machine": facts, "model": arguments.model, "parameters": n_parameters}
     document |= {"precision": precision, "objectives": arguments.objectives, "rounds": arguments.rounds, "results": []}
-    document |= {"left_out": left_out, "failed": failed}
+    document |= {"clock": arguments.clock, "left_out": left_out, "failed": failed}
     for setting in settings:
         if time.monotonic() > end:
             left_out[f"{setting.tokens} tokens"] = "no time left (--budget)"
             print(f"left out: {setting.tokens} tokens: no time left (--budget)")
         else:
             try:
-                document["results"] += measure(names, setting, arguments.rounds, arguments.alternate, left_out, failed)
+                clock = cpu_clock if arguments.clock == "cpu" else wall_clock(arguments.device)
+                document["results"] += measure(
+                    names, setting, arguments.rounds, arguments.alternate, clock, left_out, failed
+                )
             except Exception as error:
                 failed[f"mogeo or others, {setting.tokens} tokens, side by side"] = first_line(error)
                 print(f"failed: {setting.tokens} tokens: {error}")

@@ -12,22 +12,25 @@ gradients. Of what several ranks hold, each counts its part by its share.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from mogeo import ops
-from mogeo.capture import Capture, grad_dtype, signature
+from mogeo.capture import Capture, grad_dtype
 from mogeo.constants import constant_tensor
 from mogeo.distributed import Ranks, gradient_of, is_sharded, like_parameter, local_of
 from mogeo.shards import Shards
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 _STAGED = 1 << 24  # elements that move from the host at a time, where they are summed in another dtype than they have
+_SMALL = 1 << 14  # elements up to which a call costs more than what it computes
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
 
 
@@ -68,10 +71,8 @@ class GradientBuffers(Capture):
         row_dtype: torch.dtype | None = None,
         host_rows: bool = False,
     ) -> None:
-        super().__init__(parameters, ranks)
-        self.n_rows = n_rows
+        super().__init__(parameters, n_rows, ranks)
         self.shard_rows = shard_rows and ranks is not None
-        self.signature = signature(parameters, n_rows)
         self.blocks: list[Tensor] = []
         self._row_dtype, self._host_rows = row_dtype, host_rows
         self._allocate()
@@ -88,9 +89,11 @@ class GradientBuffers(Capture):
         self._row, self._weight, self.summed = 0, 1.0, False
         alone = ranks is None
         self._codes = [ops.device_code(blocks) if alone else None for blocks in (self.blocks, self._as_rows())]
-        side = any(block.is_cuda for block in self._directions) and not all(block.is_cuda for block in self.blocks)
-        # On which rows move to the host.
-        self._stream = torch.cuda.Stream(self.device) if side else None  # type: ignore[no-untyped-call]
+        # Whose gradients are scattered over ranks, and whose move to the host, on a stream of their own.
+        self._scattered = bytes(self._scatters(kind) for kind in self._kind_of_parameter)
+        self._sent = bytes(view.device != p.device for p, view in zip(self.parameters, self._views[0], strict=True))
+        self._moves_plainly = not (any(self._scattered) or any(self._sent))
+        self._stream = torch.cuda.Stream(self.device) if any(self._sent) else None  # type: ignore[no-untyped-call]
 
     @property
     def device_code(self) -> ModuleType | None:
@@ -213,7 +216,7 @@ class GradientBuffers(Capture):
         if not self.shard_rows:
             return
         for i, stale in enumerate(before):
-            if stale and not self._captured[i] and not is_sharded(self.parameters[i]):
+            if stale and not self._captured[i] and self._scattered[i]:
                 self._views[0][i].zero_()  # left there by the objective before, or by the last direction
         for kind, direction, shards in zip(self._kinds, self._directions, self._shards, strict=True):
             if shards is not None and self._scatters(kind):
@@ -227,31 +230,47 @@ class GradientBuffers(Capture):
         storage = local_of(grad).untyped_storage().data_ptr()
         return any(storage == block.untyped_storage().data_ptr() for block in self._directions)
 
-    def store(self, index: int, grad: Tensor) -> None:
-        """Move a gradient to the selected row; one of weight 0 nowhere, so that it may hold NaN."""
+    def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
+        """Move gradients to the selected row; of weight 0 nowhere, so that they may hold NaN."""
         if self._weight == 0:
             return
-        view = self._views[self._row][index]
-        shared = self._scatters(self._kind_of_parameter[index])  # with all objectives, and scattered after each
-        fresh = shared or not self._written[self._row][index]
-        if view.device == grad.device:
-            _write(view, grad, self._weight, fresh)
-        else:
-            self._send(view, grad, fresh)
-        self._written[self._row][index] = self._captured[index] = 1
-        self._dirty[self._row][index] = not shared
+        views, written, dirty = self._views[self._row], self._written[self._row], self._dirty[self._row]
+        if self._moves_plainly and len(indices) == len(views) and not any(written):  # all at once, for the first time
+            _write(views, grads, self._weight, fresh=True)
+            for flags in (written, dirty, self._captured):
+                flags[:] = b"\1" * len(flags)
+            return
+        goes_to_host = self._sent if self._row != self._direction else bytes(len(self._sent))
+        # By whether the row lies on the host, and whether it holds a gradient of this window already. What is scattered
+        # over ranks shares its row with all objectives, and never does.
+        batches: dict[tuple[int, int], list[int]] = {}
+        for position, i in enumerate(indices):
+            batches.setdefault((goes_to_host[i], written[i] and not self._scattered[i]), []).append(position)
+        for (sent, again), positions in batches.items():
+            targets = [views[indices[at]] for at in positions]
+            sources = [grads[at] for at in positions]
+            if sent:
+                self._send(targets, sources, not again)
+            else:
+                _write(targets, sources, self._weight, not again)
+        for i in indices:
+            written[i] = self._captured[i] = 1
+            dirty[i] = not self._scattered[i]
 
-    def _send(self, view: Tensor, grad: Tensor, fresh: bool) -> None:
-        """Write a gradient to a row on the host, beside what autograd goes on to do."""
+    def _send(self, targets: Sequence[Tensor], grads: Sequence[Tensor], fresh: bool) -> None:
+        """Write gradients to a row on the host, beside what autograd goes on to do."""
         assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(grad.device))
+        for device in {grad.device for grad in grads}:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            if not fresh:  # added up on the device: the host would have to wait to do it
-                grad = view.to(grad.device, non_blocking=True).to(grad.dtype) + grad
-            narrow = grad.to(view.dtype)
-            view.copy_(narrow, non_blocking=True)
-            for tensor in (grad, narrow):
-                tensor.record_stream(self._stream)
+            for target, grad in zip(targets, grads, strict=True):
+                total = grad
+                if not fresh:  # added up on the device: the host would have to wait to do it
+                    total = target.to(grad.device, non_blocking=True).to(grad.dtype) + grad
+                narrow = total.to(target.dtype)
+                target.copy_(narrow, non_blocking=True)
+                for tensor in (grad, total, narrow):
+                    tensor.record_stream(self._stream)
 
     def wait(self) -> None:
         """Wait for the rows that are on their way to the host."""
@@ -373,8 +392,7 @@ class GradientBuffers(Capture):
         return self.device_code.finish_(self._directions, squared_norm, one, None, max_norm, discard=discard)
 
     def _mark_combined(self) -> None:
-        rows = [self._dirty[k] for k in self._rows]
-        self._dirty[self._direction][:] = bytes(any(flags) for flags in zip(*rows, strict=True))
+        self._dirty[self._direction][:] = _union([self._dirty[k] for k in self._rows])
 
     def _clean_padding(self) -> None:
         """Zero what lies between the parameters in the direction: a NaN there would outlast the step."""
@@ -402,9 +420,9 @@ class GradientBuffers(Capture):
             overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
         return overflowed
 
-    def touched(self) -> set[Tensor]:
-        """Parameters that some row was written for in this window."""
-        return {p for p, *written in zip(self.parameters, *self._written, strict=True) if any(written)}
+    def flags(self) -> bytes:
+        """A byte per parameter: 1 where some row was written for it in this window."""
+        return _union(self._written)
 
     def publish(self) -> None:
         """Add the direction to `p.grad` of every parameter that something was written for, and close the window. A
@@ -417,16 +435,15 @@ class GradientBuffers(Capture):
                 shards.gather(direction)
                 self._captured[:] = b"\1" * len(self.parameters)
                 self._dirty[self._direction][:] = b"\1" * len(self.parameters)
-        for i, (parameter, view, *written) in enumerate(
-            zip(self.parameters, self._views[self._direction], *self._written, strict=True)
-        ):
-            if not any(written):
-                continue
-            if parameter.grad is not None:
-                view.add_(gradient_of(parameter, parameter.grad))
-            if self._grads[i] is None:
-                self._grads[i] = like_parameter(view, parameter)
-            parameter.grad = self._grads[i]
+        views, grads = self._views[self._direction], self._grads
+        written = [i for i, flag in enumerate(self.flags()) if flag]
+        for i in set(written).intersection(self._with_gradient()):
+            parameter = self.parameters[i]
+            views[i].add_(gradient_of(parameter, cast(Tensor, parameter.grad)))
+        for i in written:
+            if grads[i] is None:
+                grads[i] = like_parameter(views[i], self.parameters[i])
+            self.parameters[i].grad = grads[i]
         self.drop()
 
     def without_rows(self) -> GradientBuffers:
@@ -451,13 +468,32 @@ class GradientBuffers(Capture):
         self.summed = False
 
 
-def _write(view: Tensor, grad: Tensor, weight: float, fresh: bool) -> None:
-    if not fresh:
-        view.add_(grad, alpha=weight)
-    elif weight == 1.0:
-        view.copy_(grad)
-    else:
-        torch.mul(grad, weight, out=view)
+def _union(flags: Sequence[bytearray]) -> bytes:
+    """1 where any of the flags is."""
+    total = functools.reduce(operator.or_, (int.from_bytes(each, "little") for each in flags))
+    return total.to_bytes(len(flags[0]), "little")
+
+
+def _write(targets: list[Tensor], grads: list[Tensor], weight: float, fresh: bool) -> None:
+    """Write weighted gradients, or add them to what is there."""
+    if weight == 1.0:
+        (torch._foreach_copy_ if fresh else torch._foreach_add_)(targets, grads)
+        return
+    together: tuple[list[Tensor], list[Tensor]] = [], []
+    for target, grad in zip(targets, grads, strict=True):
+        # On a CPU, adding a multiple rounds the factor to half precision first, where that is the dtype: 0.2 % off.
+        exact = target.dtype.itemsize > 2 or not target.is_cpu
+        if exact and (not fresh or target.numel() <= _SMALL):
+            together[0].append(target)
+            together[1].append(grad)
+        elif fresh:
+            torch.mul(grad, weight, out=target)
+        else:
+            target.copy_(target.float().add_(grad, alpha=weight))
+    if together[0]:
+        if fresh:  # for small ones, two calls in all cost less than one call each
+            torch._foreach_zero_(together[0])
+        torch._foreach_add_(*together, alpha=weight)
 
 
 def _combine_from_host(rows: Tensor, weights: Tensor, out: Tensor) -> None:

@@ -3,25 +3,29 @@
 Knows parameters and autograd. What becomes of a gradient, a subclass says: `mogeo.buffers` keeps it whole,
 `mogeo.sketched` a sketch of it.
 
-Capture by post-accumulate hooks: autograd finishes the gradient of one parameter, the hook hands it on and drops it. So
-never more than one parameter's gradient exists beside what is kept, and keeping a row costs one copy of a gradient
-still in cache; views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
+A gradient is taken out of `p.grad` once autograd has finished it, in batches: large ones while the backward goes on
+(`mogeo.arrivals`), the rest when it is done (`collect`). So few exist beside what is kept, and keeping one costs a
+copy. Views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
 
-With several ranks an engine reads `p.grad` after autograd and writes it again, so gradients are taken once a backward
-is done (`collect`). A rank keeps its own part of a sharded parameter.
+With several ranks an engine reads `p.grad` after autograd and writes it again, so all gradients are taken once a
+backward is done. A rank keeps its own part of a sharded parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mogeo.arrivals import Arrivals
 from mogeo.distributed import Ranks, gradient_of, is_sharded, local_of
+
+Layout = tuple[list[Any], ...]
 
 
 class Capture:
@@ -29,16 +33,23 @@ class Capture:
 
     Args:
         parameters: leaves that require grad, in the order of the optimizer's groups.
+        n_rows: K.
         ranks: the processes that hold the parameters between them, if there are several.
     """
 
     device: torch.device
-    #: What the layout depends on: see `signature`.
-    signature: tuple[object, ...]
 
-    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks | None = None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None = None) -> None:
         self.parameters = list(parameters)
+        self.n_rows = n_rows
         self.ranks = ranks
+        self._layout = layout_of(self.parameters)
+        sizes = [local_of(p).numel() * grad_dtype(p).itemsize for p in self.parameters]
+        self._arrivals = Arrivals(self.parameters, sizes) if ranks is None else None
+
+    def suits(self, n_rows: int, layout: Layout) -> bool:
+        """Whether this was made for so many rows, and for parameters of this layout."""
+        return n_rows == self.n_rows and layout == self._layout
 
     @property
     def sharded(self) -> bool:
@@ -54,8 +65,8 @@ class Capture:
         """Send gradients to this row from now on."""
         raise NotImplementedError
 
-    def store(self, index: int, grad: Tensor) -> None:
-        """Take over the gradient of parameter `index`: this rank's part, dense, without a graph."""
+    def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
+        """Take over gradients of the parameters at `indices`, in ascending order: this rank's parts, dense."""
         raise NotImplementedError
 
     def average_replicas(self) -> None:
@@ -65,8 +76,12 @@ class Capture:
         """This rank's part of the Gram matrix, fp64 [K, K], on `device`."""
         raise NotImplementedError
 
-    def touched(self) -> set[Tensor]:
+    def touched(self) -> list[Tensor]:
         """Parameters that had a gradient in this window."""
+        return [parameter for parameter, flag in zip(self.parameters, self.flags(), strict=True) if flag]
+
+    def flags(self) -> bytes:
+        """A byte per parameter: 1 where it had a gradient in this window."""
         raise NotImplementedError
 
     def drop(self) -> None:
@@ -81,45 +96,47 @@ class Capture:
     def capturing(self) -> Iterator[None]:
         """Within this context, gradients that autograd accumulates are stored instead of left in `p.grad`.
 
-        What `p.grad` held before comes back at the end.
+        Call `collect` after each backward. What `p.grad` held before comes back at the end.
         """
-        held: list[tuple[Tensor, Tensor | None]] = []
-        handles = []
+        held: dict[int, Tensor] = {}
         try:
-            for parameter in self.parameters:
-                held.append((parameter, parameter.grad))
-                held[-1] = (parameter, self._withhold(parameter))
-            for i, parameter in enumerate(self.parameters):
-                if parameter.requires_grad and self.ranks is None:
-                    hook = partial(self._take, i)
-                    handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-            yield
+            for i in self._with_gradient():
+                held[i] = cast(Tensor, self.parameters[i].grad)
+                held[i] = self.withheld(held[i])
+                self.parameters[i].grad = None
+            with nullcontext() if self._arrivals is None else self._arrivals.taking(self._take):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, grad in held:
-                parameter.grad = grad
+            for i in {*held, *self._with_gradient()}:
+                self.parameters[i].grad = held.get(i)
 
-    def _withhold(self, parameter: Tensor) -> Tensor | None:
-        grad = parameter.grad
-        parameter.grad = None
-        return grad if grad is None else self.withheld(grad)
+    def _with_gradient(self) -> list[int]:
+        """Which parameters have a `p.grad`."""
+        grads = list(map(_GRAD, self.parameters))
+        if set(map(type, grads)) == {type(None)}:  # in bulk, as most often none has
+            return []
+        return [i for i, grad in enumerate(grads) if grad is not None]
 
     def collect(self) -> None:
-        """A backward is done: store its gradients, where no hooks have done so."""
-        if self.ranks is not None:
-            for i, parameter in enumerate(self.parameters):
-                self._take(i, parameter)
+        """A backward is done: store its gradients, as far as that has not been done."""
+        for i in () if self._arrivals is None else self._arrivals.done():
+            self.parameters[i].grad = None
+        self._take(range(len(self.parameters)))
 
-    def _take(self, index: int, parameter: Tensor) -> None:
-        grad = parameter.grad
-        if grad is None:
-            return
-        parameter.grad = None
-        if grad.requires_grad:  # under create_graph=True: its graph stays out of the row
-            grad = grad.detach()
-        grad = gradient_of(parameter, grad)
-        self.store(index, grad if grad.layout == torch.strided else grad.to_dense())
+    @torch.no_grad()
+    def _take(self, indices: Sequence[int]) -> None:
+        """Store the gradients that some parameters have."""
+        parameters = [self.parameters[i] for i in indices]
+        grads = list(map(_GRAD, parameters))
+        # In bulk, since most often all are there, and ordinary: asking each one costs as much as taking it.
+        if set(map(type, grads)) != {Tensor} or set(map(_LAYOUT, grads)) != {torch.strided}:
+            there = [at for at, grad in enumerate(grads) if grad is not None]
+            indices, parameters = [indices[at] for at in there], [parameters[at] for at in there]
+            grads = [_local_and_dense(p, grads[at]) for p, at in zip(parameters, there, strict=True)]
+        for parameter in parameters:
+            parameter.grad = None
+        if grads:
+            self.store(indices, grads)
 
     def ranks_hint(self) -> str:
         """What else may be why sharded parameters have no gradient."""
@@ -131,9 +148,25 @@ class Capture:
         )
 
 
-def signature(parameters: Sequence[Tensor], n_rows: int) -> tuple[object, ...]:
+def _local_and_dense(parameter: Tensor, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient, dense."""
+    grad = gradient_of(parameter, grad)
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
+_FACTS = attrgetter(*(name for name in ("shape", "dtype", "device", "grad_dtype") if hasattr(Tensor, name)))
+
+
+def layout_of(parameters: Sequence[Tensor]) -> Layout:
     """What a layout depends on. Compare it only while the parameters are alive: it holds their ids."""
-    return (n_rows, *((id(p), local_of(p).shape, local_of(p).stride(), grad_dtype(p), p.device) for p in parameters))
+    shards = [local_of(parameter) for parameter in parameters if is_sharded(parameter)]
+    return (
+        list(map(id, parameters)),
+        list(map(_FACTS, parameters)),
+        list(map(Tensor.stride, parameters)),
+        [(shard.shape, shard.stride()) for shard in shards],
+    )
 
 
 def grad_dtype(parameter: Tensor) -> torch.dtype:

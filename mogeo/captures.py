@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
-from mogeo.capture import Capture, signature
+from mogeo.capture import Capture, layout_of
 from mogeo.distributed import Group, Ranks, ranks_of
 from mogeo.sketched import SketchedRows
 from mogeo.window import Window
@@ -77,8 +77,9 @@ class Captures:
         mine, others = self._parameters(groups, is_open)
         keeps_rows = window.calls is None and (window.weights is None or (window.held and not holding.release_rows))
         n_rows = len(names) if keeps_rows and holding.sketch is None else 1
-        fits = self.buffers is not None and self.buffers.signature == signature(mine, n_rows)
-        plain_fits = (self.plain.signature if self.plain else ()) == (signature(others, 1) if others else ())
+        layout = layout_of(mine)
+        fits = self.buffers is not None and self.buffers.suits(n_rows, layout)
+        plain_fits = self.plain.suits(1, layout_of(others)) if self.plain else not others
         ranks = self.buffers.ranks if fits and self.buffers is not None else ranks_of(holding.process_group)
         if not (fits and plain_fits):
             if ranks is not None:
@@ -88,7 +89,7 @@ class Captures:
         if window.calls is None:
             return self.buffers
         assert holding.sketch is not None
-        if self.sketches is None or self.sketches.signature != signature(mine, len(names)):
+        if self.sketches is None or not self.sketches.suits(len(names), layout):
             if is_open:
                 raise RuntimeError(
                     "the parameters changed between backward() and step(), and sketches cannot move: change them after "

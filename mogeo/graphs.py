@@ -24,12 +24,14 @@ def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
         pending = [losses[index].grad_fn]
         while pending:
             node = pending.pop()
-            if node is None or node in own or not node.next_functions:  # nothing behind it: the gradient of a leaf
+            if node is None or node in own:
                 continue
             if node in visited:
                 shared[index] = True
                 continue
-            own.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
+            parents = node.next_functions
+            if parents:  # else the gradient of a leaf
+                own.add(node)
+                pending.extend([parent for parent, _ in parents])
         visited |= own
     return shared

@@ -270,7 +270,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 window.calls.append(call)
             self._run(call, rows, window)
             plain = self._captures.plain
-            touched = rows.touched() or (plain is not None and plain.touched())
+            touched = any(rows.flags()) or (plain is not None and any(plain.flags()))
             if not touched and (window.weights is None or window.contributed):
                 raise ValueError(
                     "no loss reached a parameter of the base optimizer: was the model copied, or its parameters "
@@ -307,7 +307,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _backward_each(self, call: Call, rows: Capture, window: Window) -> None:
         """One backward per objective, into its own row, or weighed into the direction."""
         tensors = [term for _, _, term in call.terms if isinstance(term, Tensor)]
-        shared = iter(shared_with_later(tensors))
+        kept = call.retain_graph or window.calls is not None
+        shared = iter([True] * len(tensors) if kept else shared_with_later(tensors))
         for index, name, term in call.terms:
             needed_later = isinstance(term, Tensor) and next(shared)
             if window.weights is None:
@@ -315,7 +316,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             else:
                 rows.select(None, window.weights[index])
             loss = evaluate(name, term)
-            needed_later |= window.calls is not None and isinstance(term, Tensor)
             # FSDP gathers parameters for a forward, and lets go of them in its backward. One of weight 0 leads nowhere.
             if self._wanted(index, window.add_loss(index, loss), rows, window) or rows.sharded:
                 run_backward(name, loss, call.backward, call.retain_graph or needed_later)
@@ -391,7 +391,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         absent = constant_tensor(window.absent(len(self._names)), torch.bool, buffers.device)
         if window.held:
             self._held.used()
-        elif decided.usable and not decided.poisoned:
+        elif self.refresh_every > 1 and decided.usable and not decided.poisoned:
             self._held.solved(decided.weights, ~(absent | decided.nonfinite))
         if self.release_rows:
             self._captures.release_rows()

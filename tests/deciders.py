@@ -1,7 +1,8 @@
 """How a step is made: by host or device, from rows under the direction, rows apart from it, or sketches. For tests.
 
 The host decides on a CPU, the device on a GPU; its way runs the Triton kernels under their interpreter, on CPU tensors.
-Rows lie apart from the direction where they have another dtype or device; here they do without any rounding. A sketch
+Rows lie apart from the direction where they have another dtype or device; here they do without any rounding, and every
+parameter counts as large, so that its gradient is taken by a hook. A sketch
 much longer than a small net's gradient loses nothing, so that what holds for rows must hold for sketches.
 Knows nothing of what is tested.
 """
@@ -16,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mogeo import MultiObjectiveOptimizer, ops
+from mogeo import MultiObjectiveOptimizer, arrivals, ops
 from mogeo.buffers import GradientBuffers
 
 DECIDERS = ("host", "device")
@@ -33,6 +34,7 @@ def let_decide(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if who == "rows apart":
         elsewhere = torch.device("cpu", 0)  # is not torch.device("cpu"), and names the same
         place = GradientBuffers._place_of_rows
+        monkeypatch.setattr(arrivals, "_LEAST", 0)
         monkeypatch.setattr(GradientBuffers, "_place_of_rows", lambda *them: (place(*them)[0], elsewhere))
     if who in ("host", "rows apart"):
         return

@@ -118,6 +118,7 @@ def test_without_rows_there_is_one() -> None:
     with buffers.capturing():
         buffers.select(2)
         (a.sum() * 5).backward()  # type: ignore[no-untyped-call]
+        buffers.collect()
     buffers.settle()
     buffers.combine(torch.tensor([0.0, 0.0, 2.0, 0.0]))
     buffers.publish()
@@ -130,5 +131,6 @@ def test_without_rows_there_is_one() -> None:
     with lean.capturing():  # b was never written, and a is stale from here on
         lean.select(None)
         (b.sum() * 3).backward()  # type: ignore[no-untyped-call]
+        lean.collect()
     lean.settle()
     assert lean.squared_norm().item() == 36

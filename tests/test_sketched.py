@@ -15,6 +15,7 @@ def fill(rows: SketchedRows, row: int, *grads: tuple[nn.Parameter, float]) -> No
     with rows.capturing():
         rows.select(row)
         sum((p.sum() * value for p, value in grads), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+        rows.collect()
 
 
 def test_grams_of_all_dtypes_add_up_and_a_window_starts_from_zero() -> None:
@@ -25,7 +26,7 @@ def test_grams_of_all_dtypes_add_up_and_a_window_starts_from_zero() -> None:
         fill(rows, 1, (b, 1.0))
         fill(rows, 1, (b, 2.0))  # a micro-batch more
         torch.testing.assert_close(rows.gram(), torch.tensor([[110.0, 120.0], [120.0, 180.0]], dtype=torch.float64))
-        assert rows.touched() == {a, b}
+        assert rows.touched() == [a, b]
         assert a.grad is None
         rows.drop()
         assert not rows.gram().any()

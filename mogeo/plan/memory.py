@@ -9,7 +9,7 @@ trainable elements that it holds, g bytes each, K objectives and n ranks:
     autograd           N·g, with several ranks: gradients are read once a backward is done, by the engine and by mogeo
     engine             DDP: its buckets, N·g. FSDP2: what is whole for a while, of the model's parts
     reference          N·g, unless its scores are computed beforehand
-    activations        measured, gradients of single parameters on their way to a row included
+    activations        measured, the gradient on its way to a row included; that up to 32 MiB of others may wait is not
 """
 
 from __future__ import annotations
