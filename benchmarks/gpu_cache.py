@@ -113,12 +113,15 @@ def plan_of_tests(files: Sequence[str], *more: str) -> list[Launched]:
     """What the tests for a GPU launch, by running them without one (`gpu_launches.py`): takes some minutes."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "launches.jsonl"
+        from gpu_run import mirror
+
+        top = mirror(Path(scratch))
         variables = {**os.environ, "GPU_LAUNCHES": str(path), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         variables["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            [str(top), str(top / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_launches", *files, *more]
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=top, env=variables, capture_output=True, text=True, check=False)
         if not path.exists():
             raise RuntimeError(f"the tests wrote down no launches:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         print(done.stdout[-300:].strip())
@@ -182,17 +185,24 @@ def prepare(architecture: int = ARCHITECTURE) -> None:
         sys.modules["torch"] = _stand_in()
         sys.modules["mogeo"] = package = types.ModuleType("mogeo")  # the real one asks for more of torch
         package.__path__ = []
-    if "mogeo.kernels" not in sys.modules:  # those of this checkout, whatever may be installed
-        spec = importlib.util.spec_from_file_location(
-            "mogeo.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["mogeo.kernels"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    offer_kernels()
     from triton.runtime.driver import driver
 
     driver.set_active(Driver(architecture))
+
+
+def offer_kernels() -> None:
+    """Let `mogeo` and `mogeo.kernels` be those of this checkout, whatever may be installed."""
+    if "mogeo.kernels" in sys.modules:
+        return
+    sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location(
+        "mogeo.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["mogeo.kernels"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 def _stand_in() -> types.ModuleType:
@@ -370,6 +380,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="fill: at most that many launches")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
+    if arguments.what == "plan" or not arguments.plan:
+        offer_kernels()
     if arguments.what == "plan":
         launches = plan()
         if arguments.tests:

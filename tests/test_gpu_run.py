@@ -319,6 +319,15 @@ def test_the_plan_holds_what_a_step_launches(contestant: str, monkeypatch: pytes
     assert {gpu_cache.identity(launch) for launch in launched} <= {gpu_cache.identity(launch) for launch in planned}
 
 
+@needs_triton
+def test_the_plan_can_hold_what_tests_launch() -> None:
+    """A kernel's own test, and a property of the backend "cuda", which a CPU has to skip otherwise."""
+    chosen = "gram_of_one_block or (cuda and (mixes_huge or one_segment))"
+    launches = gpu_cache.plan_of_tests(["tests/test_cuda.py", "tests/test_ops.py"], "-k", chosen)
+    assert {launch["stage"] for launch in launches} == {"tests"}
+    assert {"_gram_rows", "_gram_reduce"} <= {launch["function"] for launch in launches}
+
+
 def test_what_a_cut_short_fill_has_serves_every_stage() -> None:
     stages = [launch["stage"] for launch in gpu_cache.plan()]
     assert set(stages[: len(stages) // 2]) == {"correctness", "bandwidth", "solver", "variants", "step", "long"}
