@@ -425,8 +425,9 @@ _HEAD = """\
 
 Made by `python -m tests.kernels.machine_code --write` with Triton {version}. That needs no GPU, since the wheel of
 Triton brings LLVM and NVIDIA's ptxas. The tests compile the same launches again and compare with this table; they also
-see to it that nothing else spills to memory, that loads and stores are 128 bits wide (but for `sketch`, whose elements
-lie at any place), and that `gram_dot`, and nothing else, uses tensor cores.
+see to it that nothing spills to memory, that loads and stores are 128 bits wide (but for `sketch`, whose elements
+lie at any place), that `gram_dot`, and nothing else, uses tensor cores, and that 40 KB or more are in flight where
+`tests/kernels/test_machine_code.py` names no reason why fewer are.
 
 - **kernel, case**: the function in `kernels/`, and what is out of the ordinary. Ordinary are rows aligned to 16 bytes,
   directions clipped and measured, and for `min_norm` objectives normalised by their losses, some of them absent.
