@@ -69,10 +69,9 @@ class Arrivals:
             self.done()
 
     def done(self) -> set[int]:
-        """A backward is done: for which parameters `take` was called, with no other gradient announced since.
+        """A backward is done: the parameters for which `take` was called, and no other gradient announced since.
 
-        If they have a `p.grad` nevertheless, it is no gradient that has not been taken: an engine wrote it (DDP of one
-        process writes what it has reduced).
+        Drop whatever `p.grad` they have by now: an engine wrote it. DDP on one process writes what it reduced.
         """
         taken, self._waiting.taken = self._waiting.taken, set()
         self._waiting.batches.clear()

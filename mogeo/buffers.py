@@ -437,7 +437,7 @@ class GradientBuffers(Capture):
                 self._dirty[self._direction][:] = b"\1" * len(self.parameters)
         views, grads = self._views[self._direction], self._grads
         written = [i for i, flag in enumerate(self.flags()) if flag]
-        for i in set(written).intersection(self._with_gradient()):
+        for i in sorted(set(written).intersection(self._with_gradient())):  # the same order on every rank
             parameter = self.parameters[i]
             views[i].add_(gradient_of(parameter, cast(Tensor, parameter.grad)))
         for i in written:

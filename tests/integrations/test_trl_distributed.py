@@ -133,6 +133,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     return run(2, on_a_rank, PLANS, tmp_path_factory.mktemp("ranks"), timeout=120)
 
 
+def decided(logged: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
+    """Without accuracies whose margins are rounding: at the first step, policy and reference are one model."""
+    margins = {name: abs(expected.get(name.replace("accuracies", "margins"), 1.0)) for name in logged}
+    return {name: value for name, value in logged.items() if "accuracies" not in name or margins[name] > 1e-5}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("number", range(len(PLANS)), ids=lambda number: str(PLANS[number]))
 def test_two_processes_are_one(results: list[list[Any]], tmp_path: Path, number: int) -> None:
@@ -142,7 +148,7 @@ def test_two_processes_are_one(results: list[list[Any]], tmp_path: Path, number:
     torch.testing.assert_close(first["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
     assert first["logged"] == second["logged"]
     for mine, theirs in zip(first["logged"], expected["logged"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert decided(mine, theirs) == pytest.approx(decided(theirs, theirs), rel=1e-3, abs=1e-5)
     assert first["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3, abs=1e-5)
 
 
