@@ -9,7 +9,7 @@ hangs or is killed leaves the cases it had finished, and the next one starts. Ev
 whatever it found, and what failed is printed last, above the table. No stage starts that the budget leaves no time for.
 
 Nothing needs to be installed but torch, Triton, numpy, pytest, hypothesis and transformers: the children run in a
-mirror of this checkout, made of links in a temporary folder, where `kernels/` is `mogeo.kernels`. Nothing is left in
+mirror of this checkout, made of links in a temporary folder, where `kernels/` is `mogeo.kernels`. They leave nothing in
 the checkout. pytest-xdist, compute-sanitizer and all else are used where they are there, and missed aloud.
 
 The output folder gets at most eight files: results.jsonl, summary.txt, log.txt (what all stages printed), tests.xml,
