@@ -94,7 +94,7 @@ def stages(options: argparse.Namespace, output: Path) -> list[Stage]:
     memcheck += ["--error-exitcode", "9", "--print-limit", "20", *own("correctness", "--few", "--as", "memcheck")]
     found = {9: "failed: errors of memory, told in log.txt"}
     listed = [
-        Stage("environment", 40, own("environment")),
+        Stage("environment", 60, own("environment")),  # a cold disk reads torch for a while
         Stage("compile", 60 if options.cache else 150, own("compile")),
         Stage("correctness", 100, own("correctness")),
         Stage("bandwidth", 90, own("bandwidth")),
