@@ -95,7 +95,7 @@ def stages(options: argparse.Namespace, output: Path) -> list[Stage]:
     found = {9: "failed: errors of memory, told in log.txt"}
     listed = [
         Stage("environment", 60, own("environment")),  # a cold disk reads torch for a while
-        Stage("compile", 60 if options.cache else 150, own("compile")),
+        Stage("compile", 150, own("compile")),  # soon done where the cache has it all
         Stage("correctness", 100, own("correctness")),
         Stage("bandwidth", 90, own("bandwidth")),
         Stage("solver", 40, own("solver")),
@@ -234,7 +234,7 @@ def summary(records: Sequence[Figures], outcomes: Sequence[Outcome]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
-    names = [stage.name for stage in stages(argparse.Namespace(rehearse=True, cache=None), Path())]
+    names = [stage.name for stage in stages(argparse.Namespace(rehearse=True), Path())]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for all (default: 540)")
     parser.add_argument(
