@@ -39,7 +39,7 @@ import tarfile
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,25 @@ def plan(toy: bool = False) -> list[Launched]:
     return list({identity(launched): launched for launched in reversed(launches)}.values())[::-1]
 
 
+def plan_of_tests(files: Sequence[str], *more: str) -> list[Launched]:
+    """What the tests for a GPU launch, by running them without one (`gpu_launches.py`): takes some minutes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "launches.jsonl"
+        from gpu_run import mirror
+
+        top = mirror(Path(scratch))
+        variables = {**os.environ, "GPU_LAUNCHES": str(path), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables["PYTHONPATH"] = os.pathsep.join(
+            [str(top), str(top / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_launches", *files, *more]
+        done = subprocess.run(command, cwd=top, env=variables, capture_output=True, text=True, check=False)
+        if not path.exists():
+            raise RuntimeError(f"the tests wrote down no launches:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        print(done.stdout[-300:].strip())
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def identity(launched: Launched) -> str:
     """The same for launches of the same code."""
     return json.dumps({key: value for key, value in launched.items() if key != "stage"}, sort_keys=True)
@@ -166,17 +185,24 @@ def prepare(architecture: int = ARCHITECTURE) -> None:
         sys.modules["torch"] = _stand_in()
         sys.modules["mogeo"] = package = types.ModuleType("mogeo")  # the real one asks for more of torch
         package.__path__ = []
-    if "mogeo.kernels" not in sys.modules:  # those of this checkout, whatever may be installed
-        spec = importlib.util.spec_from_file_location(
-            "mogeo.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["mogeo.kernels"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    offer_kernels()
     from triton.runtime.driver import driver
 
     driver.set_active(Driver(architecture))
+
+
+def offer_kernels() -> None:
+    """Let `mogeo` and `mogeo.kernels` be those of this checkout, whatever may be installed."""
+    if "mogeo.kernels" in sys.modules:
+        return
+    sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location(
+        "mogeo.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["mogeo.kernels"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 def _stand_in() -> types.ModuleType:
@@ -275,6 +301,8 @@ def fill(
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:  # what is still compiled would outlast its time
                 process.kill()
+            for process in processes:
+                process.join()
     return told | {"seconds": round(time.monotonic() - start, 1), "workers": workers}
 
 
@@ -343,6 +371,7 @@ def main() -> None:
     parser.add_argument("what", choices=("plan", "fill"))
     parser.add_argument("--plan", type=Path, help="fill: a plan made elsewhere (default: make it)")
     parser.add_argument("--to", type=Path, default=Path("plan.jsonl"), help="plan: where to write it")
+    parser.add_argument("--tests", action="store_true", help="plan: what `pytest -m gpu` launches, too (some minutes)")
     parser.add_argument("--archive", type=Path, default=Path("gpu-cache.tar.xz"), help="fill: grows, if it exists")
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help=f"fill: the cache (default: {DIRECTORY})")
     parser.add_argument("--minutes", type=float, default=20.0, help="fill: stop after that (default: 20)")
@@ -351,8 +380,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="fill: at most that many launches")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
+    if arguments.what == "plan" or not arguments.plan:
+        offer_kernels()
     if arguments.what == "plan":
         launches = plan()
+        if arguments.tests:
+            from gpu_run import TESTS
+
+            launches += plan_of_tests(TESTS)
+            launches = list({identity(launched): launched for launched in reversed(launches)}.values())[::-1]
         arguments.to.write_text("".join(json.dumps(launched) + "\n" for launched in launches))
         print(f"{len(launches)} launches, written to {arguments.to}")
         return

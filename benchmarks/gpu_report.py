@@ -323,7 +323,9 @@ def pages(records: Sequence[Figures]) -> dict[str, str]:
     kernels = [correctness_table(records)]
     kernels += [bandwidth_table(records, operation) for operation in ("gram", "combine")]
     kernels += [sketch_table(records), solver_table(records), variants_table(records)]
+    machine = machine_of(records)
     return {
+        "status": f"Measured on {machine.get('gpu', 'an unknown GPU')}, {machine.get('date', 'at an unknown time')}.",
         "machine": where(records),
         "targets": targets_table(records),
         "kernels": "\n\n".join(kernels),

@@ -376,6 +376,8 @@ def _raced(run: Run, kernel: str, count: int, dtype: str, copied: float) -> Figu
         except Exception as error:  # one variant that does not compile or launch: the others race
             wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
             del calls[name]
+    if not calls:
+        return {"kernel": kernel, "k": count, "dtype": dtype, "n": columns, "results": [], "wrong": wrong}
     clock = device_clock(device) if run.on_gpu else wall_clock(device)
     results = []
     for index, (name, seconds) in enumerate(interleaved(calls, run.sizes.rounds, clock, 0.3).items()):

@@ -13,11 +13,11 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(script: str, *options: str) -> str:
+def run(script: str, *options: str, timeout: float = 300.0) -> str:
     """What a script prints on a CPU, without a compiler: what torch.compile would do there takes half a minute."""
     command = [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *options]
     environment = {**os.environ, "CXX": "false", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -103,3 +103,49 @@ def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
         assert printed.count(f"| `{method}` |") >= 6, method  # two regimes, three tables
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {"trade-off-base-greedy.png", "trade-off-noisehelp-sampled.png", "weights-noisehelp.png"} <= pictures
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("kernels.py", ["--quick", "--columns", "3e3", "--objectives", "2"]),
+        ("step_overhead.py", ["--tokens", "128", "--only", "plain"]),
+        ("memory_modes.py", ["--quick", "--rounds", "2"]),
+    ],
+)
+def test_what_no_time_is_left_for_is_left_out_aloud(script: str, options: list[str], tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    printed = run(script, *options, "--budget", "0", "--json", str(target))
+    figures = json.loads(target.read_text())
+    late = [what for what, why in figures["left_out"].items() if why == "no time left (--budget)"]
+    assert late
+    assert all(f"left out: {what}: no time left" in printed for what in late)
+    assert not figures["failed"]
+
+
+def test_the_run_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
+    """Every stage, one case at least of each ok, and none that fails; no more files than come back from a lent GPU."""
+    # It takes a minute; a machine that is busy with other things may take its time.
+    printed = run("gpu_run.py", "--rehearse", "--output", str(tmp_path), "--budget", "900", timeout=950.0)
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [record for record in records if record.get("ok") is False] == []
+    ended = {record["stage"]: record["outcome"] for record in records if "outcome" in record}
+    assert ended.pop("memcheck") in ("done", "left out: compute-sanitizer is not there")
+    assert set(ended) == {
+        "environment", "compile", "correctness", "bandwidth", "solver", "variants", "step", "tests", "long",
+        "large tests",
+    }  # fmt: skip
+    assert set(ended.values()) == {"done"}
+    assert all(any(record["stage"] == stage and record.get("ok") for record in records) for stage in ended)
+    files = list(tmp_path.rglob("*"))
+    assert len(files) <= 8
+    assert all(path.parent == tmp_path for path in files)
+    assert "No case failed." in printed
+    assert printed.count("not measured ") >= 19  # the targets: a CPU has nothing to say of them
+    assert printed.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip()[-500:])
+
+
+def test_some_stages_of_the_run_on_a_gpu(tmp_path: Path) -> None:
+    run("gpu_run.py", "--rehearse", "--output", str(tmp_path), "--stages", "environment")
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "results.jsonl").read_text().splitlines()}
+    assert stages == {"run", "environment"}

@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu_cache
 import gpu_report
 import gpu_run
+import timing
 from gpu_records import SPOILT, Records, read
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -43,6 +45,7 @@ def conducted(stages: list[gpu_run.Stage], output: Path, budget: float = 60.0) -
 def test_a_stage_that_fails_or_hangs_or_is_not_there_does_not_stop_the_next(tmp_path: Path) -> None:
     hang = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     stages = [
+        python("raise SystemExit(9)", name="means something")._replace(codes={9: "failed: errors of memory"}),
         python("raise SystemExit(7)", name="fails"),
         python(f"{hang}; open('child', 'w').write('x'); time.sleep(600)", name="hangs", seconds=5.0),
         python("", name="absent", needs="no-such-program"),
@@ -51,9 +54,10 @@ def test_a_stage_that_fails_or_hangs_or_is_not_there_does_not_stop_the_next(tmp_
     ]
     start = time.monotonic()
     ended = conducted(stages, tmp_path)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 90
     assert ended.pop("unknown").startswith("failed (")
     assert ended == {
+        "means something": "failed: errors of memory",
         "fails": "failed (7)",
         "hangs": "killed at its deadline",
         "absent": "left out: no-such-program is not there",
@@ -84,7 +88,7 @@ def test_the_budget_is_kept_and_shared(tmp_path: Path) -> None:
     stages = [python("import time; time.sleep(600)", name=name, seconds=300.0) for name in ("a", "b", "c")]
     start = time.monotonic()
     ended = conducted(stages, tmp_path, budget=12.0)
-    assert time.monotonic() - start < 16
+    assert time.monotonic() - start < 40
     assert ended == {"a": "killed at its deadline", "b": "killed at its deadline", "c": "left out: no time left"}
 
 
@@ -277,7 +281,6 @@ def test_the_plan_holds_what_the_stages_launch() -> None:
     """At toy sizes, under the interpreter: every launch of a stage is one that was planned."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs the interpreter")
-    import torch
     from gpu_cases import TOY
     from gpu_stages import Run, correctness, long, variants
 
@@ -291,6 +294,85 @@ def test_the_plan_holds_what_the_stages_launch() -> None:
         assert not records.failed
     assert launched
     assert {gpu_cache.identity(launch) for launch in launched} <= planned
+
+
+@needs_triton
+@pytest.mark.parametrize("contestant", ["mogeo", "mogeo uniform"])
+def test_the_plan_holds_what_a_step_launches(contestant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small model, decided by the kernels as on a GPU."""
+    from gpu_cases import _stepped
+    from step_overhead import Setting, make_model, steps_of
+
+    from tests.deciders import let_decide
+
+    let_decide("device", monkeypatch)
+    setting = Setting("qwen-shape-tiny", torch.device("cpu"), "fp32", 2, 128)
+    model = make_model(setting)
+    step = steps_of(contestant, model, setting)
+    launched: list[gpu_cache.Launched] = []
+    with gpu_cache.noted(launched, launch=True):
+        step()
+    planned: list[gpu_cache.Launched] = []
+    with gpu_cache.noted(planned):
+        _stepped(sum(parameter.numel() for parameter in model.parameters()), 2, torch.device("meta"))
+    assert launched
+    assert {gpu_cache.identity(launch) for launch in launched} <= {gpu_cache.identity(launch) for launch in planned}
+
+
+@needs_triton
+def test_the_plan_can_hold_what_tests_launch() -> None:
+    """A kernel's own test, and a property of the backend "cuda", which a CPU has to skip otherwise."""
+    chosen = "gram_of_one_block or (cuda and (mixes_huge or one_segment))"
+    launches = gpu_cache.plan_of_tests(["tests/test_cuda.py", "tests/test_ops.py"], "-k", chosen)
+    assert {launch["stage"] for launch in launches} == {"tests"}
+    assert {"_gram_rows", "_gram_reduce"} <= {launch["function"] for launch in launches}
+
+
+def test_what_a_cut_short_fill_has_serves_every_stage() -> None:
+    stages = [launch["stage"] for launch in gpu_cache.plan()]
+    assert set(stages[: len(stages) // 2]) == {"correctness", "bandwidth", "solver", "variants", "step", "long"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The benchmarks that the stages are made of
+
+
+def broken(*arguments: object, **options: object) -> torch.Tensor:
+    """A kernel that does not run."""
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_contestant_that_fails_is_written_down_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("benchmark_of_kernels", ROOT / "benchmarks" / "kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)  # by its path: `kernels` is also what lies at the top level
+    spec.loader.exec_module(kernels)
+    monkeypatch.setattr(kernels.mogeo, "gram", broken)
+    ceilings = kernels.Ceilings(torch.device("cpu"), timing.wall_clock(torch.device("cpu")), 10.0, None)
+    failures = kernels.Failures()
+    found = kernels.measure(2, 300, "fp32", 1, False, ceilings, kernels.LeftOut(), failures, ("gram", "combine"))
+    assert [(failure["name"], failure["k"]) for failure in failures.records] == [("mogeo.gram", 2)]
+    assert {"rows @ rows.T", "mogeo.combine"} <= {record["name"] for record in found}
+
+
+def test_a_mode_that_fails_is_written_down_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import memory_modes
+    from step_overhead import Setting
+
+    original = memory_modes.optimizer_of
+    bad = memory_modes.Mode({"weighting": "uniform"})
+    listed = {memory_modes.PLAIN: memory_modes.Mode(None), "bad": bad, memory_modes.EXACT: memory_modes.Mode({})}
+    monkeypatch.setattr(
+        memory_modes, "optimizer_of", lambda mode, base: (broken if mode is bad else original)(mode, base)
+    )
+    setting = Setting("qwen-shape-tiny", torch.device("cpu"), "fp32", 2, 128)
+    course = memory_modes.Course()
+    clock = timing.wall_clock(setting.device)
+    *_, last = memory_modes.time_of(listed, setting, 1, 2, clock, course)
+    assert set(last) == {memory_modes.PLAIN, memory_modes.EXACT}
+    assert dict(memory_modes.memory_by_mode(listed, setting, 1, course)).keys() == last.keys()
+    assert set(course.failed) == {"time: bad", "memory: bad"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
