@@ -16,8 +16,9 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from mogeo.shards import Shards
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 _STAGED = 1 << 24  # elements that move from the host at a time, where they are summed in another dtype than they have
+_WIDE, _DTYPE = {torch.float32, torch.float64}, attrgetter("dtype")
 _SMALL = 1 << 14  # elements up to which a call costs more than what it computes
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
 
@@ -235,8 +237,8 @@ class GradientBuffers(Capture):
         if self._weight == 0:
             return
         views, written, dirty = self._views[self._row], self._written[self._row], self._dirty[self._row]
-        if self._moves_plainly and len(indices) == len(views) and not any(written):  # all at once, for the first time
-            _write(views, grads, self._weight, fresh=True)
+        if self._moves_plainly and len(indices) == len(views) and (not any(written) or all(written)):  # as most often
+            _write(views, grads, self._weight, fresh=not any(written))
             for flags in (written, dirty, self._captured):
                 flags[:] = b"\1" * len(flags)
             return
@@ -309,6 +311,8 @@ class GradientBuffers(Capture):
         return squared_norm if self.ranks is None else self.ranks.sum_(squared_norm)
 
     def _sum_of_grams(self, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            return ops.gram(parts[0][0]).to(self.device)
         return torch.stack([ops.gram(rows).to(self.device) * share for rows, share in parts]).sum(0)
 
     def average_replicas(self) -> None:
@@ -436,14 +440,14 @@ class GradientBuffers(Capture):
                 self._captured[:] = b"\1" * len(self.parameters)
                 self._dirty[self._direction][:] = b"\1" * len(self.parameters)
         views, grads = self._views[self._direction], self._grads
-        written = [i for i, flag in enumerate(self.flags()) if flag]
-        for i in sorted(set(written).intersection(self._with_gradient())):  # the same order on every rank
-            parameter = self.parameters[i]
-            views[i].add_(gradient_of(parameter, cast(Tensor, parameter.grad)))
-        for i in written:
+        for i, (parameter, flag) in enumerate(zip(self.parameters, self.flags(), strict=True)):
+            if not flag:
+                continue
+            if parameter.grad is not None:
+                views[i].add_(gradient_of(parameter, parameter.grad))
             if grads[i] is None:
-                grads[i] = like_parameter(views[i], self.parameters[i])
-            self.parameters[i].grad = grads[i]
+                grads[i] = like_parameter(views[i], parameter)
+            parameter.grad = grads[i]
         self.drop()
 
     def without_rows(self) -> GradientBuffers:
@@ -479,21 +483,25 @@ def _write(targets: list[Tensor], grads: list[Tensor], weight: float, fresh: boo
     if weight == 1.0:
         (torch._foreach_copy_ if fresh else torch._foreach_add_)(targets, grads)
         return
-    together: tuple[list[Tensor], list[Tensor]] = [], []
-    for target, grad in zip(targets, grads, strict=True):
-        # On a CPU, adding a multiple rounds the factor to half precision first, where that is the dtype: 0.2 % off.
-        exact = target.dtype.itemsize > 2 or not target.is_cpu
-        if exact and (not fresh or target.numel() <= _SMALL):
-            together[0].append(target)
-            together[1].append(grad)
-        elif fresh:
-            torch.mul(grad, weight, out=target)
-        else:
-            target.copy_(target.float().add_(grad, alpha=weight))
-    if together[0]:
-        if fresh:  # for small ones, two calls in all cost less than one call each
-            torch._foreach_zero_(together[0])
-        torch._foreach_add_(*together, alpha=weight)
+    # On a CPU, adding a multiple rounds the factor to half precision first, where that is the dtype: 0.2 % off.
+    exact = not targets[0].is_cpu or _WIDE.issuperset(map(_DTYPE, targets))
+    if fresh:
+        small = []
+        for at, target in enumerate(targets):
+            if exact and target.numel() <= _SMALL:
+                small.append(at)
+            else:
+                torch.mul(grads[at], weight, out=target)
+        if small:  # for these, two calls in all cost less than one call each
+            targets, grads = [targets[at] for at in small], [grads[at] for at in small]
+            torch._foreach_zero_(targets)
+            torch._foreach_add_(targets, grads, alpha=weight)
+    elif exact:
+        torch._foreach_add_(targets, grads, alpha=weight)
+    else:
+        for target, grad in zip(targets, grads, strict=True):
+            wide = torch.promote_types(target.dtype, torch.float32)
+            target.copy_(target.to(wide, copy=True).add_(grad, alpha=weight))
 
 
 def _combine_from_host(rows: Tensor, weights: Tensor, out: Tensor) -> None:

@@ -106,9 +106,13 @@ class Capture:
                 self.parameters[i].grad = None
             with nullcontext() if self._arrivals is None else self._arrivals.taking(self._take):
                 yield
+        except BaseException:
+            for i in self._with_gradient():
+                self.parameters[i].grad = None
+            raise
         finally:
-            for i in {*held, *self._with_gradient()}:
-                self.parameters[i].grad = held.get(i)
+            for i, grad in held.items():
+                self.parameters[i].grad = grad
 
     def _with_gradient(self) -> list[int]:
         """Which parameters have a `p.grad`."""

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
-from mogeo.capture import Capture, layout_of
-from mogeo.distributed import Group, Ranks, ranks_of
+from mogeo.capture import Capture, Layout, layout_of
+from mogeo.distributed import Group, Ranks, is_sharded, ranks_of
 from mogeo.sketched import SketchedRows
 from mogeo.window import Window
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class Holding(NamedTuple):
@@ -32,6 +35,35 @@ class Holding(NamedTuple):
     sketch: int | None
 
 
+class _Seen:
+    """What the parameters of an optimizer looked like when they were sorted out.
+
+    Ids count only while the parameters are alive, so they are kept. Where the memory of a parameter begins tells of
+    nearly all that may have happened to it (`module.to`, an assignment to `p.data`), and costs a tenth of all there is
+    to ask. A DTensor does not tell where its memory begins, and is never the same.
+    """
+
+    def __init__(self, parameters: list[Tensor] | None = None, of_groups: list[tuple[int, bool]] | None = None) -> None:
+        self._parameters = parameters or []
+        self._facts = (
+            of_groups,
+            list(map(id, self._parameters)),
+            list(map(_REQUIRES_GRAD, self._parameters)),
+            None if any(map(is_sharded, self._parameters)) else list(map(Tensor.data_ptr, self._parameters)),
+        )
+        self.found: tuple[list[Tensor], list[Tensor], Layout] | None = None
+
+    @classmethod
+    def of(cls, groups: Sequence[Mapping[str, Any]]) -> _Seen:
+        """As they are now."""
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        return cls(parameters, [(len(group["params"]), group.get("multi_objective", True)) for group in groups])
+
+    def same_as(self, other: _Seen) -> bool:
+        """Whether nothing can have changed."""
+        return self._facts[-1] is not None and self._facts == other._facts
+
+
 class Captures:
     """What catches the gradients of a window, and keeps them.
 
@@ -42,6 +74,7 @@ class Captures:
     """
 
     def __init__(self) -> None:
+        self._seen = _Seen()
         self.buffers: GradientBuffers | None = None
         self.plain: GradientBuffers | None = None
         self.sketches: SketchedRows | None = None
@@ -74,10 +107,9 @@ class Captures:
             ValueError: no parameter requires grad.
             RuntimeError: parameters changed within a window that cannot move, or ranks disagree on the objectives.
         """
-        mine, others = self._parameters(groups, is_open)
+        mine, others, layout = self._parameters(groups, is_open)
         keeps_rows = window.calls is None and (window.weights is None or (window.held and not holding.release_rows))
         n_rows = len(names) if keeps_rows and holding.sketch is None else 1
-        layout = layout_of(mine)
         fits = self.buffers is not None and self.buffers.suits(n_rows, layout)
         plain_fits = self.plain.suits(1, layout_of(others)) if self.plain else not others
         ranks = self.buffers.ranks if fits and self.buffers is not None else ranks_of(holding.process_group)
@@ -98,8 +130,22 @@ class Captures:
             self.sketches = SketchedRows(mine, len(names), ranks, dimension=holding.sketch)
         return self.sketches
 
-    def _parameters(self, groups: Sequence[Mapping[str, Any]], is_open: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Those with a share in the Gram matrix, and the others, each once, although torch allows repetition."""
+    def _parameters(
+        self, groups: Sequence[Mapping[str, Any]], is_open: bool
+    ) -> tuple[list[Tensor], list[Tensor], Layout]:
+        """Those with a share in the Gram matrix, and the others, each once, although torch allows repetition.
+
+        Beside them, the layout of the first. All are the last call's where nothing has changed since.
+        """
+        now = _Seen.of(groups)
+        if is_open or not now.same_as(self._seen):
+            self._seen = now
+            wanted, rest = self._sorted_out(groups, is_open)
+            now.found = wanted, rest, layout_of(wanted)
+        assert self._seen.found is not None
+        return self._seen.found
+
+    def _sorted_out(self, groups: Sequence[Mapping[str, Any]], is_open: bool) -> tuple[list[Tensor], list[Tensor]]:
         mine: dict[Tensor, None] = {}
         others: dict[Tensor, None] = {}
         for group in groups:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# What autograd's graph ends in at a parameter. Half of the nodes of a model are of this type, and tell nothing.
+_LEAF = type((torch.ones((), requires_grad=True) * 1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
 def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
@@ -29,9 +33,9 @@ def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
             if node in visited:
                 shared[index] = True
                 continue
-            parents = node.next_functions
-            if parents:  # else the gradient of a leaf
+            edges = node.next_functions
+            if edges:  # else it is a leaf
                 own.add(node)
-                pending.extend([parent for parent, _ in parents])
+                pending.extend([parent for parent, _ in edges if type(parent) is not _LEAF])
         visited |= own
     return shared
