@@ -22,6 +22,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/solver.py --json runs/bench/solver.json
 	$(BIN)/python benchmarks/kernels.py --json runs/bench/kernels.json --plot runs/bench/roofline.png
 	$(BIN)/python benchmarks/step_overhead.py --json runs/bench/step-cpu.json
+	$(BIN)/python benchmarks/step_overhead.py --model small-tensors --json runs/bench/small-tensors.json
 	$(BIN)/python benchmarks/communication.py --json runs/bench/communication.json
 	$(BIN)/python benchmarks/memory_modes.py --json runs/bench/memory-modes.json --plot runs/bench/memory-modes.png
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -159,7 +159,8 @@ def _local_and_dense(parameter: Tensor, grad: Tensor) -> Tensor:
 
 
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
-_FACTS = attrgetter(*(name for name in ("shape", "dtype", "device", "grad_dtype") if hasattr(Tensor, name)))
+# One list for each, not a tuple for each parameter: to make thousands of tuples costs more than to ask.
+_FACTS = [attrgetter(name) for name in ("shape", "dtype", "device", "grad_dtype") if hasattr(Tensor, name)]
 
 
 def layout_of(parameters: Sequence[Tensor]) -> Layout:
@@ -167,9 +168,9 @@ def layout_of(parameters: Sequence[Tensor]) -> Layout:
     shards = [local_of(parameter) for parameter in parameters if is_sharded(parameter)]
     return (
         list(map(id, parameters)),
-        list(map(_FACTS, parameters)),
         list(map(Tensor.stride, parameters)),
         [(shard.shape, shard.stride()) for shard in shards],
+        *(list(map(fact, parameters)) for fact in _FACTS),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mogeo.buffers import GradientBuffers
 from mogeo.capture import Capture, Layout, layout_of
-from mogeo.distributed import Group, Ranks, is_sharded, ranks_of
+from mogeo.distributed import Group, Ranks, ranks_of
 from mogeo.sketched import SketchedRows
 from mogeo.window import Window
 
@@ -38,19 +38,12 @@ class Holding(NamedTuple):
 class _Seen:
     """What the parameters of an optimizer looked like when they were sorted out.
 
-    Ids count only while the parameters are alive, so they are kept. Where the memory of a parameter begins tells of
-    nearly all that may have happened to it (`module.to`, an assignment to `p.data`), and costs a tenth of all there is
-    to ask. A DTensor does not tell where its memory begins, and is never the same.
+    Their layout holds their ids, which count only while they are alive: so they are kept.
     """
 
-    def __init__(self, parameters: list[Tensor] | None = None, of_groups: list[tuple[int, bool]] | None = None) -> None:
-        self._parameters = parameters or []
-        self._facts = (
-            of_groups,
-            list(map(id, self._parameters)),
-            list(map(_REQUIRES_GRAD, self._parameters)),
-            None if any(map(is_sharded, self._parameters)) else list(map(Tensor.data_ptr, self._parameters)),
-        )
+    def __init__(self, parameters: list[Tensor], of_groups: list[tuple[int, bool]]) -> None:
+        self._parameters = parameters
+        self._facts = (of_groups, list(map(_REQUIRES_GRAD, parameters)), layout_of(parameters))
         self.found: tuple[list[Tensor], list[Tensor], Layout] | None = None
 
     @classmethod
@@ -60,8 +53,8 @@ class _Seen:
         return cls(parameters, [(len(group["params"]), group.get("multi_objective", True)) for group in groups])
 
     def same_as(self, other: _Seen) -> bool:
-        """Whether nothing can have changed."""
-        return self._facts[-1] is not None and self._facts == other._facts
+        """Whether nothing has changed that decides where gradients go."""
+        return self._facts == other._facts
 
 
 class Captures:
@@ -74,7 +67,7 @@ class Captures:
     """
 
     def __init__(self) -> None:
-        self._seen = _Seen()
+        self._seen = _Seen([], [])
         self.buffers: GradientBuffers | None = None
         self.plain: GradientBuffers | None = None
         self.sketches: SketchedRows | None = None
