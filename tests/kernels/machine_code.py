@@ -420,14 +420,27 @@ def _count(opcodes: Counter[str], pattern: str) -> int:
 # What is said of it
 
 
+# Kilobytes on their way to a multiprocessor that should do, and where fewer are, with the Triton of the page.
+ENOUGH_IN_FLIGHT = 40
+FEW_IN_FLIGHT = {
+    "combine K=1 bf16": "one vector a thread; combining one row is no more than a copy",
+    "combine K=1 fp32": "one vector a thread; combining one row is no more than a copy",
+    "gram K=4 bf16, any strides": "no vectors, which alone are counted",
+    "sketch K=1 fp16": "the compiler packs two halves into a register as soon as they are there, and so waits for them",
+    "sketch K=1 bf16, in one part": (
+        "two programs per multiprocessor. Chunks of a tensor are dealt to several programs from 64 chunks on, 16.8 "
+        "million elements for 2¹⁸ buckets; whether fewer should be, at the price of partial sums, a GPU has to tell"
+    ),
+}
+
 _HEAD = """\
 # Registers of the kernels
 
 Made by `python -m tests.kernels.machine_code --write` with Triton {version}. That needs no GPU, since the wheel of
 Triton brings LLVM and NVIDIA's ptxas. The tests compile the same launches again and compare with this table; they also
 see to it that nothing spills to memory, that loads and stores are 128 bits wide (but for `sketch`, whose elements
-lie at any place), that `gram_dot`, and nothing else, uses tensor cores, and that 40 KB or more are in flight where
-`tests/kernels/test_machine_code.py` names no reason why fewer are.
+lie at any place), that `gram_dot`, and nothing else, uses tensor cores, and that 40 KB or more are in flight but where
+the list below the table says why fewer are.
 
 - **kernel, case**: the function in `kernels/`, and what is out of the ordinary. Ordinary are rows aligned to 16 bytes,
   directions clipped and measured, and for `min_norm` objectives normalised by their losses, some of them absent.
@@ -475,7 +488,17 @@ def page(codes: Codes, triton_version: str) -> str:
         in_flight = by_target["sm_90"].in_flight
         cells.append("" if in_flight is None else f"{in_flight:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_few_in_flight()]) + "\n"
+
+
+def _few_in_flight() -> list[str]:
+    """The list below the table."""
+    return [
+        "",
+        f"Of what is in use, these have fewer than {ENOUGH_IN_FLIGHT} KB in flight:",
+        "",
+        *(f"- {name}: {reason}." for name, reason in FEW_IN_FLIGHT.items()),
+    ]
 
 
 def _cell(code: Code | None) -> str:

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.machine_code import ENTRIES, PAGE, Code, Codes, Entry, page, read_json
+from tests.kernels.machine_code import (
+    ENOUGH_IN_FLIGHT,
+    ENTRIES,
+    FEW_IN_FLIGHT,
+    PAGE,
+    Code,
+    Codes,
+    Entry,
+    page,
+    read_json,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"
@@ -25,16 +35,6 @@ COMMAND = [sys.executable, "-m", "tests.kernels.machine_code"]
 # Bytes on the stack that pass with another Triton than that of docs/registers.md: it brings another ptxas, which lacks
 # a few registers in places (3.6.0: up to 16 bytes; 3.9.0: up to 32). A kernel that keeps too much costs kilobytes.
 OTHER_TRITONS = 32
-
-# Kilobytes on their way to a multiprocessor that should do, and where fewer are, with the Triton of docs/registers.md.
-ENOUGH_IN_FLIGHT = 40
-FEW_IN_FLIGHT = {
-    "combine K=1 bf16": "one vector a thread; combining one row is no more than a copy",
-    "combine K=1 fp32": "one vector a thread; combining one row is no more than a copy",
-    "gram K=4 bf16, any strides": "no vectors, which alone are counted",
-    "sketch K=1 fp16": "the compiler packs two halves into a register as soon as they are there, and so waits for them",
-    "sketch K=1 bf16, in one part": "two programs per multiprocessor, as for a tensor of few chunks",
-}
 
 # Bytes that a program may have.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
