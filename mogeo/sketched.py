@@ -137,11 +137,11 @@ class SketchedRows(Capture):
 
 
 def _small(sizes: Sequence[int]) -> list[int]:
-    """Which tensors share a pack: the smallest, as long as they are a small share of all, or few elements.
+    """Which tensors share a pack: the smallest, up to a 64th of all elements, but no fewer than 131,072 if there are.
 
     By their sizes alone, so that all ranks that hold the same parameters pack the same.
     """
-    left = may_wait(4 * sum(sizes)) // 8  # half as much memory as may wait in `p.grad`, in elements of four bytes
+    left = may_wait(4 * sum(sizes)) // 8  # half as much memory as gradients may take that wait, four bytes an element
     small = []
     for place in sorted(range(len(sizes)), key=sizes.__getitem__):
         left -= sizes[place]
