@@ -7,8 +7,8 @@ A hook in Python costs some microseconds, as much as autograd spends on the grad
 large parameters have one: small ones weigh little together, and wait in `p.grad` for the end of the backward. Hooks are
 registered once. They do nothing outside `taking`, and they are removed when their owner is gone.
 
-A hook leaves the gradient it was called for in `p.grad`, and takes earlier ones. So hooks that a user registers on a
-parameter, before ours or after them, find its gradient there.
+A hook never takes the gradient that it was called for: that one waits until more have come than may wait. So a hook of
+the user's finds the gradient of its parameter in `p.grad`, whichever of the two was registered first.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ Take = Callable[[Sequence[int]], None]
 
 
 def may_wait(total: int) -> int:
-    """Bytes of gradients, of `total`, that wait in `p.grad` at most, beside the one that comes last."""
+    """Bytes of gradients, of `total`, that wait in `p.grad` at most, beside the one that came last.
+
+    With several streams of a GPU, or several GPUs, half of that for each.
+    """
     return min(max(total // _SHARE, _LEAST), _MOST)
 
 
 class Arrivals:
-    """Hooks on the large ones among some parameters.
+    """Hooks on the large ones among some parameters: all but the smallest ones that together fill half of `may_wait`.
 
     Args:
         parameters: leaves.
@@ -43,39 +46,41 @@ class Arrivals:
     """
 
     def __init__(self, parameters: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        # One half for small parameters, which have no hooks; the other for large ones between two batches.
+        # Half of what may wait is for small parameters, which have no hooks; half for a batch of large ones.
         half = may_wait(sum(sizes)) // 2
         self._waiting = _Waiting(half)
         handles: list[Any] = []
-        weakref.finalize(self, _remove, handles).atexit = False  # also where registering them is cut short
+        # Before there are any: if an interrupt cuts this short, those registered by then are removed.
+        weakref.finalize(self, _remove, handles).atexit = False
+        #: Large ones that have no hook, since they were frozen.
+        self.skipped: list[Tensor] = []
         together = 0
         for index in sorted(range(len(sizes)), key=sizes.__getitem__):
             together += sizes[index]
-            if together > half and parameters[index].requires_grad:
+            if together <= half:
+                continue
+            if parameters[index].requires_grad:
                 hook = partial(self._waiting.arrived, index, sizes[index])  # no reference to self, which must go
                 handles.append(parameters[index].register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            else:
+                self.skipped.append(parameters[index])
 
     @contextmanager
     def taking(self, take: Take) -> Iterator[None]:
         """Within this context, `take` is called with indices of parameters, ascending, whose gradients are to be taken.
 
-        A gradient may be gone already. Call `done` after each backward.
+        A gradient may be gone already. Call `forget` after each backward.
         """
         self._waiting.take = take
         try:
             yield
         finally:
             self._waiting.take = None
-            self.done()
+            self.forget()
 
-    def done(self) -> set[int]:
-        """A backward is done: the parameters for which `take` was called, and no other gradient announced since.
-
-        Drop whatever `p.grad` they have by now: an engine wrote it. DDP on one process writes what it reduced.
-        """
-        taken, self._waiting.taken = self._waiting.taken, set()
+    def forget(self) -> None:
+        """A backward is done, and its owner takes all that is left: nothing waits any more."""
         self._waiting.batches.clear()
-        return taken
 
 
 class _Waiting:
@@ -87,15 +92,13 @@ class _Waiting:
     def __init__(self, most: int) -> None:
         self.take: Take | None = None
         self.batches: dict[tuple[int, int], tuple[list[int], int]] = {}
-        self.taken: set[int] = set()
         self._most = most
 
     def arrived(self, index: int, size: int, parameter: Tensor) -> None:
         """The hook: a gradient of `size` bytes lies in `parameter.grad`."""
         if self.take is None:
             return
-        self.taken.discard(index)
-        place = (-1, 0)
+        place = (-1, 0)  # not on a GPU
         if parameter.is_cuda:
             stream = torch.cuda.current_stream(parameter.device)
             place = (parameter.get_device(), stream.cuda_stream)
@@ -103,9 +106,7 @@ class _Waiting:
         if indices and total + size > self._most:
             self.batches[place] = ([index], size)
             # A second gradient of the same parameter (reentrant checkpoints) is added to one that waits: leave both.
-            others = sorted({*indices} - {index})
-            self.take(others)
-            self.taken.update(others)
+            self.take(sorted({*indices} - {index}))
         else:
             self.batches[place] = ([*indices, index], total + size)
 

@@ -32,7 +32,7 @@ from mogeo.shards import Shards
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 _STAGED = 1 << 24  # elements that move from the host at a time, where they are summed in another dtype than they have
 _WIDE, _DTYPE = {torch.float32, torch.float64}, attrgetter("dtype")
-_SMALL = 1 << 14  # elements up to which a call costs more than what it computes
+_SMALL = 1 << 14  # elements of a tensor up to which what an operator costs is mostly its call
 _ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
 
 
@@ -94,6 +94,7 @@ class GradientBuffers(Capture):
         # Whose gradients are scattered over ranks, and whose move to the host, on a stream of their own.
         self._scattered = bytes(self._scatters(kind) for kind in self._kind_of_parameter)
         self._sent = bytes(view.device != p.device for p, view in zip(self.parameters, self._views[0], strict=True))
+        # Neither: then gradients that come together are written together.
         self._moves_plainly = not (any(self._scattered) or any(self._sent))
         self._stream = torch.cuda.Stream(self.device) if any(self._sent) else None  # type: ignore[no-untyped-call]
 
@@ -209,7 +210,7 @@ class GradientBuffers(Capture):
         self._row, self._weight = self._direction if row is None else row, weight
 
     def collect(self) -> None:
-        """A backward is done: move its gradients to the selected row, where no hooks have done so.
+        """A backward is done: move what is left of its gradients to the selected row.
 
         With `shard_rows` that row is the one that all objectives share, and is scattered at once: a collective.
         """
@@ -479,11 +480,11 @@ def _union(flags: Sequence[bytearray]) -> bytes:
 
 
 def _write(targets: list[Tensor], grads: list[Tensor], weight: float, fresh: bool) -> None:
-    """Write weighted gradients, or add them to what is there."""
+    """Write weighted gradients, or add them to what is there. Weights keep all their digits, whatever the dtype."""
     if weight == 1.0:
         (torch._foreach_copy_ if fresh else torch._foreach_add_)(targets, grads)
         return
-    # On a CPU, adding a multiple rounds the factor to half precision first, where that is the dtype: 0.2 % off.
+    # A GPU adds a multiple in fp32. A CPU rounds the factor first where the dtype is half precision: 0.2 % off.
     exact = not targets[0].is_cpu or _WIDE.issuperset(map(_DTYPE, targets))
     if fresh:
         small = []

@@ -5,10 +5,10 @@ Knows parameters and autograd. What becomes of a gradient, a subclass says: `mog
 
 A gradient is taken out of `p.grad` once autograd has finished it, in batches: large ones while the backward goes on
 (`mogeo.arrivals`), the rest when it is done (`collect`). So few exist beside what is kept, and keeping one costs a
-copy. Views preset as `p.grad` would cost a zeroed row and a read-modify-write of it instead.
+copy. Had autograd views of the row as `p.grad` beforehand, it would add to them, and the row would have to be zeroed.
 
-With several ranks an engine reads `p.grad` after autograd and writes it again, so all gradients are taken once a
-backward is done. A rank keeps its own part of a sharded parameter.
+In a process group, be it of one process, an engine may read `p.grad` after autograd and write it again, so there all
+gradients are taken once a backward is done. A rank keeps its own part of a sharded parameter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mogeo.arrivals import Arrivals
-from mogeo.distributed import Ranks, gradient_of, is_sharded, local_of
+from mogeo.distributed import Ranks, gradient_of, in_process_group, is_sharded, local_of
 
 Layout = tuple[list[Any], ...]
 
@@ -32,7 +32,7 @@ class Capture:
     """Gradients of a fixed list of parameters, on their way to a row.
 
     Args:
-        parameters: leaves that require grad, in the order of the optimizer's groups.
+        parameters: leaves in the order of the optimizer's groups, that require grad or did when a window began.
         n_rows: K.
         ranks: the processes that hold the parameters between them, if there are several.
     """
@@ -51,6 +51,10 @@ class Capture:
         """Whether this was made for so many rows, and for parameters of this layout."""
         return n_rows == self.n_rows and layout == self._layout
 
+    def lacks_hooks(self) -> bool:
+        """Whether a large parameter was frozen when this was made, and no longer is."""
+        return self._arrivals is not None and any(parameter.requires_grad for parameter in self._arrivals.skipped)
+
     @property
     def sharded(self) -> bool:
         """Whether some parameters are held in shards by several ranks."""
@@ -66,7 +70,10 @@ class Capture:
         raise NotImplementedError
 
     def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
-        """Take over gradients of the parameters at `indices`, in ascending order: this rank's parts, dense."""
+        """Take over gradients of the parameters at `indices`, in ascending order: this rank's parts, dense.
+
+        Called without autograd, since gradients may have graphs of their own (create_graph=True).
+        """
         raise NotImplementedError
 
     def average_replicas(self) -> None:
@@ -94,7 +101,7 @@ class Capture:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Within this context, gradients that autograd accumulates are stored instead of left in `p.grad`.
+        """Within this context, gradients that autograd accumulates are moved out of `p.grad`, and stored.
 
         Call `collect` after each backward. What `p.grad` held before comes back at the end.
         """
@@ -104,7 +111,7 @@ class Capture:
                 held[i] = cast(Tensor, self.parameters[i].grad)
                 held[i] = self.withheld(held[i])
                 self.parameters[i].grad = None
-            with nullcontext() if self._arrivals is None else self._arrivals.taking(self._take):
+            with nullcontext() if self._arrivals is None or in_process_group() else self._arrivals.taking(self._take):
                 yield
         except BaseException:
             for i in self._with_gradient():
@@ -123,8 +130,8 @@ class Capture:
 
     def collect(self) -> None:
         """A backward is done: store its gradients, as far as that has not been done."""
-        for i in () if self._arrivals is None else self._arrivals.done():
-            self.parameters[i].grad = None
+        if self._arrivals is not None:
+            self._arrivals.forget()
         self._take(range(len(self.parameters)))
 
     @torch.no_grad()
@@ -164,7 +171,10 @@ _FACTS = [attrgetter(name) for name in ("shape", "dtype", "device", "grad_dtype"
 
 
 def layout_of(parameters: Sequence[Tensor]) -> Layout:
-    """What a layout depends on. Compare it only while the parameters are alive: it holds their ids."""
+    """Identity, shape, strides, dtypes and device of parameters: what buffers for their gradients depend on.
+
+    Compare it only while the parameters are alive: it holds their ids.
+    """
     shards = [local_of(parameter) for parameter in parameters if is_sharded(parameter)]
     return (
         list(map(id, parameters)),

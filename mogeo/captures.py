@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -38,12 +39,14 @@ class Holding(NamedTuple):
 class _Seen:
     """What the parameters of an optimizer looked like when they were sorted out.
 
-    Their layout holds their ids, which count only while they are alive: so they are kept.
+    Ids count only while the parameters are alive, so these are kept. Of frozen ones nothing else is asked: they may
+    have no strides, or no shape yet.
     """
 
     def __init__(self, parameters: list[Tensor], of_groups: list[tuple[int, bool]]) -> None:
         self._parameters = parameters
-        self._facts = (of_groups, list(map(_REQUIRES_GRAD, parameters)), layout_of(parameters))
+        wanted = list(map(_REQUIRES_GRAD, parameters))
+        self._facts = (of_groups, list(map(id, parameters)), wanted, layout_of(list(compress(parameters, wanted))))
         self.found: tuple[list[Tensor], list[Tensor], Layout] | None = None
 
     @classmethod
@@ -67,7 +70,7 @@ class Captures:
     """
 
     def __init__(self) -> None:
-        self._seen = _Seen([], [])
+        self._seen: _Seen | None = None
         self.buffers: GradientBuffers | None = None
         self.plain: GradientBuffers | None = None
         self.sketches: SketchedRows | None = None
@@ -104,6 +107,7 @@ class Captures:
         keeps_rows = window.calls is None and (window.weights is None or (window.held and not holding.release_rows))
         n_rows = len(names) if keeps_rows and holding.sketch is None else 1
         fits = self.buffers is not None and self.buffers.suits(n_rows, layout)
+        fits = fits and (is_open or self.buffers is None or not self.buffers.lacks_hooks())
         plain_fits = self.plain.suits(1, layout_of(others)) if self.plain else not others
         ranks = self.buffers.ranks if fits and self.buffers is not None else ranks_of(holding.process_group)
         if not (fits and plain_fits):
@@ -126,19 +130,21 @@ class Captures:
     def _parameters(
         self, groups: Sequence[Mapping[str, Any]], is_open: bool
     ) -> tuple[list[Tensor], list[Tensor], Layout]:
-        """Those with a share in the Gram matrix, and the others, each once, although torch allows repetition.
+        """Those with a share in the Gram matrix, the others, and the layout of those with a share.
 
-        Beside them, the layout of the first. All are the last call's where nothing has changed since.
+        Where nothing has changed since the last call, and no window is open, what that found.
         """
         now = _Seen.of(groups)
-        if is_open or not now.same_as(self._seen):
-            self._seen = now
+        if not is_open and self._seen is not None and now.same_as(self._seen):
+            now = self._seen
+        if now.found is None:
             wanted, rest = self._sorted_out(groups, is_open)
             now.found = wanted, rest, layout_of(wanted)
-        assert self._seen.found is not None
-        return self._seen.found
+        self._seen = None if is_open else now  # an open window counts frozen parameters in
+        return now.found
 
     def _sorted_out(self, groups: Sequence[Mapping[str, Any]], is_open: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters with a share and others, each once, although torch allows repetition."""
         mine: dict[Tensor, None] = {}
         others: dict[Tensor, None] = {}
         for group in groups:

@@ -106,9 +106,14 @@ class Ranks:
             raise ValueError(f"{what} differ between ranks: {listed}")
 
 
+def in_process_group() -> bool:
+    """Whether this process belongs to a group, be it alone there."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def ranks_of(group: Group | None) -> Ranks | None:
     """The ranks of a process group, or of all processes; None where there is only one process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return None
     ranks = Ranks(group)
     return ranks if ranks.size > 1 else None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 # What autograd's graph ends in at a parameter. Half of the nodes of a model are of this type, and tell nothing.
-_LEAF = type((torch.ones((), requires_grad=True) * 1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+with torch.inference_mode(False), torch.enable_grad():  # whatever surrounds the import
+    _LEAF = type((torch.ones((), requires_grad=True, device="cpu") * 1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
 def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
@@ -34,7 +35,7 @@ def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
                 shared[index] = True
                 continue
             edges = node.next_functions
-            if edges:  # else it is a leaf
+            if edges:  # else the loss is a leaf itself, or a function without inputs
                 own.add(node)
                 pending.extend([parent for parent, _ in edges if type(parent) is not _LEAF])
         visited |= own

@@ -244,7 +244,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 once.
             objective: the name that a single loss belongs to.
             backward: what to call instead of `loss.backward()`, such as `accelerator.backward`. It is passed
-                `retain_graph=True` where losses share a graph.
+                `retain_graph=True` where losses share a graph. It must leave `p.grad` alone: large gradients are moved
+                to their rows while it runs, small ones afterwards.
             retain_graph: True keeps every graph beyond this call. By default, what no loss of this call needs is freed.
 
         Raises:

@@ -1,8 +1,8 @@
 """SketchedRows: per objective a sketch of its gradient instead of the gradient, [K, d] for d ≪ N.
 
 Knows parameters and sketches; no weighting and no optimizer. Enough to estimate the Gram matrix, fed while autograd
-goes on, so that no full gradient exists beside the model's own. Sketches are linear, so micro-batches add up in them,
-and replicas need to average d numbers per objective instead of N.
+goes on, so that no gradient of all N elements is needed. Sketches are linear, so micro-batches add up in them, and
+replicas need to average d numbers per objective instead of N.
 
 Small parameters share a pack: their gradients are gathered in one tensor, which is sketched when a backward is done.
 """
@@ -137,7 +137,7 @@ class SketchedRows(Capture):
 
 
 def _small(sizes: Sequence[int]) -> list[int]:
-    """Which tensors share a pack: the smallest, up to a 64th of all elements, but no fewer than 131,072 if there are.
+    """Which tensors share a pack: the smallest, up to a 64th of all elements, but at least 131,072 and at most 2²².
 
     By their sizes alone, so that all ranks that hold the same parameters pack the same.
     """

@@ -155,6 +155,23 @@ def test_a_parameter_whose_gradient_comes_in_pieces(
     torch.testing.assert_close(*grads)
 
 
+def test_hooks_come_back_to_what_was_frozen_within_a_window() -> None:
+    parameters = [nn.Parameter(torch.ones(LARGE)) for _ in range(3)]
+    optimizer = wrapped(*parameters)
+    optimizer.backward(losses_of(*parameters))
+    for parameter in parameters[1:]:
+        parameter.requires_grad_(False)
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late]})  # buffers are made anew, while two parameters are frozen
+    optimizer.backward(losses_of(*parameters, late))
+    optimizer.step()
+    optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer.backward(losses_of(*parameters, late))
+    assert hooks_on(*parameters, late) == [1, 1, 1, 0]
+
+
 def test_a_gradient_that_cannot_be_kept_ends_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook raises inside the backward, as it would where memory runs out."""
     monkeypatch.setattr(arrivals, "_LEAST", 0)

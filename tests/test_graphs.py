@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch import nn
 
@@ -39,3 +43,10 @@ def test_leaves_as_losses() -> None:
     leaf = nn.Parameter(torch.ones(()))
     assert shared_with_later([leaf, leaf]) == [False, False]
     assert shared_with_later([]) == []
+
+
+@pytest.mark.parametrize("context", ["torch.no_grad()", "torch.inference_mode()", "torch.device('meta')"])
+def test_imported_within_any_context(context: str) -> None:
+    code = f"import torch, mogeo\nwith {context}: mogeo.MultiObjectiveOptimizer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

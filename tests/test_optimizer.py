@@ -937,3 +937,47 @@ def test_parameters_that_cannot_be_flattened_with_the_rest() -> None:
     optimizer = MultiObjectiveOptimizer(torch.optim.SGD([frozen], lr=0.1))
     with pytest.raises(ValueError, match="no parameter of the base optimizer requires grad"):
         optimizer.backward([torch.ones((), requires_grad=True)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_parameters_may_be_of_any_kind() -> None:
+    """Sparse, nested, or without a shape yet: nothing is asked of them."""
+    for odd in (
+        nn.Parameter(torch.eye(3).to_sparse_csr(), requires_grad=False),
+        nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), requires_grad=False),
+        nn.UninitializedParameter(requires_grad=False),
+    ):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = MultiObjectiveOptimizer(torch.optim.SGD([weight, odd], lr=0.1))
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward([(weight * 2).square().sum(), (weight * 3 - 1).square().sum()])
+            optimizer.step()
+        assert not torch.equal(weight, torch.ones(3))
+
+
+def test_what_is_frozen_within_a_window_is_let_go_after_it(decider: str) -> None:
+    if decider == "sketched":
+        pytest.skip("a parameter may not be frozen between backward and step: test_sketched.py")
+    kept, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1000))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([kept, frozen], lr=0.0), "mgda")
+
+    def losses() -> list[Tensor]:
+        return [(kept.sum() + frozen.sum()).square(), (kept * 3).square().sum()]
+
+    optimizer.backward(losses())
+    frozen.requires_grad_(False)
+    optimizer.backward(losses())
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.backward(losses())
+    assert optimizer._captures.buffers is not None
+    assert optimizer._captures.buffers.parameters == [kept]
+
+
+def test_nothing_to_train_is_said_every_time() -> None:
+    frozen, other = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([frozen], lr=0.1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no parameter of the base optimizer requires grad"):
+            optimizer.backward([(frozen * other).sum(), (frozen * other * 2).sum()])
