@@ -237,9 +237,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     names = [stage.name for stage in stages(argparse.Namespace(rehearse=True), Path())]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for all (default: 540)")
-    parser.add_argument(
-        "--output", type=Path, help="a folder for the figures (default: $OUT if that is set, else runs/gpu)"
-    )
+    parser.add_argument("--output", type=Path, help="a folder for the figures (default: runs/gpu)")
     parser.add_argument("--cache", type=Path, metavar="ARCHIVE", help="of gpu_cache.py: unpacked and used")
     parser.add_argument(
         "--cache-directory", type=Path, default=gpu_cache.DIRECTORY, help=f"default: {gpu_cache.DIRECTORY}"
@@ -253,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for, and print what came of it."""
     options = parse(arguments)
     start = time.monotonic()
-    output = (options.output or Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")).absolute()
+    output = (options.output or ROOT / "runs" / "gpu").absolute()
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
     for name in ("results.jsonl", "log.txt", "summary.txt", "tests.xml", "large.xml", "trace.json.gz"):
