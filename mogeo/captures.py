@@ -106,8 +106,11 @@ class Captures:
         mine, others, layout = self._parameters(groups, is_open)
         keeps_rows = window.calls is None and (window.weights is None or (window.held and not holding.release_rows))
         n_rows = len(names) if keeps_rows and holding.sketch is None else 1
-        fits = self.buffers is not None and self.buffers.suits(n_rows, layout)
-        fits = fits and (is_open or self.buffers is None or not self.buffers.lacks_hooks())
+        fits = (
+            self.buffers is not None
+            and self.buffers.suits(n_rows, layout)
+            and (is_open or not self.buffers.lacks_hooks())  # what was frozen when they were made may be free by now
+        )
         plain_fits = self.plain.suits(1, layout_of(others)) if self.plain else not others
         ranks = self.buffers.ranks if fits and self.buffers is not None else ranks_of(holding.process_group)
         if not (fits and plain_fits):
@@ -132,7 +135,7 @@ class Captures:
     ) -> tuple[list[Tensor], list[Tensor], Layout]:
         """Those with a share in the Gram matrix, the others, and the layout of those with a share.
 
-        Where nothing has changed since the last call, and no window is open, what that found.
+        Where nothing has changed since the last call, and no window is open, the result of that call is returned again.
         """
         now = _Seen.of(groups)
         if not is_open and self._seen is not None and now.same_as(self._seen):
