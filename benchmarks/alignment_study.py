@@ -19,11 +19,11 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from mogeo import MultiObjectiveOptimizer
-from mogeo.dpo.batches import ShuffledEpochs, collate, tokenize_preferences
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences
-from mogeo.dpo.evaluate import score
 from mogeo.dpo.losses import dpo_loss, sequence_log_probs
+from mogeo.dpo.scoring import score
+from mogeo.dpo.tokens import ShuffledEpochs, collate, tokenize_preferences
 from mogeo.weightings import MGDA, Weighting, WeightingLike, resolve
 
 

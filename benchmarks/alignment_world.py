@@ -22,20 +22,20 @@ import torch
 from alignment_cells import Cell, Result
 from alignment_explain import Measured, explain
 
-from mogeo.dpo.batches import tokenize_preferences
+from mogeo.demo.experiment import fine_tune
+from mogeo.demo.sizes import Recipe
+from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.cdpo import control, controlled_completions, controlled_preferences, controlled_prompt, with_controls
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences, Row, build_preferences, split_rows
-from mogeo.dpo.evaluate import Evaluation, evaluate, score
-from mogeo.dpo.experiment import fine_tune
-from mogeo.dpo.generate import generate
-from mogeo.dpo.golden import golden_response
-from mogeo.dpo.judge import RatingJudge
 from mogeo.dpo.modpo import align_modpo
-from mogeo.dpo.recipe import Recipe
+from mogeo.dpo.scoring import Evaluation, evaluate, score
+from mogeo.dpo.tokens import tokenize_preferences
 from mogeo.dpo.train import align
-from mogeo.dpo.win_rates import net_win_rates
-from mogeo.dpo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
+from mogeo.judging.generate import generate
+from mogeo.judging.golden import golden_response
+from mogeo.judging.judge import RatingJudge
+from mogeo.judging.win_rates import net_win_rates
 
 MAX_NEW_TOKENS = 26
 BEST = dict.fromkeys(OBJECTIVES, 5.0)  # what a controlled model is asked for

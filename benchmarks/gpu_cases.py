@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mogeo import cuda
+from mogeo.geometry import triton_backend as cuda
+from mogeo.geometry.projection import SignedSketch
 from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import gram as gram_kernels
 from mogeo.kernels import sketch as sketch_kernels
-from mogeo.sketch import SignedSketch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -242,7 +242,7 @@ def _sketched(size: int, dimension: int, dtype: str, chosen: Any, device: torch.
 
 
 def _stepped(columns: int, count: int, device: torch.device) -> None:
-    """A step of mgda-decoupled, and one of constant weights: as `mogeo.deferred` launches them."""
+    """A step of mgda-decoupled, and one of constant weights: as `mogeo.decide.on_device` launches them."""
     rows = torch.empty(count, columns, device=device)
     gram = cuda.gram(rows)
     nonfinite = torch.empty(count, dtype=torch.bool, device=device)

@@ -39,7 +39,8 @@ from gpu_records import SPOILT, Figures, Records, read
 ROOT = Path(__file__).absolute().parents[1]
 #: Files with tests for a GPU. To collect the others takes longer than to run these.
 TESTS = (
-    "tests/test_gpu.py", "tests/test_cuda.py", "tests/test_ops.py", "tests/test_min_norm.py", "tests/test_descent.py",
+    "tests/test_gpu.py", "tests/geometry/test_triton_backend.py", "tests/geometry/test_ops.py",
+    "tests/geometry/test_exact_min_norm.py", "tests/geometry/test_exact_harmless.py",
     "tests/kernels/test_gram.py", "tests/kernels/test_combine.py", "tests/kernels/test_min_norm.py",
     "tests/kernels/test_sketch.py",
 )  # fmt: skip

@@ -47,11 +47,12 @@ from machine import clocks, data_sheet_bandwidth, describe
 from timing import captured, copy_bandwidth, device_clock, interleaved, rounds_of, spread, synchronisation, wall_clock
 from torch import Tensor
 
-from mogeo import cpu, cuda
+from mogeo.geometry import torch_backend as cpu
+from mogeo.geometry import triton_backend as cuda
+from mogeo.geometry.projection import SignedSketch
 from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import gram as gram_kernels
 from mogeo.kernels import sketch as sketch_kernels
-from mogeo.sketch import SignedSketch
 from tests.row_asserts import COMBINE_TOLERANCE, GRAM_TOLERANCE
 
 #: What is timed beside mogeo: the product that it is held against, and what the memory gives.

@@ -49,7 +49,7 @@ from timing import (
 from torch import Tensor
 
 import mogeo
-from mogeo.sketch import SignedSketch
+from mogeo.geometry.projection import SignedSketch
 
 # The families of Gram matrices live beside the tests: a checkout is needed, an installed package is not enough.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

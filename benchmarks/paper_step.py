@@ -23,10 +23,10 @@ import torch
 import transformers
 from machine import describe
 
+from mogeo.demo.world import tokenizer
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Pair, Preferences
 from mogeo.dpo.train import align
-from mogeo.dpo.world import tokenizer
 
 # The values of the models' published config.json.
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -37,9 +37,9 @@ from torch import Tensor
 from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo.engines import engine_of
 from mogeo.dpo.losses import dpo_loss
-from mogeo.dpo.ranks import current_ranks
+from mogeo.dpo.processes import current_ranks
+from mogeo.plan.activations import outline, trace
 from mogeo.plan.memory import Mode, Setup, memory, modes
-from mogeo.plan.trace import outline, trace
 
 # 30 to 60 million parameters: enough to dwarf what Python does meanwhile.
 CONFIGS: dict[str, dict[str, Any]] = {

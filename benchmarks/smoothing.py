@@ -34,12 +34,12 @@ from torch import Tensor
 
 import mogeo
 from mogeo import MultiObjectiveOptimizer
-from mogeo.dpo.batches import ShuffledEpochs, collate, tokenize_preferences
-from mogeo.dpo.evaluate import score
+from mogeo.decide.steering import Steering
+from mogeo.demo.sizes import Recipe
+from mogeo.demo.world import OBJECTIVES
 from mogeo.dpo.losses import dpo_loss, sequence_log_probs
-from mogeo.dpo.recipe import Recipe
-from mogeo.dpo.world import OBJECTIVES
-from mogeo.steering import Steering
+from mogeo.dpo.scoring import score
+from mogeo.dpo.tokens import ShuffledEpochs, collate, tokenize_preferences
 from mogeo.weightings import resolve
 
 WEIGHTINGS = ("mgda-decoupled", "mgda", "mgda-normalized")

@@ -1,10 +1,10 @@
 """The shared direction d = wᵀ G of gradient rows G [K, N], its norm, and its clipping: nothing leaves the device.
 
-Knows tensors only; arguments come checked, from `mogeo.ops`. One pass reads each row once and writes d, commonly over
-row 0; it clips as it writes, by min(1, c/‖d‖) with ‖d‖² = wᵀMw from the Gram matrix M, and sums the squares of what it
-wrote. A second kernel, of one program, adds these up. Where the gradients cancel so far that wᵀMw has lost its digits,
-or where there is no M, the factor follows from the measured norm instead, and a third kernel applies it; else that one
-finds the factor 1 in device memory and returns at once.
+Knows tensors only; arguments come checked, from `mogeo.geometry.ops`. One pass reads each row once and writes d,
+commonly over row 0; it clips as it writes, by min(1, c/‖d‖) with ‖d‖² = wᵀMw from the Gram matrix M, and sums the
+squares of what it wrote. A second kernel, of one program, adds these up. Where the gradients cancel so far that wᵀMw
+has lost its digits, or where there is no M, the factor follows from the measured norm instead, and a third kernel
+applies it; else that one finds the factor 1 in device memory and returns at once.
 
 A row whose weight is zero is not read, so it may hold NaN. Half precision is accumulated in fp32 and rounded once.
 """

@@ -1,8 +1,8 @@
 """The direction nearest to a given one that hurts no objective, from the Gram matrix, in one launch.
 
-Knows tensors only; arguments come checked, from `mogeo.ops`. The problem, s = M(w + μ) ≥ 0, μ ≥ 0, μᵀs = 0, is derived
-in `mogeo.descent`; the pivoting and its two arithmetics are those of `mogeo.kernels.min_norm`. Here too rows are scaled
-by powers of two, which round nothing, and the result is certified in double-double.
+Knows tensors only; arguments come checked, from `mogeo.geometry.ops`. The problem, s = M(w + μ) ≥ 0, μ ≥ 0, μᵀs = 0, is
+derived in `mogeo.geometry.exact_harmless`; the pivoting and its two arithmetics are those of `mogeo.kernels.min_norm`.
+Here too rows are scaled by powers of two, which round nothing, and the result is certified in double-double.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _descent(gram, weights, out, correction_out, status_out, K: tl.constexpr, SI
         if certified == 0:
             y, _ = pivoted(A, A * 0.0, slope, slope_low, scale, takes_part, K, SIDE, True)
             certified = _certified(A, lengths, y, norms, takes_part, _CERTIFICATE_TOLERANCE)
-            # Not positive semi-definite: see `mogeo.descent`. Its ridges, on rows of length 1, are these.
+            # Not positive semi-definite: see `mogeo.geometry.exact_harmless`. Its ridges, on rows of length 1, are
+            # these.
             ridge = tl.full([], _FIRST_RIDGE, tl.float64)
             enough = certified
             while (enough == 0) & (ridge < _LAST_RIDGE):

@@ -1,10 +1,10 @@
 """Gram matrix G Gᵀ of gradient rows G [K, N]: every element is read once, the result is the same bits on every run.
 
-Knows tensors only; arguments come checked, from `mogeo.ops`. The columns are cut into chunks. Stage one, a program per
-chunk, sums the products of the K(K+1)/2 pairs of rows over its chunk in fp32 and writes them as fp64; stage two, a
-program per pair, adds the chunks up in fp64 in a fixed order. The cuts depend on K, N and dtype alone, not on the
-device, so that every GPU of one architecture adds in the same order. A segment (the columns of one layer) ends where a
-chunk ends, and its Gram is the sum of its chunks: it costs no further pass.
+Knows tensors only; arguments come checked, from `mogeo.geometry.ops`. The columns are cut into chunks. Stage one, a
+program per chunk, sums the products of the K(K+1)/2 pairs of rows over its chunk in fp32 and writes them as fp64; stage
+two, a program per pair, adds the chunks up in fp64 in a fixed order. The cuts depend on K, N and dtype alone, not on
+the device, so that every GPU of one architecture adds in the same order. A segment (the columns of one layer) ends
+where a chunk ends, and its Gram is the sum of its chunks: it costs no further pass.
 
 Two kernels for stage one, chosen by `variant`: **rows** keeps each pair's sum in registers, a vector of each row per
 thread and iteration; **dot** gives a tile [K, columns] and its transpose to the tensor cores, which pays as soon as the

@@ -1,13 +1,13 @@
 """The min-norm point of a convex hull on the device: argmin over the simplex of αᵀ A α, exactly, in one launch.
 
-Knows tensors only; arguments come checked, from `mogeo.ops`. A program solves a problem: it normalises the Gram matrix,
-leaves out what is zero or not finite, pivots, certifies the result, and writes weights, gap, status and iteration count
-to device memory. Nothing here needs the host.
+Knows tensors only; arguments come checked, from `mogeo.geometry.ops`. A program solves a problem: it normalises the
+Gram matrix, leaves out what is zero or not finite, pivots, certifies the result, and writes weights, gap, status and
+iteration count to device memory. Nothing here needs the host.
 
-Method: that of `mogeo.min_norm`, where it is derived. With every row scaled by a power of two, so that all norms lie
-between 1 and √2 of each other, and shifted by bbᵀ (a constant on the simplex, before the scaling b), the optimality
-conditions are the linear complementarity problem w = Ay − b ≥ 0, y ≥ 0, yᵀw = 0, which principal pivoting solves.
-Powers of two round nothing, so A is known to the last bit.
+Method: that of `mogeo.geometry.exact_min_norm`, where it is derived. With every row scaled by a power of two, so that
+all norms lie between 1 and √2 of each other, and shifted by bbᵀ (a constant on the simplex, before the scaling b), the
+optimality conditions are the linear complementarity problem w = Ay − b ≥ 0, y ≥ 0, yᵀw = 0, which principal pivoting
+solves. Powers of two round nothing, so A is known to the last bit.
 
 Arithmetic: fp64 first; fp32 is not enough. The optimality conditions are then evaluated in double-double (pairs of fp64
 whose sum carries 106 bits), and where they do not hold, the same pivoting runs again in double-double. Its error terms

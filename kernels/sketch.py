@@ -1,10 +1,10 @@
 """Signed sketches: row += S g for a gradient g of N elements and a row of d buckets, in one pass, without atomics.
 
-Knows tensors only; arguments come checked, and what is random comes drawn, from `mogeo.sketch`, which says what S is.
-A program owns a tile of buckets and goes over chunks of the gradient. In chunk c these buckets gather the elements
-(b − r_c) mod d, which lie side by side but where the chunk wraps around: so a warp reads whole lines, and sums stay in
-registers. Where few tiles are to be had, chunks are dealt to several programs per tile, whose sums a second kernel adds
-up in their order. How they are dealt depends on N and d alone, not on the device: same bits on every run.
+Knows tensors only; arguments come checked, and what is random comes drawn, from `mogeo.geometry.projection`, which says
+what S is. A program owns a tile of buckets and goes over chunks of the gradient. In chunk c these buckets gather the
+elements (b − r_c) mod d, which lie side by side but where the chunk wraps around: so a warp reads whole lines, and sums
+stay in registers. Where few tiles are to be had, chunks are dealt to several programs per tile, whose sums a second
+kernel adds up in their order. How they are dealt depends on N and d alone, not on the device: same bits on every run.
 
 Signs come from a table with a byte per place, which holds the eight signs that a thread needs of a chunk. Gradients in
 half precision are accumulated in fp32.

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mogeo import weightings as weightings
-    from mogeo.min_norm import Status as Status
-    from mogeo.ops import Descent as Descent
-    from mogeo.ops import MinNorm as MinNorm
-    from mogeo.ops import combine as combine
-    from mogeo.ops import descent_weights as descent_weights
-    from mogeo.ops import gram as gram
-    from mogeo.ops import gram_by_segment as gram_by_segment
-    from mogeo.ops import min_norm_weights as min_norm_weights
+    from mogeo.geometry.exact_min_norm import Status as Status
+    from mogeo.geometry.ops import Descent as Descent
+    from mogeo.geometry.ops import MinNorm as MinNorm
+    from mogeo.geometry.ops import combine as combine
+    from mogeo.geometry.ops import descent_weights as descent_weights
+    from mogeo.geometry.ops import gram as gram
+    from mogeo.geometry.ops import gram_by_segment as gram_by_segment
+    from mogeo.geometry.ops import min_norm_weights as min_norm_weights
     from mogeo.optimizer import MultiObjectiveOptimizer as MultiObjectiveOptimizer
     from mogeo.report import StepReport as StepReport
 
@@ -26,16 +26,16 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that the command line answers --help without waiting for torch.
 _HOMES = {
-    "Descent": "mogeo.ops",
-    "MinNorm": "mogeo.ops",
+    "Descent": "mogeo.geometry.ops",
+    "MinNorm": "mogeo.geometry.ops",
     "MultiObjectiveOptimizer": "mogeo.optimizer",
-    "Status": "mogeo.min_norm",
+    "Status": "mogeo.geometry.exact_min_norm",
     "StepReport": "mogeo.report",
-    "combine": "mogeo.ops",
-    "descent_weights": "mogeo.ops",
-    "gram": "mogeo.ops",
-    "gram_by_segment": "mogeo.ops",
-    "min_norm_weights": "mogeo.ops",
+    "combine": "mogeo.geometry.ops",
+    "descent_weights": "mogeo.geometry.ops",
+    "gram": "mogeo.geometry.ops",
+    "gram_by_segment": "mogeo.geometry.ops",
+    "min_norm_weights": "mogeo.geometry.ops",
 }
 __all__ = [*_HOMES, "weightings"]
 

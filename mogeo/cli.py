@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mogeo import __version__
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 _DESCRIPTION = """\
 Balance several objectives while fine-tuning a language model.
@@ -32,8 +32,8 @@ Balance several objectives while fine-tuning a language model.
 _COMMANDS = {
     "plan": ("mogeo.plan.command", "what a fine-tune with K objectives takes: memory by mode, cost of a step"),
     "align": ("mogeo.dpo.command", "fine-tune a model with one preference set per objective (DPO)"),
-    "evaluate": ("mogeo.dpo.evaluate_command", "judge what models say against golden responses: net win rates"),
-    "demo": ("mogeo.dpo.demo", "see it work: a small self-made world with four conflicting objectives"),
+    "evaluate": ("mogeo.judging.command", "judge what models say against golden responses: net win rates"),
+    "demo": ("mogeo.demo.command", "see it work: a small self-made world with four conflicting objectives"),
 }
 _PACKAGES = {"dpo": ("transformers", "datasets", "gguf", "tqdm")}
 

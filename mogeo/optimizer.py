@@ -1,7 +1,7 @@
 """MultiObjectiveOptimizer: capture → gram → weigh → combine → base.step().
 
-Knows the order of things and no mathematics: rows are filled in `mogeo.captures`, multiplied by `mogeo.ops`, weighed by
-`mogeo.weightings`; the manners of torch.optim are `mogeo.wrapper`'s.
+Knows the order of things and no mathematics: rows are filled in `mogeo.gradients.stores`, multiplied by
+`mogeo.geometry.ops`, weighed by `mogeo.weightings`; the manners of torch.optim are `mogeo.optimizer_wrapper`'s.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mogeo import deferred, direction
-from mogeo.capture import Capture
-from mogeo.captures import Captures, Holding
-from mogeo.constants import constant_tensor
-from mogeo.direction import Direction, NonFiniteError, Rules
-from mogeo.distributed import Group
-from mogeo.graphs import shared_with_later
-from mogeo.held import HeldWeights
-from mogeo.mailbox import Mailbox
-from mogeo.min_norm import Status
-from mogeo.objectives import Loss, Losses, by_name, checked_names, evaluate, in_order, run_backward
-from mogeo.replay import Repeatable, without_autocast
+from mogeo.decide import on_device as deferred
+from mogeo.decide import on_host as direction
+from mogeo.decide.late_news import Mailbox
+from mogeo.decide.on_host import Direction, NonFiniteError, Rules
+from mogeo.decide.refresh import HeldWeights
+from mogeo.decide.steering import Steering
+from mogeo.geometry.constants import constant_tensor
+from mogeo.geometry.exact_min_norm import Status
+from mogeo.geometry.projection import MOST_BUCKETS
+from mogeo.gradients.ranks import Group
+from mogeo.gradients.store import Capture
+from mogeo.gradients.stores import Captures, Holding
+from mogeo.losses.named import Loss, Losses, by_name, checked_names, evaluate, in_order, run_backward
+from mogeo.losses.pending import Call, Term, Window
+from mogeo.losses.repeatable import Repeatable, without_autocast
+from mogeo.losses.shared_graphs import shared_with_later
+from mogeo.optimizer_wrapper import OptimizerWrapper
 from mogeo.report import StepReport
-from mogeo.sketch import MOST_BUCKETS
-from mogeo.steering import Steering
 from mogeo.weightings import MGDA, WeightingLike, bad_weights, require_positive_losses, resolve
-from mogeo.window import Call, Term, Window
-from mogeo.wrapper import OptimizerWrapper
 
 # What is saved so that a run that goes on otherwise is told of it.
 _SETTINGS = (
@@ -80,8 +81,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             solve found while autograd brings them: one backward of the weighted sum where losses are tensors. A
             guarantee of descent then is one for the steps that solve. Read once per solve from a GPU, which waits.
         preference: which objectives should gain more: positive numbers, by name or in the order of the objectives;
-            only their ratios count, and equal ones change nothing. `mogeo.steering.Steering` says how each weighting
-            takes it.
+            only their ratios count, and equal ones change nothing. `mogeo.decide.steering.Steering` says how each
+            weighting takes it.
         min_weight: a floor m < 1/K under the coefficients, which sum to one, so that no objective starves.
         smoothing: s < 1: weights are averaged over solves, λ ← sλ + (1 − s)w.
         row_dtype: keep rows in this dtype where gradients are wider, such as torch.bfloat16 for fp32. The direction
@@ -514,7 +515,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._captures.drop()
         self._window = None
 
-    # what mogeo.wrapper asks for
+    # what mogeo.optimizer_wrapper asks for
 
     def prepare_step(self) -> None:
         """Combine, if that is still due."""

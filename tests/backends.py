@@ -54,37 +54,37 @@ class Backend:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Interpreted kernels: what `mogeo.ops` does around `mogeo.cuda`
+# Interpreted kernels: what `mogeo.geometry.ops` does around `mogeo.geometry.triton_backend`
 
 
 def _gram(rows: Tensor) -> Tensor:
-    from mogeo import cuda
+    from mogeo.geometry import triton_backend as cuda
 
     return cuda.gram(rows.detach())
 
 
 def _gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
-    from mogeo import cuda
+    from mogeo.geometry import triton_backend as cuda
 
     grams = cuda.gram_by_segment(rows.detach(), boundaries)
     return grams[-1], grams[:-1]
 
 
 def _combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
-    from mogeo import cuda
+    from mogeo.geometry import triton_backend as cuda
 
     rows, weights = rows.detach(), weights.detach().to(torch.float64)
     return cuda.combine(rows, weights, rows.new_empty(rows.shape[1]) if out is None else out)
 
 
 def _min_norm_weights(gram: Tensor) -> mogeo.MinNorm:
-    from mogeo import cuda
+    from mogeo.geometry import triton_backend as cuda
 
     return mogeo.MinNorm(*cuda.min_norm(gram.detach().to(torch.float64), None, "none", 1.0, "raw"))
 
 
 def _descent_weights(gram: Tensor, weights: Tensor) -> mogeo.Descent:
-    from mogeo import cuda
+    from mogeo.geometry import triton_backend as cuda
 
     return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64)))
 

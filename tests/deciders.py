@@ -17,8 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mogeo import MultiObjectiveOptimizer, arrivals, ops
-from mogeo.buffers import GradientBuffers
+from mogeo import MultiObjectiveOptimizer
+from mogeo.geometry import ops
+from mogeo.gradients import arrivals
+from mogeo.gradients.rows import GradientBuffers
 
 DECIDERS = ("host", "device")
 WAYS = (*DECIDERS, "rows apart", "sketched")
@@ -40,7 +42,7 @@ def let_decide(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if not triton.knobs.runtime.interpret:
         pytest.skip("on a machine with a GPU the kernels run there, not under the interpreter")
-    from mogeo import cuda
+    from mogeo.geometry import triton_backend as cuda
 
     def device_code(blocks: Sequence[Tensor]) -> ModuleType | None:
         return cuda if len(blocks[0]) <= cuda.MOST_ROWS else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mogeo.dpo.recipe import Recipe
+from mogeo.demo.sizes import Recipe
 
 FULL = Recipe()
 SMALL = replace(

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import alignment_study as study
 from alignment_explain import Measured, explain
 
+from mogeo.demo.world import OBJECTIVES, World, tiny_model, tokenizer
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import build_preferences, split_rows
 from mogeo.dpo.train import align
-from mogeo.dpo.world import OBJECTIVES, World, tiny_model, tokenizer
 
 CONFIG = AlignConfig(
     weighting="uniform", learning_rate=1e-3, max_steps=4, warmup_steps=1, pairs_per_objective=3, beta=0.2,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mogeo
-import mogeo.ops
+import mogeo.geometry.ops
 from tests.row_asserts import assert_combined, gaussian
 from tests.strategies import lay_out
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mogeo
 from mogeo import MultiObjectiveOptimizer
-from mogeo.sketch import SignedSketch
+from mogeo.geometry.projection import SignedSketch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -137,7 +137,7 @@ def test_the_same_bits_a_hundred_times(k: int, dtype: torch.dtype) -> None:
 def test_lengths_beyond_two_to_the_31(k: int, columns: int) -> None:
     if torch.cuda.mem_get_info()[0] < 2.2 * k * columns * 2:
         pytest.skip(f"needs {2.2 * k * columns * 2 / 2**30:.0f} GiB of free GPU memory")
-    from mogeo.cuda import finish_
+    from mogeo.geometry.triton_backend import finish_
 
     generator = torch.Generator("cuda").manual_seed(0)
     rows = torch.empty(k, columns, dtype=torch.bfloat16, device="cuda")

@@ -201,7 +201,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, "benchmarks")
 import json, torch
 import gpu_cache, gpu_cases
-from mogeo import cuda
+from mogeo.geometry import triton_backend as cuda
 from mogeo.kernels.target import Launch
 
 gpu_cache.prepare()
@@ -323,7 +323,9 @@ def test_the_plan_holds_what_a_step_launches(contestant: str, monkeypatch: pytes
 def test_the_plan_can_hold_what_tests_launch() -> None:
     """A kernel's own test, and a property of the backend "cuda", which a CPU has to skip otherwise."""
     chosen = "gram_of_one_block or (cuda and (mixes_huge or one_segment))"
-    launches = gpu_cache.plan_of_tests(["tests/test_cuda.py", "tests/test_ops.py"], "-k", chosen)
+    launches = gpu_cache.plan_of_tests(
+        ["tests/geometry/test_triton_backend.py", "tests/geometry/test_ops.py"], "-k", chosen
+    )
     assert {launch["stage"] for launch in launches} == {"tests"}
     assert {"_gram_rows", "_gram_reduce"} <= {launch["function"] for launch in launches}
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import mogeo
-from mogeo import MultiObjectiveOptimizer, arrivals
+from mogeo import MultiObjectiveOptimizer
+from mogeo.gradients import arrivals
 from tests.deciders import DECIDERS, WAYS, let_decide
 from tests.nets import (
     NAMES,

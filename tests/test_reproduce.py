@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from mogeo.demo.world import OBJECTIVES, World, tiny_model, tokenizer
 from mogeo.dpo.cdpo import control
-from mogeo.dpo.world import OBJECTIVES, World, tiny_model, tokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "reproduce.md"
 

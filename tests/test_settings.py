@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mogeo.steering import Steering
+from mogeo.decide.steering import Steering
 from mogeo.weightings import resolve
 from tests.deciders import DECIDERS, let_decide
 from tests.nets import Net, flat_grad, gradient_rows, inputs, separate_losses, shared_losses, wrapped
@@ -43,7 +43,7 @@ def test_a_preference_names_every_objective(preference: dict[str, float]) -> Non
 @pytest.mark.parametrize("decider", DECIDERS)
 @pytest.mark.parametrize("weighting", ["mgda", "mgda-decoupled", "uniform", "group-dro", "upgrad"])
 def test_steering_reaches_the_weights(weighting: str, decider: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name or in order; what it makes of weights is tests/test_steering.py's."""
+    """By name or in order; what it makes of weights is tests/decide/test_steering.py's."""
     let_decide(decider, monkeypatch)
     for preference in ({"truth": 1.0, "help": 4.0, "honesty": 2.0}, (4.0, 2.0, 1.0)):
         net = Net()

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from mogeo.dpo.data import Preferences, Row, build_preferences, rating_of
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 CONTROLLED = "controlled"
 """The one objective of controlled preferences."""

@@ -25,12 +25,12 @@ from mogeo.dpo.config import (
     share_or_number,
 )
 from mogeo.dpo.data import COUNTS, PAIRINGS, Preferences, build_preferences, read_rows, split_rows
-from mogeo.dpo.errors import InputError
-from mogeo.dpo.origin import Origin
+from mogeo.dpo.provenance import Origin
+from mogeo.errors import InputError
 
 if TYPE_CHECKING:
     from mogeo.dpo.figures import Table
-    from mogeo.dpo.ranks import Ranks
+    from mogeo.dpo.processes import Ranks
     from mogeo.dpo.train import AlignResult
 
 logger = logging.getLogger("mogeo")
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     # Everything that can be wrong is found before the model is loaded, the cheapest first.
     config = _config(args)
     config.check()
-    from mogeo.dpo.ranks import joined, launched
+    from mogeo.dpo.processes import joined, launched
     from mogeo.dpo.train import check_weighting
 
     config.check_ranks(launched().size)

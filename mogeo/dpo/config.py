@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 SCHEDULES = ("constant", "linear", "cosine")

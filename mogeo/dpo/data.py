@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 Row = dict[str, Any]
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mogeo.distributed import is_sharded, sharded
-from mogeo.dpo.errors import InputError
 from mogeo.dpo.losses import sequence_log_probs
-from mogeo.dpo.ranks import Ranks
+from mogeo.dpo.processes import Ranks
+from mogeo.errors import InputError
+from mogeo.gradients.ranks import is_sharded, sharded
 
 State = dict[str, Any]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 Record = Mapping[str, Any]  # one line of metrics.jsonl; `kind` is "train" or "eval"
 Floats = NDArray[np.float64]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 
 class LoadedModel(NamedTuple):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogeo.dpo.batches import encode_sequence
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences
-from mogeo.dpo.errors import InputError
-from mogeo.dpo.evaluate import score
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
-from mogeo.dpo.ranks import current_ranks
+from mogeo.dpo.processes import current_ranks
+from mogeo.dpo.scoring import score
+from mogeo.dpo.tokens import encode_sequence
 from mogeo.dpo.train import AlignResult, align, resolve_device
+from mogeo.errors import InputError
 
 Rewards = Callable[[str, str], Mapping[str, float]]
 """(prompt, response) → objective → reward."""

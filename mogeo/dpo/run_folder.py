@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 Record = dict[str, Any]
 

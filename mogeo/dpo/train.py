@@ -1,7 +1,7 @@
 """Align a language model with several preference objectives: the training loop, written as a user would write it.
 
 One step: for every objective, the DPO loss of its next pairs; `MultiObjectiveOptimizer` turns their gradients into one
-direction; AdamW takes it. Files are the business of `run_folder`, the numbers on held-out pairs that of `evaluate`, how
+direction; AdamW takes it. Files are the business of `run_folder`, the numbers on held-out pairs that of `scoring`, how
 a model lies on several ranks that of `engines`. Every rank runs this loop, on its share of each step's pairs.
 """
 
@@ -19,22 +19,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mogeo
-from mogeo.dpo.batches import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
+from mogeo.decide.steering import Steering
 from mogeo.dpo.config import OPTIMIZER_OPTIONS
 from mogeo.dpo.config import AlignConfig as AlignConfig
 from mogeo.dpo.data import Preferences
 from mogeo.dpo.engines import Alone, engine_of
-from mogeo.dpo.errors import InputError
-from mogeo.dpo.evaluate import Evaluation, evaluate, score
 from mogeo.dpo.interrupt import Interrupted as Interrupted
 from mogeo.dpo.interrupt import stop_requests
 from mogeo.dpo.losses import dpo_loss, modpo_loss
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
-from mogeo.dpo.ranks import Ranks, current_ranks, device_of_rank
-from mogeo.dpo.ranks import resolve_device as resolve_device
+from mogeo.dpo.processes import Ranks, current_ranks, device_of_rank
+from mogeo.dpo.processes import resolve_device as resolve_device
 from mogeo.dpo.run_folder import Record, RunFolder, fingerprint
-from mogeo.objectives import in_order
-from mogeo.steering import Steering
+from mogeo.dpo.scoring import Evaluation, evaluate, score
+from mogeo.dpo.tokens import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
+from mogeo.errors import InputError
+from mogeo.losses.named import in_order
 
 logger = logging.getLogger("mogeo")
 

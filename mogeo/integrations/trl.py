@@ -35,7 +35,7 @@ from mogeo.integrations.trl_data import LABELS, labelled_rows, merged_sets
 from mogeo.integrations.trl_losses import ScoredPairs
 from mogeo.integrations.trl_metrics import Tally
 from mogeo.integrations.trl_order import StratifiedOrder
-from mogeo.objectives import checked_names
+from mogeo.losses.named import checked_names
 from mogeo.weightings import WeightingLike
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
             with these objectives. Its weighting counts then, and not `weighting`.
 
     Raises:
-        ValueError: data that does not fit (`mogeo.dpo.errors.InputError`), a weighting that does not exist or does not
+        ValueError: data that does not fit (`mogeo.errors.InputError`), a weighting that does not exist or does not
             suit the loss, or an option of DPOConfig that does not go with several backwards over one forward.
         NotImplementedError: an engine that is not supported.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from mogeo.dpo.data import Preferences, build_preferences
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""`mogeo plan`: arguments, the table, the recommendation. Numbers come from `trace`, `memory`, `cost` and `choice`.
+"""`mogeo plan`: arguments, the table, the recommendation. Numbers come from `activations`, `memory`, `cost` and `recommend`.
 
 Must not import torch at the top: `mogeo plan --help` has to answer at once.
 """
@@ -12,14 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mogeo.dpo.errors import InputError
-from mogeo.plan.choice import SLACK, Candidate, choose
+from mogeo.errors import InputError
 from mogeo.plan.cost import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, DEVICES, HOST_BANDWIDTH, Device, ratio
 from mogeo.plan.memory import ENGINES, OPTIMIZERS, PRECISIONS, Mode, Setup, fsdp_ranks, lora_bytes, memory, modes
+from mogeo.plan.recommend import SLACK, Candidate, choose
 
 if TYPE_CHECKING:
     from mogeo.dpo.figures import Table
-    from mogeo.plan.trace import Precision, Trace
+    from mogeo.plan.activations import Precision, Trace
 
 _DESCRIPTION = """\
 Tell what a fine-tune with K objectives takes before anything is loaded or rented: memory per rank, item by item and
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     from mogeo.plan.memory import Peaks, Shape
 
     _setup(args, Shape(1, 0, 1, 1, 1, 1), Peaks(0, 0))
-    from mogeo.plan import trace
+    from mogeo.plan import activations as trace
 
     config = trace.read_config(args.model)
     shape = trace.outline(config)

@@ -1,7 +1,7 @@
 """Bytes that a rank holds at the peak of a step, item by item and mode by mode. Arithmetic; knows no torch.
 
-What a forward and a backward hold is measured (`mogeo.plan.trace`); all else follows from counts. Per rank, with N the
-trainable elements that it holds, g bytes each, K objectives and n ranks:
+What a forward and a backward hold is measured (`mogeo.plan.activations`); all else follows from counts. Per rank, with
+N the trainable elements that it holds, g bytes each, K objectives and n ranks:
 
     weights            N·g, and the model's buffers
     optimizer          2·N·g (AdamW), N·g (SGD with momentum, Lion)
@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 OPTIMIZERS = {"adamw": 2, "sgd": 1, "lion": 1}
 """States per parameter, each in the parameter's dtype."""

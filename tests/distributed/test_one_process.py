@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mogeo import MultiObjectiveOptimizer, arrivals
+from mogeo import MultiObjectiveOptimizer
+from mogeo.gradients import arrivals
 from tests.distributed.runner import run
 
 ENGINES = ("ddp", "ddp, bucket views", "ddp, unused", "ddp, static graph", "fsdp2")

@@ -13,7 +13,7 @@ from mogeo.dpo.cdpo import (
     with_controls,
 )
 from mogeo.dpo.data import Pair, Preferences
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 NAMES = ("help", "truth")
 

@@ -12,7 +12,7 @@ from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo import config as module
 from mogeo.dpo import losses
 from mogeo.dpo.config import AlignConfig
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 
 def test_the_defaults_pass_and_the_loss_names_are_those_of_the_losses():

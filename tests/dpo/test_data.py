@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mogeo.dpo.data import COUNTS, PAIRINGS, Pair, build_preferences, read_rows, split_rows
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 
 
 def row(prompt, *completions):

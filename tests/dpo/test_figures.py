@@ -15,7 +15,6 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from mogeo.dpo.errors import InputError
 from mogeo.dpo.figures import (
     Bars,
     MissingMatplotlibError,
@@ -26,6 +25,7 @@ from mogeo.dpo.figures import (
     write_comparison,
     write_report,
 )
+from mogeo.errors import InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMES = ("helpfulness", "honesty", "truthfulness")

@@ -7,8 +7,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mogeo.dpo.errors import InputError
 from mogeo.dpo.models import check_model_source, context_length, load_model, pad_token, prompt_format_for
+from mogeo.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gguf")
 

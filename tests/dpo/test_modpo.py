@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mogeo.dpo.batches import encode_sequence, tokenize_preferences
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Pair, Preferences, build_preferences, split_rows
-from mogeo.dpo.errors import InputError
 from mogeo.dpo.losses import sequence_log_probs
 from mogeo.dpo.modpo import align_modpo, implicit_rewards, normalized_weights, with_margins
+from mogeo.dpo.tokens import encode_sequence, tokenize_preferences
 from mogeo.dpo.train import align
+from mogeo.errors import InputError
 
 CONFIG = AlignConfig(
     weighting="uniform", learning_rate=1e-2, max_steps=3, warmup_steps=1, pairs_per_objective=4, beta=0.3,

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from mogeo.dpo.errors import InputError
 from mogeo.dpo.run_folder import RunFolder, check_output, fingerprint
+from mogeo.errors import InputError
 
 
 def test_metrics_are_strict_json_and_rewind_to_a_step(tmp_path):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mogeo.dpo import train as module
-from mogeo.dpo.batches import ShuffledEpochs
 from mogeo.dpo.data import build_preferences, split_rows
-from mogeo.dpo.errors import InputError
+from mogeo.dpo.tokens import ShuffledEpochs
 from mogeo.dpo.train import AlignConfig, Interrupted, align
+from mogeo.errors import InputError
 from tests.interruptions import stop_after
 
 SETTINGS = {

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from trl import DPOTrainer
 
 from mogeo import MultiObjectiveOptimizer
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 from mogeo.integrations.trl import MultiObjectiveDPOTrainer
 from tests.integrations.tiny import (
     NAMES,

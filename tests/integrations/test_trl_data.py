@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 
 from datasets import Dataset
 
-from mogeo.dpo.errors import InputError
+from mogeo.errors import InputError
 from mogeo.integrations.trl_data import LABELS, labelled_rows, merged_sets
 
 NAMES = ["warm", "size"]

@@ -1,4 +1,4 @@
-"""The combination kernels where tests/test_ops.py does not reach: clipping, measuring and discarding.
+"""The combination kernels where tests/geometry/test_ops.py does not reach: clipping, measuring and discarding.
 
 Expected is what follows from the rows in fp64: d = wᵀG, its norm, and min(1, max_norm / ‖d‖).
 """

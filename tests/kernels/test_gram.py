@@ -1,4 +1,4 @@
-"""The Gram kernels where tests/test_ops.py does not reach: chunks of several tiles, and what only a launch decides.
+"""The Gram kernels where test_ops.py does not reach: chunks of several tiles, and what only a launch decides.
 
 A chunk is several tiles long from a million columns on. Here the tiles of a chunk, or the chunks, are few by decree.
 """

@@ -1,4 +1,4 @@
-"""The min-norm kernel where tests/test_min_norm.py does not reach: normalisation, and who takes no part.
+"""The min-norm kernel where tests/geometry/test_exact_min_norm.py does not reach: normalisation, and who takes no part.
 
 Expected are the coefficients that the 120-digit oracle finds for the normalised Gram matrix, divided as the user asks.
 """
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mogeo import Status, cpu
+from mogeo import Status
+from mogeo.geometry import torch_backend as cpu
 from tests.backends import KERNEL_DEVICE, needs_kernels
 from tests.min_norm_asserts import assert_gap_is_true, assert_same_direction, judge
 from tests.reference import high_precision

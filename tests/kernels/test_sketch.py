@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from mogeo.sketch import SignedSketch
+from mogeo.geometry.projection import SignedSketch
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
 from tests.reference import sketch as reference
 from tests.row_asserts import assert_sketched

@@ -8,10 +8,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from mogeo.dpo.errors import InputError
-from mogeo.plan.choice import Candidate, choose
+from mogeo.errors import InputError
 from mogeo.plan.cost import DEVICES, ratio
 from mogeo.plan.memory import ENGINES, OPTIMIZERS, PRECISIONS, Memory, Mode, Peaks, Setup, Shape, memory, modes
+from mogeo.plan.recommend import Candidate, choose
 
 SHAPE = Shape(elements=12_000, buffer_bytes=64, layers=4, layer_elements=2_500, outer_elements=2_000, lora_elements=800)
 PEAKS = Peaks(streamed=70_000, kept=110_000)

@@ -1,0 +1,259 @@
+"""What `mogeo demo` tells: one table, one sentence, a picture, a page. Every number and word comes from the outcomes.
+
+Knows the outcomes of `experiment` and how to show them; trains nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mogeo.demo.experiment import Outcome, SeedResult, mean_weights
+from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.world import OBJECTIVES, REGIMES
+from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
+from mogeo.judging.win_rates import NetWinRates
+
+logger = logging.getLogger("mogeo")
+
+Metric = Callable[[Outcome], float]
+
+_SHORT = {"instruction_following": "instructions"}  # a column is as wide as its title
+_COLUMNS = ("overall", "worst", *OBJECTIVES)
+_PICTURE = "demo.png"
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def values(results: Sequence[SeedResult], label: str, metric: Metric) -> list[float]:
+    """The metric of one method, a value a seed."""
+    return [metric(outcome) for result in results for outcome in result.outcomes if outcome.label == label]
+
+
+def _net(rates: Callable[[Outcome], NetWinRates], column: str) -> Metric:
+    """Net win rate in percent: overall, of the worst objective, or of one."""
+
+    def metric(outcome: Outcome) -> float:
+        found = rates(outcome)
+        return 100 * {"overall": found.overall, "worst": found.worst, **found.objectives}[column]
+
+    return metric
+
+
+def _greedy(column: str) -> Metric:
+    return _net(lambda outcome: outcome.greedy, column)
+
+
+def _sampled(column: str) -> Metric:
+    return _net(lambda outcome: outcome.sampled, column)
+
+
+def _accuracy(column: str) -> Metric:
+    """Held-out preference accuracy in percent: the mean of the objectives, the worst of them, or one."""
+
+    def metric(outcome: Outcome) -> float:
+        of = outcome.accuracy
+        return 100 * {"overall": statistics.fmean(of.values()), "worst": min(of.values()), **of}[column]
+
+    return metric
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+SECTIONS: dict[str, Callable[[str], Metric]] = {
+    "greedy answers: net win rate, %": _greedy,
+    "sampled answers: net win rate, %": _sampled,
+    "held-out pairs: accuracy, %": _accuracy,
+}
+
+
+def labels(results: Sequence[SeedResult]) -> list[str]:
+    """The models that were judged, in the order of the table."""
+    return [outcome.label for outcome in results[0].outcomes]
+
+
+def result_table(results: Sequence[SeedResult]) -> Table:
+    """Every model by every measure: mean over the seeds ± their standard deviation."""
+    rows: list[tuple[str, ...]] = []
+    for section, metric in SECTIONS.items():
+        rows.append((section, *[""] * len(_COLUMNS)))
+        for label in labels(results):
+            cells = [
+                _cell(values(results, label, metric(column)), signed=metric is not _accuracy) for column in _COLUMNS
+            ]
+            rows.append((f"  {label}", *cells))
+    n = len(results)
+    spread = f"mean of {n} seeds ± standard deviation" if n > 1 else "one seed"
+    flipped = [f"{share:.0%} of {name}' are flipped" for name, share in REGIMES[results[0].regime].items()]
+    note = (
+        f"{spread}; {len(results[0].prompts)} held-out prompts; training labels: {', '.join(flipped) or 'clean'}.\n"
+        "net win rate: answers rated higher than the golden one (of four rated answers, that with the largest sum of\n"
+        "ratings) minus those rated lower; 0: as good as golden. overall: by that sum; worst: the lowest objective.\n"
+        "accuracy: rated pairs whose better answer alignment made likelier; 50 before it by definition. overall: mean."
+    )
+    title = "Four objectives in conflict: helpfulness against the three others"
+    return Table(title, ("", *(_SHORT.get(c, c) for c in _COLUMNS)), rows, note)
+
+
+def _cell(of_seeds: Sequence[float], signed: bool) -> str:
+    mean = f"{statistics.fmean(of_seeds):{'+' if signed else ''}.1f}"
+    return mean if len(of_seeds) == 1 else f"{mean} ±{statistics.stdev(of_seeds):4.1f}"
+
+
+def weight_table(results: Sequence[SeedResult]) -> Table:
+    """The mean weight of each objective under each method."""
+    rows = []
+    for label in labels(results):
+        if label != BEFORE:
+            means = [mean_weights(o, OBJECTIVES) for r in results for o in r.outcomes if o.label == label]
+            rows.append((label, *(f"{statistics.fmean(column):.3f}" for column in zip(*means, strict=True))))
+    return Table("Mean weight on each objective's gradient", ("", *(_SHORT.get(c, c) for c in OBJECTIVES)), rows)
+
+
+def answer_table(result: SeedResult) -> Table:
+    """How each model answers one held-out prompt: the first on which the methods' greedy answers differ the most."""
+    spoken = [len({outcome.answers[i] for outcome in result.outcomes}) for i in range(len(result.prompts))]
+    i = spoken.index(max(spoken))
+    prompt = result.prompts[i]
+    said = [("golden", result.golden[i]), *((outcome.label, outcome.answers[i]) for outcome in result.outcomes)]
+    rows = [(who, *(f"{r:g}" for r in result.world.rate(prompt, text).values()), text) for who, text in said]
+    return Table(
+        f"Ratings (1 to 5) of answers to: {prompt}", ("", *(_SHORT.get(c, c) for c in OBJECTIVES), "answer"), rows
+    )
+
+
+# ---- the sentence ----------------------------------------------------------------------------------------------------
+
+
+def conclusion(results: Sequence[SeedResult]) -> str:
+    """What the numbers say of ADAPTIVE against BASELINE, in one sentence: the worst objective, the price, STATIC."""
+    minority = min(OBJECTIVES, key=lambda name: statistics.fmean(values(results, BASELINE, _accuracy(name))))
+    others = [name for name in OBJECTIVES if name != minority]
+
+    def of_others(rates: Callable[[str], Metric]) -> Metric:
+        return lambda outcome: statistics.fmean(rates(name)(outcome) for name in others)
+
+    n = len(results)
+    return (
+        f"In {n} seed{'s' * (n > 1)}, against {BASELINE}, {ADAPTIVE} {_lift(results, _greedy('worst'))} the worst "
+        f"objective's net win rate in greedy answers ({_from_to(results, _greedy('worst'))}), "
+        f"{_lift(results, _sampled('worst'))} it in sampled ones ({_from_to(results, _sampled('worst'))}), and "
+        f"{_lift(results, _accuracy('worst'))} the worst held-out accuracy ({_from_to(results, _accuracy('worst'))}); "
+        f"on the three objectives other than {minority} it {_change(results, of_others(_greedy))} points on average "
+        f"in greedy answers and {_change(results, of_others(_sampled))} in sampled ones, and overall it "
+        f"{_change(results, _greedy('overall'))} and {_change(results, _sampled('overall'))}; {_static(results)}."
+    )
+
+
+def _differences(results: Sequence[SeedResult], metric: Metric, label: str = ADAPTIVE) -> list[float]:
+    """`label` minus BASELINE, paired by seed."""
+    ours, theirs = values(results, label, metric), values(results, BASELINE, metric)
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def _lift(results: Sequence[SeedResult], metric: Metric) -> str:
+    gains = _differences(results, metric)
+    if min(gains) > 0:
+        return "lifts"
+    return "lifts on average" if statistics.fmean(gains) > 0 else "does not lift"
+
+
+def _from_to(results: Sequence[SeedResult], metric: Metric) -> str:
+    before, after = (statistics.fmean(values(results, label, metric)) for label in (BASELINE, ADAPTIVE))
+    gains = _differences(results, metric)
+    return f"{before:.1f} to {after:.1f}, higher in {sum(gain > 0 for gain in gains)} of {len(gains)}"
+
+
+def _change(results: Sequence[SeedResult], metric: Metric) -> str:
+    change = statistics.fmean(_differences(results, metric))
+    return f"{'gains' if change > 0 else 'loses'} {abs(change):.1f}"
+
+
+def _static(results: Sequence[SeedResult]) -> str:
+    """What fixed weights with ADAPTIVE's means make of its gain in the worst objective (greedy)."""
+    metric = _greedy("worst")
+    reached = statistics.fmean(values(results, STATIC, metric))
+    adaptive, static = (statistics.fmean(_differences(results, metric, label)) for label in (ADAPTIVE, STATIC))
+    says = f"weights fixed at its means reach {reached:.1f} on the worst objective in greedy answers"
+    if adaptive <= 0:
+        return f"{says}, so neither form lifts it" if static <= 0 else f"{says}, more than adapting them at every step"
+    share = static / adaptive
+    if share >= 2 / 3:
+        return f"{says}, {share:.0%} of its gain: what counts here is the mean weights more than adapting them"
+    return f"{says}, {max(share, 0):.0%} of its gain: " + (
+        "most of it comes from adapting them at every step"
+        if share <= 1 / 3
+        else "adapting them at every step adds the rest"
+    )
+
+
+# ---- what is printed and written -------------------------------------------------------------------------------------
+
+
+def terminal(results: Sequence[SeedResult]) -> str:
+    """Everything that the terminal shows at the end."""
+    return f"{result_table(results).text()}\n\n{weight_table(results).text()}\n\n{conclusion(results)}"
+
+
+def write(output: Path, results: Sequence[SeedResult], command: str, seconds: float) -> list[Path]:
+    """Write results.json, the picture and the report into the folder `output`; returns the paths, the picture first."""
+    numbers = output / "results.json"
+    numbers.write_text(json.dumps(_plain(results, command, seconds), indent=1) + "\n", "utf-8")
+    try:
+        require_matplotlib()
+    except MissingMatplotlibError as error:
+        logger.warning("no picture and no report: %s", error)
+        return [numbers]
+    title = "mogeo demo: four objectives in conflict"
+    seeds = f" ({len(results)} seeds; a bar is their mean)" if len(results) > 1 else ""
+    adaptive = [outcome.history for result in results for outcome in result.outcomes if outcome.label == ADAPTIVE]
+    picture = write_comparison(
+        output / _PICTURE,
+        title + seeds,
+        [_bars(results, section, metric) for section, metric in SECTIONS.items()],
+        OBJECTIVES,
+        adaptive,
+        f"weights of {ADAPTIVE} (dashed: their means)",
+    )
+    first = results[0]
+    runs = {f"{o.label}, seed {first.seed}": o.history for o in first.outcomes if o.history}
+    tables = [result_table(results), weight_table(results), answer_table(first)]
+    notes = [conclusion(results), f"Command: {command}; {seconds:.0f} s."]
+    report, *_ = write_report(output, title, OBJECTIVES, runs, tables, notes, pictures=[picture])
+    return [picture, report, numbers]
+
+
+def _bars(results: Sequence[SeedResult], section: str, metric: Callable[[str], Metric]) -> Bars:
+    series = {
+        label: [values(results, label, metric(column)) for column in _COLUMNS]
+        for label in labels(results)
+        if not (metric is _accuracy and label == BEFORE)
+    }
+    heading, ylabel = section.split(": ")
+    baseline = 50.0 if metric is _accuracy else 0.0
+    return Bars(heading, ylabel, [_SHORT.get(c, c) for c in _COLUMNS], series, baseline)
+
+
+def _plain(results: Sequence[SeedResult], command: str, seconds: float) -> dict[str, Any]:
+    """All numbers of all seeds, for those who want to compute something else from them."""
+    runs = [
+        {
+            "seed": result.seed,
+            "label": outcome.label,
+            "weighting": outcome.weighting,
+            **{
+                kind: {column: round(metric(column)(outcome), 3) for column in _COLUMNS}
+                for kind, metric in (("greedy", _greedy), ("sampled", _sampled), ("accuracy", _accuracy))
+            },
+            "history": outcome.history,
+        }
+        for result in results
+        for outcome in result.outcomes
+    ]
+    regime = results[0].regime
+    return {"command": command, "regime": regime, "seconds": round(seconds, 1), "unit": "percent", "runs": runs}

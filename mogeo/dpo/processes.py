@@ -1,0 +1,189 @@
+"""The processes of one run: how they join, which device is whose, what only the first does. Knows no model.
+
+`torchrun` and `accelerate launch` say in the environment how many processes they started; a process that finds nothing
+there is alone, and everything below then costs nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mogeo.errors import InputError
+
+T = TypeVar("T")
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets beside WORLD_SIZE
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model together, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This rank's part of [n, ...], n being a multiple of `size`: the parts in the order of ranks are the whole."""
+        return whole.chunk(self.size)[self.rank]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum_(torch.tensor(float(flag)))) if self.size > 1 else flag
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, by rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """Let the first rank act; all return what it returned, or raise the InputError that it raised."""
+        if self.size == 1:
+            return act()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told = [act(), None]
+            except InputError as error:
+                told = [None, error]
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        result: T = told[0]
+        return result
+
+    def check_agreed(self, settings: dict[str, Any]) -> None:
+        """Raise InputError, on every rank, if they were not all given the same."""
+        for rank, theirs in enumerate(every := self.gather(settings)):
+            for key, value in theirs.items():
+                if value != every[0].get(key):
+                    raise InputError(
+                        f"rank 0 has {key} {every[0].get(key)!r}, rank {rank} has {value!r}: start every rank with the "
+                        "same options, and with the same files"
+                    )
+
+
+def current_ranks() -> Ranks:
+    """The processes of the default process group; alone where there is none.
+
+    Raises:
+        InputError: the group cannot carry tensors on the CPU, as scores and stop requests are.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    backends = dist.get_backend_config()
+    if "cpu:" not in backends:
+        raise InputError(
+            f"the process group has the backend {backends}, and nothing for the CPU: leave the backend out of "
+            "init_process_group, which then has gloo as well"
+        )
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def launched() -> Ranks:
+    """The processes that a launcher started, before they have joined.
+
+    Raises:
+        InputError: the environment names several, but not which of them this one is.
+    """
+    size = _number("WORLD_SIZE", "1")
+    if size == 1:
+        return Ranks()
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun --nproc-per-node {size} "
+            "-m mogeo align ..., or unset WORLD_SIZE to run alone"
+        )
+    return Ranks(_number("RANK"), size)
+
+
+def resolve_device(name: str) -> str:
+    """The device that "auto" means, or `name`; InputError where torch cannot use it."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise InputError(f"device '{name}' cannot be used ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def device_of_rank(device: str, ranks: Ranks) -> torch.device:
+    """The device of this process: of several on one machine, each takes the GPU of its LOCAL_RANK.
+
+    Raises:
+        InputError: torch cannot use it, one GPU was named for all, or there are fewer than processes.
+    """
+    chosen = torch.device(resolve_device(device))
+    if ranks.size == 1 or chosen.type != "cuda":
+        return chosen
+    if chosen.index is not None:
+        raise InputError(f"device '{device}' is one GPU for {ranks.size} ranks: name cuda, and each rank takes its own")
+    local, count = _number("LOCAL_RANK", str(ranks.rank)), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(
+            f"rank {ranks.rank} needs a GPU of its own, the {local + 1}th on this machine, which has {count}: start at "
+            f"most {count} ranks on it, or take device cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """Join the processes that a launcher started, for as long as this context lasts.
+
+    Does nothing for a process that is alone, or whose process group exists already.
+
+    Args:
+        device: what the model is trained on, or auto; nccl carries CUDA tensors, gloo those on the CPU.
+
+    Raises:
+        InputError: see `launched` and `device_of_rank`.
+    """
+    ranks = launched()
+    if ranks.size == 1 or dist.is_initialized():
+        yield current_ranks()
+        return
+    place = device_of_rank(device, ranks)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield ranks
+    except BaseException:
+        # nccl would wait for collectives that the other ranks never join; the end of this process frees it as well.
+        if place.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _number(variable: str, default: str = "") -> int:
+    text = os.environ.get(variable, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"{variable} is {text!r}: it has to be a number, as torchrun sets it; unset it to run alone"
+        ) from None

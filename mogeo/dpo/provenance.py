@@ -1,0 +1,67 @@
+"""Which data a run of `mogeo align` came from, and which prompts it was trained on: `data.json` in its folder.
+
+`mogeo evaluate` reads it, so that it judges on the prompts that were held out, and on no other. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mogeo.dpo.data import Row, same_prompt
+from mogeo.errors import InputError
+
+_FILE = "data.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The data of a run, and how it was split."""
+
+    data: str
+    """Hub name, or absolute path of a file."""
+    held_out: float | int
+    """As `split_rows` takes it."""
+    seed: int
+    objectives: tuple[str, ...]
+    trained: frozenset[str]
+    """Hashes of the prompts of the training side."""
+
+    @classmethod
+    def of(
+        cls, data: str, held_out: float | int, seed: int, objectives: Sequence[str], train_rows: Iterable[Row]
+    ) -> Origin:
+        """The origin of a run, from what it was given and what the split made of it."""
+        place = str(Path(data).resolve()) if Path(data).is_file() else data
+        trained = frozenset(_hash(row["instruction"]) for row in train_rows)
+        return cls(place, held_out, seed, tuple(objectives), trained)
+
+    def trained_on(self, prompt: str) -> bool:
+        """Whether the prompt, or one that differs in white space only, was on the training side."""
+        return _hash(prompt) in self.trained
+
+    def write(self, folder: Path) -> None:
+        """Write data.json."""
+        record = {**asdict(self), "trained": sorted(self.trained)}
+        (folder / _FILE).write_text(json.dumps(record) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Origin:
+        """Read data.json. Raises InputError if it is missing or damaged."""
+        try:
+            record = json.loads((folder / _FILE).read_text("utf-8"))
+            names, trained = tuple(record["objectives"]), frozenset(record["trained"])
+            return cls(record["data"], record["held_out"], record["seed"], names, trained)
+        except FileNotFoundError:
+            cure = f"to judge it all the same, name its model: {folder / 'model'}, with --data, --held-out and --seed"
+            raise InputError(f"run '{folder}' has no {_FILE}, which says what it was trained on; {cure}") from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise InputError(f"'{folder / _FILE}' cannot be read ({error})") from None
+
+
+def _hash(prompt: str) -> str:
+    # 64 bits: two of a million prompts collide with probability 3e-8, and would only be left out.
+    return hashlib.sha256(same_prompt(prompt).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,375 @@
+"""The functional core: gram, combine, min_norm_weights, descent_weights; and the arithmetic of sketches. Checks its
+arguments (`mogeo.geometry.projection` checks those of sketches); the one place that chooses an implementation.
+
+Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels
+(`mogeo.geometry.triton_backend`), all others PyTorch operations and the scalar solver (`mogeo.geometry.torch_backend`).
+The functions are operators of torch (`torch.ops.mogeo`), so that `torch.compile` keeps them whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mogeo.geometry import torch_backend as cpu
+
+_OLDEST_TRITON = (3, 3)  # earlier ones cannot compile loops that carry tuples
+
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class MinNorm(NamedTuple):
+    """A min-norm point in the convex hull of K gradients; for a batch of problems, with its leading dimensions."""
+
+    weights: Tensor  #: fp64 [K], on the simplex
+    gap: Tensor  #: fp64 [], the duality gap aᵀMa − min_i (Ma)_i over the hull, in units of the Gram matrix
+    status: Tensor  #: int64 [], a `mogeo.Status`
+
+
+class Descent(NamedTuple):
+    """The direction nearest to a given one that hurts no objective; for a batch, with its leading dimensions."""
+
+    weights: Tensor  #: fp64 [K], w + μ
+    correction: Tensor  #: fp64 [K], μ ≥ 0
+    status: Tensor  #: int64 [], a `mogeo.Status`
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The functions
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of gradient rows.
+
+    Args:
+        rows: [K, N], fp64, fp32, bf16 or fp16, one flattened gradient per row.
+
+    Returns:
+        G Gᵀ, fp64 [K, K], exactly symmetric, on the device of `rows`. Each entry is within 1e-6 of the largest diagonal
+        entry for any N (4e-6 if all elements have one magnitude, so that roundings add up). A row with NaN or infinity
+        spoils its own row and column only.
+
+    Raises:
+        TypeError: `rows` is no tensor of one of these dtypes.
+        ValueError: `rows` is not two-dimensional, or has no row.
+    """
+    _check_rows(rows)
+    result: Tensor = torch.ops.mogeo.gram(rows.detach())
+    return result
+
+
+def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Inner products of gradient rows segment by segment (layer by layer, say), and over all columns.
+
+    On a GPU one pass over the rows yields all of them, so that segments cost nothing.
+
+    Args:
+        rows: [K, N], as for `gram`.
+        boundaries: b_0 = 0 ≤ b_1 ≤ … ≤ b_S = N: segment s is the columns b_s … b_{s+1} − 1.
+
+    Returns:
+        The Gram of all columns, fp64 [K, K], and that of each segment, fp64 [S, K, K], which sum to it.
+
+    Raises:
+        TypeError, ValueError: as for `gram`; or the boundaries do not cut the columns.
+    """
+    _check_rows(rows)
+    boundaries = [int(boundary) for boundary in boundaries]
+    if len(boundaries) < 2 or (boundaries[0], boundaries[-1]) != (0, rows.shape[1]) or boundaries != sorted(boundaries):
+        raise ValueError(
+            f"boundaries {boundaries} do not cut {rows.shape[1]} columns: pass 0, …, {rows.shape[1]} in ascending order"
+        )
+    grams: Tensor = torch.ops.mogeo.gram_by_segment(rows.detach(), boundaries)
+    return grams[-1], grams[:-1]
+
+
+def combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The weighted sum wᵀ rows.
+
+    Args:
+        rows: [K, N], fp64, fp32, bf16 or fp16.
+        weights: [K], any real dtype. A row whose weight is 0 is not read, so it may hold NaN.
+        out: where to write, [N], on the device of `rows`, of any of these dtypes. `rows[0]` works in place; any other
+            row does not.
+
+    Returns:
+        `out`, or a new tensor in the dtype of the rows. Half-precision rows are accumulated in fp32 and rounded once,
+        or not at all if `out` is fp32.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: shapes do not fit, or `out` overlaps a row other than the first.
+    """
+    _check_rows(rows)
+    count, columns = rows.shape
+    if weights.shape != (count,):
+        raise ValueError(f"weights have shape {tuple(weights.shape)} for {count} rows: pass one weight per row")
+    rows = rows.detach()
+    weights = weights.detach().to(device=rows.device, dtype=torch.float64, non_blocking=True)
+    if out is None:
+        result: Tensor = torch.ops.mogeo.combine(rows, weights)
+        return result
+    if out.dtype not in ROW_DTYPES:
+        raise TypeError(f"out is {out.dtype}: pass fp64, fp32, bf16 or fp16")
+    if out.shape != (columns,) or out.device != rows.device:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} on {out.device}, but the rows have {columns} columns on {rows.device}"
+        )
+    torch.ops.mogeo.combine_out(rows, weights, out)
+    return out
+
+
+def min_norm_weights(gram: Tensor) -> MinNorm:
+    """The min-norm point of the convex hull of K gradients, from their Gram matrix: argmin over the simplex of aᵀ M a.
+
+    Exact (an active-set method in fp64 that certifies its result, and takes more digits where fp64 does not suffice:
+    `mogeo.geometry.exact_min_norm`, and for up to 32 objectives on a GPU `mogeo.kernels.min_norm`) and deterministic;
+    on CPUs the same on every machine. Objectives whose gradient is zero (diagonal ≤ 0) or not finite are left out of
+    the hull and get weight 0.
+
+    Args:
+        gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding. The mean of M and Mᵀ is
+            used. [..., K, K] solves many problems: on a GPU in one launch.
+
+    Returns:
+        `MinNorm(weights, gap, status)` on the device of `gram`.
+
+    Raises:
+        TypeError: `gram` is not floating point.
+        ValueError: `gram` is not square, or empty.
+
+    Source: Désidéri, *Multiple-gradient descent algorithm (MGDA)*, 2012.
+    """
+    _check_gram(gram)
+    return normalized_min_norm(gram, None, "none", 1.0, "raw")
+
+
+def descent_weights(gram: Tensor, weights: Tensor) -> Descent:
+    """Weights of the direction nearest to d = Gᵀw that hurts no objective: ⟨v, g_k⟩ ≥ 0 for all k, to first order.
+
+    v = Gᵀ(w + μ), with μ ≥ 0 exact and certified as the weights of `min_norm_weights` are: ⟨v, g_k⟩ is never below
+    −1e-13 ‖g_k‖ Σ_j (|w_j| + μ_j) ‖g_j‖ where the status is `OPTIMAL`. Where d hurts nobody already, w comes back as it
+    is, to the last bit.
+
+    Args:
+        gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding; or [..., K, K].
+        weights: w [K], on the raw gradients; or [..., K].
+
+    Returns:
+        `Descent(weights, correction, status)` on the device of `gram`.
+
+    Raises:
+        TypeError: `gram` is not floating point.
+        ValueError: `gram` is not square, or empty, or `weights` does not fit.
+    """
+    _check_gram(gram)
+    if weights.shape != gram.shape[:-1]:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}: a Gram {tuple(gram.shape)} needs [..., K]")
+    weights = weights.detach().to(device=gram.device, dtype=torch.float64)
+    return Descent(*torch.ops.mogeo.descent(gram.detach().to(torch.float64), weights))
+
+
+def normalized_min_norm(
+    gram: Tensor,
+    losses: Tensor | None,
+    normalize: Literal["none", "l2", "loss", "loss+"],
+    power: float,
+    apply_to: Literal["raw", "normalized"],
+) -> MinNorm:
+    """`min_norm_weights` of gradients divided by the normalisers of `mogeo.weightings.MGDA`; arguments as checked.
+
+    Args:
+        gram: M of the raw gradients [..., K, K].
+        losses: L, [..., K], where they normalise.
+        normalize: what divides each gradient; `power`: the exponent of that.
+        apply_to: "raw": the coefficients are the weights; "normalized": they are divided by the normalisers.
+    """
+    losses = None if losses is None else losses.detach().to(device=gram.device, dtype=torch.float64)
+    return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
+
+
+def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+    """row += S gradient, with what `sketch_tables` returned for this tensor; arguments as checked."""
+    torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, signs)
+
+
+def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """What `SignedSketch` drew, in the form and the place that `sketch_` reads it for that device.
+
+    Args:
+        signs: ±1, int8 [n].
+        chunks: per tensor int32 [C, 3], a chunk's rotation, the first entry of its window, and its sign.
+    """
+    code = _for_cuda() if device.type == "cuda" else cpu
+    table, moved = code.sketch_tables(signs, chunks, device)
+    return table, moved
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+def _lack_of_triton() -> str | None:
+    """Why the kernels cannot be used, if so."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return None if version >= _OLDEST_TRITON else f"triton {triton.__version__} is too old for mogeo's kernels"
+
+
+@functools.cache
+def _for_cuda() -> ModuleType:
+    lack = _lack_of_triton()
+    if lack is not None:
+        warnings.warn(
+            f"{lack}: on this GPU mogeo runs as PyTorch operations, which are slower and wait for the device at every "
+            "step. pip install --upgrade triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return cpu
+    from mogeo.geometry import triton_backend as cuda
+
+    return cuda
+
+
+def device_code(blocks: Sequence[Tensor]) -> ModuleType | None:
+    """The Triton backend, if it can take a step over these blocks of rows [K, N_b] without asking the host; else None.
+
+    That is where all of them lie on one GPU, K ≤ 32, and Triton is there.
+    """
+    if any(block.device.type != "cuda" or block.device != blocks[0].device for block in blocks):
+        return None
+    code = _for_cuda()
+    return code if code is not cpu and len(blocks[0]) <= code.MOST_ROWS else None
+
+
+_OPERATORS = {
+    "gram": "(Tensor rows) -> Tensor",
+    "gram_by_segment": "(Tensor rows, int[] boundaries) -> Tensor",
+    "combine": "(Tensor rows, Tensor weights) -> Tensor",
+    "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
+    "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
+    "descent": "(Tensor gram, Tensor weights) -> (Tensor, Tensor, Tensor)",
+    "sketch_": "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor signs) -> ()",
+}
+# Not torch.library.custom_op: that costs ten microseconds a call, this two.
+_LIBRARY = torch.library.Library("mogeo", "DEF")  # type: ignore[no-untyped-call]
+for _name, _schema in _OPERATORS.items():
+    _LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
+
+
+def _register(key: str, code: Callable[[], ModuleType]) -> None:
+    """Register the functions of `code()` for a dispatch key. `code` is called late: importing Triton takes a second."""
+
+    def gram(rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            result: Tensor = code().gram(rows)
+        return result
+
+    def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            result: Tensor = code().gram_by_segment(rows, boundaries)
+        return result
+
+    def combine(rows: Tensor, weights: Tensor) -> Tensor:
+        result: Tensor = code().combine(rows, weights, rows.new_empty(rows.shape[1]))
+        return result
+
+    def combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        if _overlaps_later_row(out, rows):  # here and not before, for a compiler has no addresses to compare
+            raise ValueError("out overlaps a row other than the first, and would overwrite it unread: use rows[0]")
+        code().combine(rows, weights, out)
+
+    def min_norm(
+        gram: Tensor, losses: Tensor | None, normalize: str, power: float, apply_to: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = code().min_norm(gram, losses, normalize, power, apply_to)
+        return result
+
+    def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights)
+        return result
+
+    def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+        code().sketch_(row, gradient, chunks, signs)
+
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
+        _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
+
+
+_register("CompositeExplicitAutograd", lambda: cpu)  # all devices but those named below
+_register("CUDA", _for_cuda)
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, for torch.compile."""
+
+    def gram(rows: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape[0], rows.shape[0], dtype=torch.float64)
+
+    def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
+        return rows.new_empty(len(boundaries), rows.shape[0], rows.shape[0], dtype=torch.float64)
+
+    def combine(rows: Tensor, weights: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape[1])
+
+    def combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        return None
+
+    def min_norm(
+        gram: Tensor, losses: Tensor | None, normalize: str, power: float, apply_to: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+        return gram.new_empty(gram.shape[:-1]), gram.new_empty(gram.shape[:-2]), status
+
+    def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+        return torch.empty_like(weights), torch.empty_like(weights), status
+
+    def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
+        return None
+
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
+        torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
+
+
+_register_fakes()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _check_gram(gram: Tensor) -> None:
+    if not gram.is_floating_point():
+        raise TypeError(f"gram is {gram.dtype}: pass a real floating-point Gram matrix")
+    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1] or gram.shape[-1] == 0:
+        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square matrix [K, K], K ≥ 1, or a batch of them")
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dtype not in ROW_DTYPES:
+        raise TypeError(f"rows are {rows.dtype}: pass fp64, fp32, bf16 or fp16")
+    if rows.ndim != 2 or rows.shape[0] == 0:
+        raise ValueError(f"rows have shape {tuple(rows.shape)}: pass [K, N], one flattened gradient per row, K ≥ 1")
+
+
+def _overlaps_later_row(out: Tensor, rows: Tensor) -> bool:
+    if out.numel() == 0 or out.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr():
+        return False
+    in_place = out.dtype == rows.dtype and out.data_ptr() == rows[0].data_ptr()
+    if in_place and out.stride() == rows[0].stride() and rows.stride(0) != 0:
+        return False
+    first = rows.data_ptr()
+    last = rows[-1, -1:].data_ptr()
+    return out.data_ptr() <= last and out[-1:].data_ptr() >= first

@@ -1,0 +1,1 @@
+"""`mogeo evaluate`: generate answers, have them judged, and estimate net win rates. Must not know training."""

@@ -1,0 +1,109 @@
+"""Which processes there are, what is told to whom, and what is refused before anybody waits."""
+
+import contextlib
+
+import pytest
+import torch
+
+from mogeo.dpo.config import AlignConfig
+from mogeo.dpo.processes import Ranks, current_ranks, device_of_rank, joined, launched
+from mogeo.dpo.scoring import score
+from mogeo.dpo.tokens import TokenSequence
+from mogeo.errors import InputError
+from tests.distributed.runner import run
+
+LAUNCH = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def set_to(**variables):
+        for name in LAUNCH:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_a_process_without_a_launcher_is_alone(environment):
+    environment()
+    assert launched() == current_ranks() == Ranks(0, 1)
+    with joined("abacus") as ranks:  # no device is touched for nothing
+        assert ranks == Ranks(0, 1)
+    environment(**LAUNCH)
+    assert launched() == Ranks(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": ""}, "WORLD_SIZE is 2, but RANK not set: start with torchrun --nproc-per-node 2"),
+        ({"RANK": "one"}, "RANK is 'one': it has to be a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    ],
+)
+def test_half_a_launch_is_refused(environment, changes, message):
+    environment(**{**LAUNCH, **changes})
+    with pytest.raises(InputError, match=message):
+        launched()
+
+
+def test_each_rank_takes_a_gpu_of_its_own(environment, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment(**LAUNCH)
+    assert device_of_rank("cuda", Ranks(1, 2)) == torch.device("cuda", 1)
+    assert device_of_rank("cuda:1", Ranks()) == torch.device("cuda", 1)
+    assert device_of_rank("cpu", Ranks(1, 2)) == torch.device("cpu")
+    with pytest.raises(InputError, match="'cuda:0' is one GPU for 2 ranks: name cuda"):
+        device_of_rank("cuda:0", Ranks(1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="start at most 2 ranks on it"):
+        device_of_rank("cuda", Ranks(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        (AlignConfig(pairs_per_objective=8), 3, r"8 pairs .* over 3 ranks: take 6 or 9 \(--pairs\)"),
+        (AlignConfig(pairs_per_objective=2), 3, r"take 3 \(--pairs\)"),
+        (AlignConfig(fsdp=True), 1, "this process is alone"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(config, size, message):
+    with pytest.raises(InputError, match=message):
+        config.check_ranks(size)
+
+
+def test_shares_are_the_whole_in_order():
+    whole = torch.arange(12)
+    assert torch.equal(torch.cat([Ranks(rank, 3).share(whole) for rank in range(3)]), whole)
+
+
+SEQUENCES = [TokenSequence(tuple(range(3, 3 + n)), start) for n, start in [(5, 2), (9, 4), (4, 1), (7, 6), (9, 1)]]
+
+
+def scores(model):
+    ranks = current_ranks()
+    told = ranks.on_first(lambda: f"rank {ranks.rank}")
+    with pytest.raises(InputError, match="no such file"):
+        ranks.on_first(refuse)
+    ranks.check_agreed({"seed": 0})
+    with pytest.raises(InputError, match="rank 0 has seed 0, rank 1 has 1: start every rank"):
+        ranks.check_agreed({"seed": ranks.rank})
+    result = score(model, SEQUENCES, batch_size=2, pad=0, precision=contextlib.nullcontext(), ranks=ranks)
+    return result, told, ranks.any(ranks.rank == 1)
+
+
+def refuse():
+    raise InputError("no such file")
+
+
+def test_ranks_share_the_scoring_and_get_the_same_bits(make_model):
+    """Three batches over two ranks: one has nothing left in the last round."""
+    model = make_model()
+    expected = score(model, SEQUENCES, batch_size=2, pad=0, precision=contextlib.nullcontext())
+    for result, told, any_set in run(2, scores, model):
+        assert torch.equal(result, expected)
+        assert (told, any_set) == ("rank 0", True)
