@@ -1,1 +1,1 @@
-"""What a user hands to `backward`: named losses, their graphs, and calls not yet stepped on. Knows no gradients, no decisions."""
+"""What a user hands to `backward`: named losses, and their graphs. Must not know gradients, weightings or decisions."""

@@ -1,4 +1,4 @@
-"""`mogeo plan`: arguments, the table, the recommendation. Numbers come from `activations`, `memory`, `cost` and `recommend`.
+"""`mogeo plan`: arguments, table, recommendation. Numbers come from `activations`, `memory`, `cost` and `recommend`.
 
 Must not import torch at the top: `mogeo plan --help` has to answer at once.
 """
