@@ -47,8 +47,13 @@ class OptimizerWrapper(Optimizer):
         super().__init__([torch.empty(0)], {})
         self.base = base
 
-    def prepare_step(self) -> None:
-        """Called when the base is about to use gradients: before it steps, and after each evaluation of a closure."""
+    def prepare_step(self) -> bool:
+        """Called when the base is about to use gradients: before it steps, and after each evaluation of a closure.
+
+        Returns:
+            Whether it is to step.
+        """
+        return True
 
     def own_state(self) -> dict[str, Any]:
         """What to save besides the base's state: dicts by strings, lists, strings, numbers, None, and small tensors."""
@@ -78,7 +83,8 @@ class OptimizerWrapper(Optimizer):
             if changed is not None:
                 arguments, options = changed
         closure = arguments[1] if len(arguments) > 1 else options.get("closure")
-        self.prepare_step()
+        if not self.prepare_step():
+            return None
         result: Any = self.base.step() if closure is None else self.base.step(self._preparing(closure))
         for post_hook in list(self._optimizer_step_post_hooks.values()):
             post_hook(self, arguments, options)
