@@ -76,9 +76,9 @@ class State:
 
     def drop_step(self) -> None:
         """Nothing is captured any more, and nothing due."""
-        self.captures.drop()
         self.step = None
         self.unusable = False
+        self.captures.drop()
 
     def begin_counting(self) -> None:
         """No step has left out anybody yet."""

@@ -53,6 +53,8 @@ class Catcher:
         self._parameters = list(parameters)
         sizes = [local_of(p).numel() * grad_dtype(p).itemsize for p in self._parameters]
         self._arrivals = Arrivals(self._parameters, sizes) if hooks else None
+        # What `p.grad` was before, by index; None while nothing is caught. One assignment opens and closes it.
+        self._held: dict[int, Tensor] | None = None
 
     def lacks_hooks(self) -> bool:
         """Whether a large parameter was frozen when hooks were registered, and no longer is."""
@@ -64,22 +66,33 @@ class Catcher:
 
         Call `collect` after each backward. What `p.grad` held before comes back at the end.
         """
-        held: dict[int, Tensor] = {}
-        take = partial(self._take, receiver)
+        held = {i: receiver.withheld(cast(Tensor, self._parameters[i].grad)) for i in self._with_gradient()}
+        self._held = held
         try:
-            for i in self._with_gradient():
-                held[i] = cast(Tensor, self._parameters[i].grad)
-                held[i] = receiver.withheld(held[i])
+            for i in held:
                 self._parameters[i].grad = None
+            take = partial(self._take, receiver)
             with nullcontext() if self._arrivals is None or in_process_group() else self._arrivals.taking(take):
                 yield
         except BaseException:
-            for i in self._with_gradient():
-                self._parameters[i].grad = None
+            self.abort()
             raise
-        finally:
-            for i, grad in held.items():
-                self._parameters[i].grad = grad
+        self._give_back()
+
+    def abort(self) -> None:
+        """Let `p.grad` be what it was before `catching`, if that was cut short. Else nothing happens."""
+        if self._held is None:
+            return
+        if self._arrivals is not None:
+            self._arrivals.stop()
+        for i in self._with_gradient():
+            self._parameters[i].grad = None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for i, grad in (self._held or {}).items():
+            self._parameters[i].grad = grad
+        self._held = None
 
     def _with_gradient(self) -> list[int]:
         """Which parameters have a `p.grad`."""

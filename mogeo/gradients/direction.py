@@ -82,6 +82,8 @@ class SharedDirection(GradientStore):
         row, scattered = self.row, self.flat.scattered
         if len(indices) == len(self.parameters) and not self.flat.scatters and row.fill(grads, self._weight):
             return
+        for i in indices:
+            row.dirty[i] = not scattered[i]
         for again in (False, True):
             # What is scattered shares its row with all objectives: nothing there belongs to this one yet.
             at = [position for position, i in enumerate(indices) if (row.written[i] and not scattered[i]) == again]
@@ -93,7 +95,6 @@ class SharedDirection(GradientStore):
                 write(targets, sources, self._weight, fresh=not again)
         for i in indices:
             row.written[i] = self.flat.landed[i] = 1
-            row.dirty[i] = not scattered[i]
 
     def collect(self) -> None:
         """A backward is done: store what is left of its gradients. With scattered blocks, a collective."""

@@ -62,8 +62,8 @@ class Sketch:
 
     From the projections, the Gram matrix is estimated to ‖g_i‖‖g_j‖·√(2/d). Once weights are known, one more weighted
     backward gives the direction, of exact gradients: losses that are tensors keep their graphs until then; callables
-    are evaluated once more, with the same random numbers and the same buffers. Where d ≥ N nothing is lost: the d numbers
-    hold the gradient itself, and nothing is evaluated twice.
+    are evaluated once more, with the same random numbers and the same buffers. Where d ≥ N nothing is lost: the d
+    numbers hold the gradient itself, and nothing is evaluated twice.
 
     Args:
         dimension: d, from 1 to 2³⁰. A GPU likes multiples of 1,024.

@@ -85,6 +85,8 @@ class RowStore(ComparableStore):
         row, scattered = self.rows[self._index], self.flat.scattered
         if self._moves_plainly and len(indices) == len(self.parameters) and row.fill(grads, 1.0):
             return
+        for i in indices:
+            row.dirty[i] = not scattered[i]
         # By whether the row lies on the host, and whether it holds a gradient of this window already. What is scattered
         # over ranks shares its row with all objectives, and never does.
         batches: dict[tuple[int, int], list[int]] = {}
@@ -99,7 +101,6 @@ class RowStore(ComparableStore):
                 write(targets, sources, 1.0, not again)
         for i in indices:
             row.written[i] = self.flat.landed[i] = 1
-            row.dirty[i] = not scattered[i]
 
     def _send(self, targets: Sequence[Tensor], grads: Sequence[Tensor], fresh: bool) -> None:
         """Write gradients to a row on the host, beside what autograd goes on to do."""
@@ -164,9 +165,9 @@ class RowStore(ComparableStore):
 
     def combine(self, weights: Tensor) -> None:
         """Overwrite the direction with wᵀ rows, weights being fp64 [K]."""
+        self._hand_on()
         for block in self.flat.blocks:
             block.combine(weights)
-        self._handed_on()
 
     def direct(self, weights: Tensor, gram: Tensor | None, max_norm: float | None, *, discard: bool) -> Any:
         """`combine`, clipped and measured on the device; see `mogeo.kernels.combine`.
@@ -181,11 +182,11 @@ class RowStore(ComparableStore):
             Squared norm, fp64 [], and clip factor, fp64 [].
         """
         assert self._code is not None
+        self._hand_on()
         directions = [block.direction for block in self.flat.blocks]
         direction = self._code.direction_(
             self.blocks, weights, directions, gram=gram, max_norm=max_norm, discard=discard
         )
-        self._handed_on()
         if not discard:  # then weights may be NaN, and NaN · 0 stands where no gradient ever was
             self.direction.written_anywhere()
         return direction
@@ -195,8 +196,8 @@ class RowStore(ComparableStore):
         self.direction.poison()
         self.direction.row.written[:] = self.flags()
 
-    def _handed_on(self) -> None:
-        """The direction holds what the rows held."""
+    def _hand_on(self) -> None:
+        """The direction will hold what the rows hold: said before, lest an interrupt leave it unsaid."""
         self.direction.row.written[:] = self.flags()
         self.direction.row.dirty[:] = union([row.dirty for row in self.rows])
 

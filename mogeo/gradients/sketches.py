@@ -72,7 +72,7 @@ class SketchedRows(ComparableStore):
         sketches: list[_Sketched] = []
         for number, (kind, indices) in enumerate(members.items()):
             shapes = {i: local_of(self.parameters[i]).shape for i in indices}
-            fits = sum(shape.numel() for shape in shapes.values()) <= self.dimension
+            fits = _holds(self.dimension, sum(shape.numel() for shape in shapes.values()))
             sketches.append((_Whole if fits else _Projected)(kind, shapes, self.n_rows, self.dimension))
             for i in indices:
                 self._of_parameter[i] = number
@@ -265,6 +265,11 @@ class _Projected(_Sketched):
         if self._packed:
             self._pack.zero_()
             self._packed = False
+
+
+def _holds(dimension: int, elements: int) -> bool:
+    """Whether so many numbers hold a gradient of so many elements."""
+    return elements <= dimension
 
 
 def _small(sizes: Mapping[int, int]) -> list[int]:

@@ -78,6 +78,7 @@ class Captures:
         self._memory: Memory | None = None
         self._catcher: Catcher | None = None
         self._ids: frozenset[int] = frozenset()
+        self._is_clean = True  # whether no store holds anything of a window
         self.rows: RowStore | None = None
         self._alone: SharedDirection | None = None
         self.plain: SharedDirection | None = None
@@ -111,6 +112,8 @@ class Captures:
             ValueError: no parameter requires grad.
             RuntimeError: parameters changed within a window that cannot move, or ranks disagree on the objectives.
         """
+        if not is_open and not self._is_clean:  # an interrupt cut `drop` short
+            self.drop()
         mine, others, facts = self._parameters(wanted.groups, is_open)
         n_rows = len(wanted.names) if keep == "rows" and isinstance(wanted.memory, Rows) else 0
         if not self._suits(n_rows, facts, others, wanted.memory, is_open):
@@ -219,6 +222,7 @@ class Captures:
     @contextmanager
     def capturing(self, store: GradientStore, n_objectives: int) -> Iterator[None]:
         """Within this context, gradients that autograd accumulates go to `store`, those of plain groups to a mean."""
+        self._is_clean = False
         with store.capturing():
             if self.plain is None:
                 yield
@@ -249,4 +253,6 @@ class Captures:
     def drop(self) -> None:
         """Close the window without handing anything out."""
         for store in self._stores:
+            store.catcher.abort()
             store.drop()
+        self._is_clean = True

@@ -39,8 +39,10 @@ class FlatRow:
         """
         if any(self.written) and not all(self.written):
             return False
+        # Dirty first: an interrupt may leave gradients half written.
+        self.dirty[:] = b"\1" * len(self.views)
         write(self.views, grads, weight, fresh=not any(self.written))
-        self.written[:] = self.dirty[:] = b"\1" * len(self.views)
+        self.written[:] = self.dirty
         return True
 
     def zero_stale(self) -> None:
@@ -56,8 +58,9 @@ class FlatRow:
         """Copy what this window wrote to another row: (index here, index there) of each parameter that both have."""
         for i, j in places:
             if old.written[j] and old.views[j].shape == self.views[i].shape:
+                self.dirty[i] = 1
                 self.views[i].copy_(old.views[j])
-                self.written[i] = self.dirty[i] = 1
+                self.written[i] = 1
 
     def drop(self) -> None:
         """Close the window: what was written is stale from now on."""

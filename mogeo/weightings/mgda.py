@@ -91,6 +91,10 @@ class MGDA(Weighting):
         """
         return Solution(*normalized_min_norm(self._required(gram), losses, self.normalize, self.power, self.apply_to))
 
+    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """The weights of `steered`, without a floor."""
+        return self.steered(preference, 0.0, gram, losses).weights
+
     def min_norm_problem(self) -> tuple[str, float, str]:
         """What `solve` solves."""
         return self.normalize, self.power, self.apply_to
