@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mogeo.compiled_code import outside_compiled_code
 from mogeo.decide import on_device as deferred
 from mogeo.decide import on_host as direction
 from mogeo.decide.late_news import Mailbox
@@ -130,7 +131,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def __init__(
         self,
-        base: Optimizer,
+        base: Optimizer | Sequence[Optimizer],
         weighting: WeightingLike = "mgda-decoupled",
         *,
         objectives: Sequence[str] | None = None,
@@ -225,6 +226,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._names, weighting, self.nonfinite, self.max_grad_norm, self.guarantee_descent, self._steering, held
         )
 
+    @outside_compiled_code
     def backward(
         self,
         losses: Losses,
@@ -359,6 +361,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             window.contributed.add(index)
         return True
 
+    @outside_compiled_code
     @torch.no_grad()
     def combine(self) -> StepReport:
         """Solve for the weights and write the shared direction into `p.grad`, adding to what is there.
@@ -522,6 +525,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if self._window is not None:
             self.combine()
 
+    @property
+    def has_prepared(self) -> bool:
+        """Whether anything was ever combined."""
+        return self.report is not None
+
+    @outside_compiled_code
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `p.grad`, and gradients that `backward` captured but no `combine` has used."""
         if not self.waiting:
