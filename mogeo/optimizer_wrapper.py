@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from mogeo.compiled_code import outside_compiled_code
 from mogeo.delegating import DelegatingOptimizer
-from mogeo.several_bases import SeveralBases
+from mogeo.several_bases import SeveralBases, unprepared
 from mogeo.unsuitable_bases import refuse_unsuitable
 from mogeo.user_warnings import warn_user
 
@@ -264,7 +264,7 @@ class OptimizerWrapper(DelegatingOptimizer):
 
     def _check_kinds(self, saved: list[str]) -> None:
         """Raise ValueError if the groups of several bases were stepped by other optimizers than here."""
-        here = [type(self.base).__name__] * len(self.base.param_groups)
+        here = [type(unprepared(self.base)).__name__] * len(self.base.param_groups)
         if isinstance(self.base, SeveralBases):
             here = self.base.group_kinds
         if saved != here:

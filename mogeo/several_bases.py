@@ -58,7 +58,7 @@ class SeveralBases(DelegatingOptimizer):
     @property
     def group_kinds(self) -> list[str]:
         """For each group, the name of the class of the base that it belongs to."""
-        return [type(base).__name__ for base in self.bases for _ in base.param_groups]
+        return [type(unprepared(base)).__name__ for base in self.bases for _ in base.param_groups]
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         """The first base evaluates the closure; the others follow the gradients that it left."""
@@ -258,6 +258,12 @@ class _StateOfAll(MutableMapping[Any, Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self)})"
+
+
+def unprepared(base: Optimizer) -> Optimizer:
+    """The optimizer that `accelerator.prepare` was given; `base` where it did not come from there."""
+    inner: Optimizer = base.optimizer if hasattr(base, "gradient_state") and hasattr(base, "optimizer") else base
+    return inner
 
 
 def _parameters(base: Optimizer) -> list[Tensor]:
