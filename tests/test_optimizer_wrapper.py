@@ -106,7 +106,7 @@ def stepped_in_backward(net: nn.Module) -> torch.optim.Optimizer:
     return adamw(net)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # as torch.distributed.optim is imported
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # as torch.distributed.optim is imported
 @pytest.mark.parametrize(
     ("make", "message"),
     [
