@@ -52,7 +52,7 @@ def by_fabrics_backward(fabric: Fabric, model: nn.Module, optimizer: Any, batch:
     optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"sketch": 64}, {"refresh_every": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sketch": 64}, {"refresh_every": 3}, {"several": True}], ids=str)
 @pytest.mark.parametrize("step", [two_lines, by_fabrics_backward])
 def test_a_loop_is_a_plain_loop(step: Callable[..., None], options: dict[str, Any]) -> None:
     net, _ = fabric_loop(step, **options)

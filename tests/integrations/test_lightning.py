@@ -55,8 +55,12 @@ def batches() -> Tensor:
     return torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 
 
-def make_optimizer(net: nn.Module, **options: Any) -> MultiObjectiveOptimizer:
-    return MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters(), lr=0.01), **options)
+def make_optimizer(net: nn.Module, several: bool = False, **options: Any) -> MultiObjectiveOptimizer:
+    """AdamW for all parameters, or Muon for matrices and AdamW for the rest."""
+    if not several:
+        return MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters(), lr=0.01), **options)
+    matrices, others = ([p for p in net.parameters() if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
+    return MultiObjectiveOptimizer([torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01)], **options)
 
 
 class Module(lightning.LightningModule):
@@ -115,7 +119,7 @@ def assert_equal_nets(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("options", [{}, {"sketch": 64}, {"refresh_every": 3}, {"max_grad_norm": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sketch": 64}, {"refresh_every": 3}, {"several": True}], ids=str)
 @pytest.mark.parametrize("step", [two_lines, by_manual_backward])
 def test_manual_optimization_is_a_plain_loop(step: Step, options: dict[str, Any]) -> None:
     module = Module(step, **options)
@@ -223,13 +227,14 @@ def test_lightnings_hook_before_a_step_sees_the_direction() -> None:
     fit(Watching(two_lines), epochs=1)
 
 
-def test_checkpoints_of_the_trainer_resume_where_they_were(tmp_path: Path) -> None:
-    whole = Module(two_lines, weighting="group-dro(0.5)", refresh_every=2)
+@pytest.mark.parametrize("several", [False, True], ids=["one base", "several"])
+def test_checkpoints_of_the_trainer_resume_where_they_were(tmp_path: Path, several: bool) -> None:
+    options = {"weighting": "group-dro(0.5)", "several": several}
+    whole = Module(two_lines, **options)
     fit(whole, epochs=3)
-    first = Module(two_lines, weighting="group-dro(0.5)", refresh_every=2)
-    trainer = fit(first, epochs=2)
+    trainer = fit(Module(two_lines, **options), epochs=2)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    resumed = Module(two_lines, weighting="group-dro(0.5)", refresh_every=2)
+    resumed = Module(two_lines, **options)
     fit(resumed, epochs=3, ckpt_path=tmp_path / "two.ckpt")
     assert_equal_nets(resumed.net, whole.net)
     assert resumed.made.own_state() == whole.made.own_state()
