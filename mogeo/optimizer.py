@@ -62,7 +62,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     until the next `backward`. Weightings whose weights are constant (uniform, linear) take N, like plain training.
 
     Args:
-        base: any `torch.optim.Optimizer` but LBFGS, whose curvature pairs belong to one fixed function.
+        base: a `torch.optim.Optimizer`, or a list of several, each with parameters of its own (Muon for matrices and
+            AdamW for the rest); these then are `base.bases`. Refused are those that need of gradients what a combined
+            direction does not have (LBFGS, SparseAdam, AdaHessian, LOMO).
         weighting: a name (`mogeo.weightings.NAMES`), or a callable (gram fp64 [K, K], losses fp64 [K]) → weights [K].
             An objective left out of a step has a zero row in the Gram it sees, and the mean of the other losses.
         objectives: names, fixing their order; by default those of the first `backward`.
@@ -123,8 +125,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         report: `StepReport` of the last `combine`, or None.
 
     Raises:
-        TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot be wrapped.
-        ValueError: an argument does not fit.
+        TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot follow a direction.
+        ValueError: an argument does not fit, or a parameter is in two bases.
     """
 
     _transient = ("_captures", "_mailbox", "_window")

@@ -104,39 +104,55 @@ class OptimizerWrapper(DelegatingOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
-            self._tell_of_missing_gradients()
+            self._tell_of_missing_gradients(None)
             return self.base.step()
         evaluated = closure
 
         def prepared() -> Any:
+            before = self._gradients()
             value = evaluated()
             self.prepare_step()
-            self._tell_of_missing_gradients(by_closure=True)
+            self._tell_of_missing_gradients(before)
             return value
 
         return self.base.step(prepared)
 
-    def _tell_of_missing_gradients(self, by_closure: bool = False) -> None:
-        """Warn, once, of a step that trains nothing, or of a closure that goes past this optimizer."""
+    def _tell_of_missing_gradients(self, before_closure: list[tuple[int, int] | None] | None) -> None:
+        """Warn, once, of a step that trains nothing, or of a closure whose gradients go past this optimizer.
+
+        A step after a plain `loss.backward()` is one like the base's own, and meant: nothing is said. Lightning gives
+        every step a closure, so it counts whether the closure changed the gradients.
+
+        Args:
+            before_closure: `_gradients()` as it was before the closure ran; None if there is no closure.
+        """
         if self.has_prepared or "missing gradients" in self._told:
             return
-        if all(parameter.grad is None for group in self.base.param_groups for parameter in group["params"]):
+        gradients = self._gradients()
+        if all(gradient is None for gradient in gradients):
             problem = (
                 "step() found no gradient on any parameter, and nothing that backward() was handed: no parameter moves"
             )
-        elif by_closure:
+        elif before_closure is not None and gradients != before_closure:
             problem = (
                 "the closure of step() left gradients that did not come through this optimizer's backward(), so the "
                 "step follows them as they are and balances nothing"
             )
         else:
-            return  # of a plain loss.backward(): a step like the base's own
+            return
         self._told.add("missing gradients")
         warn_user(
             f"{problem}. Call backward(losses) of this optimizer after zero_grad() and before step(), or in the "
             "closure; in Lightning that takes manual optimization, self.automatic_optimization = False",
             RuntimeWarning,
         )
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """Which gradient each parameter has, and how often it was written to; [] once that is of no interest."""
+        if self.has_prepared or "missing gradients" in self._told:
+            return []
+        parameters = (parameter for group in self.base.param_groups for parameter in group["params"])
+        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
 
     @property
     def waiting(self) -> bool:

@@ -434,9 +434,10 @@ def test_steps_that_are_meant_say_nothing() -> None:
     """Warnings are errors here. After a plain backward; where every objective was left out; a second step in a row."""
     net = make_net()
     optimizer = MultiObjectiveOptimizer(adamw(net), nonfinite="propagate")
-    net(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    for closure in (None, lambda: None):  # the second is what Lightning passes in manual optimization
+        net(torch.ones(1, 4)).sum().backward()
+        optimizer.step(closure)
+        optimizer.zero_grad()
     optimizer.backward(losses_of(net, 0))
     optimizer.step()
     optimizer.zero_grad()

@@ -269,6 +269,17 @@ def test_fp16_with_a_scaler_takes_combine_first() -> None:
         fit(Module(by_manual_backward), plugins=[fp16()])
 
 
+def test_one_plain_loss_in_manual_optimization_is_meant() -> None:
+    """Warnings are errors here."""
+
+    def step(module: Module, optimizer: Any, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        module.manual_backward(losses_of(module.net, batch)["left"])
+        optimizer.step()
+
+    fit(Module(step))
+
+
 class Automatic(Module):
     """As for a single loss: Lightning's closure calls its backward."""
 
@@ -280,8 +291,9 @@ class Automatic(Module):
         return torch.stack(list(losses_of(self.net, batch).values())).sum()
 
 
-def test_automatic_optimization_is_not_silent() -> None:
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_automatic_optimization_is_not_silent(accumulated: int) -> None:
     """It knows one loss, so there is nothing to balance."""
     with pytest.warns(RuntimeWarning, match=r"balances nothing.*self.automatic_optimization = False") as told:
-        fit(Automatic())
+        fit(Automatic(), accumulate_grad_batches=accumulated)
     assert sum("balances nothing" in str(warning.message) for warning in told) == 1
