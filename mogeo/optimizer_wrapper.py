@@ -44,21 +44,19 @@ class OptimizerWrapper(DelegatingOptimizer):
     """
 
     def __init__(self, base: Optimizer | Sequence[Optimizer]) -> None:
-        several = isinstance(base, (list, tuple))
-        for one in cast(Sequence[Optimizer], base) if several else [cast(Optimizer, base)]:
+        whole: object = SeveralBases(base) if isinstance(base, (list, tuple)) else base
+        if not isinstance(whole, Optimizer):
+            raise TypeError(f"base is a {type(whole).__name__}: pass a torch.optim.Optimizer, such as AdamW")
+        for one in _each(whole):
             if isinstance(one, OptimizerWrapper):
                 raise TypeError(f"base is a {type(one).__name__} already: wrap the optimizer inside it, base.base")
-            if isinstance(one, Optimizer):
-                refuse_unsuitable(one)
-            elif not several:
-                raise TypeError(f"base is a {type(one).__name__}: pass a torch.optim.Optimizer, such as AdamW")
-        base = SeveralBases(base) if isinstance(base, (list, tuple)) else cast(Optimizer, base)
+            refuse_unsuitable(one)
         self._original = weakref.ref(self)
         self._told: set[str] = set()
         # What Optimizer.__init__ writes about parameters goes to a stand-in and is forgotten.
         self.base = cast(Optimizer, SimpleNamespace(add_param_group=lambda group: None))
         super().__init__()
-        self.base = base
+        self.base = whole
 
     # ----------------------------------------------------------------------------------------------------------------
     # What a subclass defines
@@ -157,8 +155,8 @@ class OptimizerWrapper(DelegatingOptimizer):
     @property
     def waiting(self) -> bool:
         """Whether `step` and `zero_grad` do nothing, as Accelerate's, if that is the base, before the last batch."""
-        bases = self.base.bases if isinstance(self.base, SeveralBases) else (self.base,)
-        return not all(getattr(getattr(base, "gradient_state", None), "sync_gradients", True) for base in bases)
+        states = (getattr(base, "gradient_state", None) for base in _each(self.base))
+        return not all(getattr(state, "sync_gradients", True) for state in states)
 
     @outside_compiled_code
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -300,6 +298,10 @@ class OptimizerWrapper(DelegatingOptimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+def _each(base: Optimizer) -> tuple[Optimizer, ...]:
+    return base.bases if isinstance(base, SeveralBases) else (base,)
 
 
 def _has_groups(state_dict: Any) -> bool:
