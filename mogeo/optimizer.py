@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from mogeo import settings
+from mogeo.compiled_code import outside_compiled_code
 from mogeo.decide.rules import Direction, NonFiniteError
 from mogeo.geometry.constants import constant_tensor
 from mogeo.gradients.memory import Memory
@@ -48,8 +49,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     long as anything refers to it. To keep or save a gradient, clone it.
 
     Args:
-        base: any `torch.optim.Optimizer` that takes dense gradients and steps without a closure. LBFGS does not, for
-            one.
+        base: a `torch.optim.Optimizer`, or a list of several, each with parameters of its own (Muon for matrices and
+            AdamW for the rest); these then are `base.bases`. Refused are those that need of gradients what a combined
+            direction does not have (LBFGS, SparseAdam, AdaHessian, LOMO).
         weighting: a name (`mogeo.weightings.NAMES`), or a callable (gram fp64 [K, K], losses fp64 [K]) → weights [K].
             An objective left out of a step has a zero row in the Gram it sees, and the mean of the other losses.
         objectives: names, fixing their order; by default those of the first `backward`.
@@ -97,8 +99,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         report: `StepReport` of the last `combine`, or None.
 
     Raises:
-        TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot be wrapped; an argument has another type.
-        ValueError: an argument does not fit.
+        TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot follow a direction; an argument has another
+            type.
+        ValueError: an argument does not fit, or a parameter is in two bases.
     """
 
     max_grad_norm = Setting(settings.norm_or_none, "Norm to which the direction is clipped, or None.")
@@ -113,7 +116,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def __init__(
         self,
-        base: Optimizer,
+        base: Optimizer | Sequence[Optimizer],
         weighting: WeightingLike = "mgda-decoupled",
         *,
         objectives: Sequence[str] | None = None,
@@ -179,6 +182,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _captures(self) -> Captures:
         return self._state.captures
 
+    @outside_compiled_code
     def backward(
         self,
         losses: Losses,
@@ -242,6 +246,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 terms.append(Term(k, name, loss))
         return terms
 
+    @outside_compiled_code
     @torch.no_grad()
     def combine(self) -> StepReport:
         """Solve for the weights and write the shared direction into `p.grad`, adding to what is there.
@@ -324,6 +329,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         unusable, state.unusable = state.unusable, False
         return not unusable
 
+    @property
+    def has_prepared(self) -> bool:
+        """Whether anything was ever combined."""
+        return self._state.report is not None
+
+    @outside_compiled_code
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `p.grad`, and gradients that `backward` captured but no `combine` has used."""
         if not self.waiting:

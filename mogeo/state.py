@@ -6,7 +6,6 @@ stay old in the copy. So an optimizer binds this object once, and everything tha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from mogeo.losses.named import in_order
 from mogeo.report import StepReport
 from mogeo.settings import keywords_of, plain_value
 from mogeo.steps.step import Step
+from mogeo.user_warnings import warn_user
 from mogeo.weightings import as_weighting
 
 # Lost in copies and pickles: gradients, and what else belongs to the step under way.
@@ -212,14 +212,12 @@ class State:
             if own.get("steering") and self._steering is not None:
                 self._steering.load_state_dict(own["steering"])
         elif own["weighting"]:
-            warnings.warn(
-                f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}", stacklevel=4
-            )
+            warn_user(f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}")
         here = self._saved_settings()
         others = {name: value for name, value in own.get("settings", {}).items() if here.get(name, value) != value}
         if others:
             saved = ", ".join(f"{name}={value!r}" for name, value in others.items())
-            warnings.warn(f"the state was saved with {saved}; this optimizer keeps its own settings", stacklevel=4)
+            warn_user(f"the state was saved with {saved}; this optimizer keeps its own settings")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_STEP}

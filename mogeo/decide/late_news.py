@@ -6,7 +6,6 @@ there.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mogeo.decide.rules import Decision, Rules
 from mogeo.geometry.exact_min_norm import Status
+from mogeo.user_warnings import warn_user
 from mogeo.weightings import bad_weights, require_positive_losses
 
 
@@ -102,9 +102,8 @@ class News:
         if any(nonfinite):
             self.warned = True
             left_out = ", ".join(repr(name) for name, bad in zip(rules.objectives, nonfinite, strict=True) if bad)
-            warnings.warn(
+            warn_user(
                 f"left objective {left_out} out of a step: its loss or gradient is not finite. Further cases are only "
                 "counted, in report.nonfinite_counts. With a GradScaler use nonfinite='propagate'",
                 RuntimeWarning,
-                stacklevel=4,
             )

@@ -141,7 +141,7 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
 
     Raises:
         TypeError: the graph must be retained, and the user's function takes no `retain_graph`.
-        RuntimeError: the graph was freed already.
+        RuntimeError: the graph was freed already, or is of compiled code that cannot keep it.
     """
     if backward is not None and retain_graph:
         try:
@@ -156,6 +156,12 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
     try:
         loss.backward(**options) if backward is None else backward(loss, **options)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
+        if "donated buffer" in str(error):
+            raise RuntimeError(
+                f"objective {name!r} shares a compiled forward with a later loss, and torch.compile lets the first "
+                "backward overwrite what the forward saved: set torch._functorch.config.donated_buffer = False before "
+                "the model is compiled, or hand over callables that each run a forward of their own"
+            ) from error
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(
