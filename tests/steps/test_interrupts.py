@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of a step: what was captured is gone, `p.grad` is as it was or complete, the next step is right."""
+"""Ctrl-C at any line of a step: what was captured is gone, `p.grad` is as it was or complete, the next is right."""
 
 from __future__ import annotations
 
