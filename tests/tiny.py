@@ -1,8 +1,8 @@
 """The language models and tokenizers of the tests: a few thousand parameters, a few words, and rated rows in them.
 
 Each test makes its own, which takes 10 ms, so that no test can change another's. transformers is imported when first
-used: a test file that needs no model starts without it. `rows`, `tokenizer` and `make_model` are fixtures of the folders
-whose conftest.py imports them.
+used: a test file that needs no model starts without it. `rows`, `tokenizer` and `make_model` are fixtures, of the
+folders whose conftest.py imports them.
 """
 
 from __future__ import annotations
