@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = 60.0  # seconds
+_TIMEOUT = 300.0  # seconds: a hang's end, and more than a busy machine needs
 _PRELOAD = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch._dynamo", "mogeo.optimizer"]
 
 
@@ -34,7 +34,7 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any, timeout: float = 
         timeout: of every collective, in seconds.
 
     Raises:
-        RankFailedError: a rank raised, died, or did not end in a minute.
+        RankFailedError: a rank raised, died, or did not end in five minutes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)

@@ -233,7 +233,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     log = (folder / "serve.log").open("wb")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
@@ -250,6 +250,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
         log.close()
 
 
+@pytest.mark.slow
 def test_against_a_real_server(real_server: tuple[str, str], tmp_path: Path) -> None:
     url, model = real_server
     cache = ReplyCache(tmp_path / "cache.sqlite")
@@ -271,6 +272,7 @@ def test_against_a_real_server(real_server: tuple[str, str], tmp_path: Path) -> 
     cache.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_a_real_server_lacks_is_a_clear_error(real_server: tuple[str, str], tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path / "cache.sqlite")
     config = EndpointConfig("no/such-model", real_server[0], retries=0, concurrency=1)
