@@ -19,11 +19,11 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import mogeo
-from tests.strategies import REPRODUCIBLE
+from tests import profiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
@@ -42,13 +42,13 @@ class Backend:
 
     def some(self, n: int) -> int:
         """How many to try of n examples, or seeds."""
-        return -(-n // self.thrift)
+        return profiles.share(-(-n // self.thrift))
 
     def check(self, examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
         """Decorates a property, and holds it against the strategies' examples at once."""
 
         def run(property_: Callable[..., None]) -> None:
-            settings(REPRODUCIBLE, max_examples=self.some(examples))(given(*strategies)(property_))()
+            profiles.examples(-(-examples // self.thrift))(given(*strategies)(property_))()
 
         return run
 

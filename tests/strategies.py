@@ -15,15 +15,10 @@ from typing import NamedTuple
 import hypothesis.strategies as st
 import numpy as np
 import torch
-from hypothesis import settings
 from numpy.typing import NDArray
 from torch import Tensor
 
 Sampler = Callable[[np.random.Generator, int], NDArray[np.float64]]
-
-# Reproducible by default: a red run must be red again. `pytest --hypothesis-seed=random` has no effect on derandomised
-# tests; to search further, raise max_examples and set derandomize=False here.
-REPRODUCIBLE = settings(deadline=None, derandomize=True, database=None)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from torch import Tensor
 
 from mogeo import weightings
@@ -20,8 +20,9 @@ from mogeo.geometry.exact_min_norm import Status
 from mogeo.geometry.ops import MinNorm
 from mogeo.weightings import MGDA, GroupDRO, Weighting, mgda, resolve, upgrad
 from tests.decide.test_on_device import nothing_waits
+from tests.profiles import examples
 from tests.reference import exact
-from tests.strategies import REPRODUCIBLE, WELL_POSED, any_grams, grams, integer_grams
+from tests.strategies import WELL_POSED, any_grams, grams, integer_grams
 
 # What each divides the gradients by, and whether its coefficients go to the raw gradients.
 FAMILY = {
@@ -31,7 +32,7 @@ FAMILY = {
     "gapo(0.5)": (lambda norms, losses: norms.sqrt(), False),
 }
 NEVER_HURT = ("mgda", "mgda-normalized", "gapo(0.5)")
-FEW = settings(REPRODUCIBLE, max_examples=40)
+FEW = examples(40)
 MANY_SOLVED = st.one_of(any_grams(), grams(["zero rows"], min_k=2))
 
 
@@ -214,7 +215,7 @@ def floors(draw: st.DrawFn, count: int) -> float:
 
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("preferred", [False, True])
-@settings(REPRODUCIBLE, max_examples=25)
+@examples(25)
 @given(st.data())
 def test_the_floor_is_the_enumerated_optimum(name: str, preferred: bool, data: st.DataObject) -> None:
     gram = data.draw(st.one_of(grams(WELL_POSED, max_k=4), integer_grams(max_k=4)))
@@ -233,7 +234,7 @@ def test_the_floor_is_the_enumerated_optimum(name: str, preferred: bool, data: s
     assert (alpha / alpha.sum()).min() >= floor * (1 - 1e-12)
 
 
-@settings(REPRODUCIBLE, max_examples=150)
+@examples(150)
 @given(MANY_SOLVED, st.data())
 def test_the_floor_satisfies_the_conditions_of_the_shrunken_simplex(gram: Tensor, data: st.DataObject) -> None:
     """(Mα)_i is the same λ for all α_i > m, and no less where α_i = m, to the rounding of the shrunken hull's vertices;
@@ -429,7 +430,6 @@ def histories(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]]]:
     )
 
 
-@settings(REPRODUCIBLE)
 @given(histories(), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_the_memory_is_its_recursion_and_survives_json(
     history: tuple[list[list[float]], list[list[bool]]], smoothing: float, saved_after: int

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = 60.0  # seconds
+_TIMEOUT = 300.0  # seconds: a hang's end, and more than a busy machine needs
 _PRELOAD = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch._dynamo", "mogeo.optimizer"]
 
 
@@ -31,7 +31,7 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any, timeout: float = 
     Args:
         ranks: number of processes.
         case: a function of a test module, at its top level. Its result must be something that torch.save takes.
-        timeout: of every collective, in seconds; and of the processes, if it is more than a minute.
+        timeout: of every collective, in seconds; and of the processes, if it is more than five minutes.
 
     Raises:
         RankFailedError: a rank raised, died, or did not end in time.

@@ -1,7 +1,7 @@
 """Controls in prompts, and pairs ranked by how well completions obey them, against a computation by hand."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo.dpo.cdpo import (
@@ -14,6 +14,7 @@ from mogeo.dpo.cdpo import (
 )
 from mogeo.dpo.data import Pair, Preferences
 from mogeo.errors import InputError
+from tests.profiles import examples
 
 NAMES = ("help", "truth")
 
@@ -49,7 +50,7 @@ RATING = st.integers(1, 5)
     strength=st.floats(0.5, 2),
     controlled=st.sampled_from([0.0, 0.5, 1.0]),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_the_chosen_of_each_pair_is_worth_more_under_the_controls_of_its_prompt(
     rated, seed, weight, strength, controlled
 ):

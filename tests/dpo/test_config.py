@@ -5,7 +5,7 @@ import inspect
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo import MultiObjectiveOptimizer
@@ -13,6 +13,7 @@ from mogeo.dpo import config as module
 from mogeo.dpo import losses
 from mogeo.dpo.config import AlignConfig
 from mogeo.errors import InputError
+from tests.profiles import examples
 
 
 def test_the_defaults_pass_and_the_loss_names_are_those_of_the_losses():
@@ -94,7 +95,7 @@ def test_modpo_belongs_to_the_sigmoid_loss(other):
 
 
 @given(st.integers(1, 60), st.integers(0, 80), st.sampled_from(module.SCHEDULES))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_the_learning_rate_rises_to_its_peak_then_never_rises_and_every_step_counts(steps, warmup, schedule):
     config = AlignConfig(learning_rate=2.0, warmup_steps=warmup, schedule=schedule)
     rates = [config.learning_rate_at(step, steps) for step in range(1, steps + 1)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +17,7 @@ from transformers import (
 
 from mogeo.dpo import losses
 from mogeo.dpo.losses import LOSSES, dpo_loss, modpo_loss, sequence_log_probs
+from tests.profiles import examples
 
 # ---- dpo_loss --------------------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ CASES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("sigmoid", 0.49), ("ipo", 0.0), ("
     margins=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8),
     beta=st.sampled_from([0.01, 0.1, 0.5, 2.0]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_loss_equals_its_formula(kind, smoothing, margins, beta):
     ours = dpo_loss(torch.tensor(margins, dtype=torch.float64), beta, kind, smoothing)
     np.testing.assert_allclose(ours.numpy(), numpy_loss(margins, beta, kind, smoothing), rtol=1e-12, atol=1e-300)
@@ -88,7 +89,7 @@ def test_bad_arguments_are_named(arguments, message):
     beta=st.sampled_from([0.1, 0.5]),
     weight=st.sampled_from([0.1, 0.25, 1.0]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_modpo_equals_its_formula_and_is_dpo_on_a_shifted_margin(margins, shift, beta, weight):
     h = torch.tensor(margins, dtype=torch.float64)
     others = torch.full_like(h, shift)
