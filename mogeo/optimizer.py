@@ -149,7 +149,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         names = None if objectives is None else checked_names(objectives)
         self._state = State(resolve(weighting), names, checked, process_group)
         if names is not None:
-            self._state.rules()  # tells what does not fit these objectives
+            self._state.rules().constant()  # tells what does not fit these objectives
 
     def _assign(self, name: str, value: Any) -> None:
         self._state.change(name, value)

@@ -47,6 +47,7 @@ class SketchThenReplay(Step):
         sketches, direction = self._store(captures), captures.direction
         assert self._wanted is not None
         if self._calls and captures.changed(self._wanted.groups):
+            self.intact = False
             raise RuntimeError(
                 "parameters were added, removed, frozen or unfrozen between backward() and step(), and the second "
                 "backward that sketch= takes would miss them, or bring gradients that the first one did not have: "
