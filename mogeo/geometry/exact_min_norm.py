@@ -39,6 +39,7 @@ class Status(IntEnum):
     ZERO = 2  #: every gradient is zero: nothing is left to descend, and the direction is zero
     NONFINITE = 3  #: no objective has a finite gradient; the weights are zero
     NONPOSITIVE_LOSS = 4  #: a loss that divides is not positive; its objective has weight 0 (found on a GPU only)
+    UNDECIDED = 5  #: some gradients balance out, and the Gram's rounding hides which direction is right
 
 
 class Arithmetic(NamedTuple):
