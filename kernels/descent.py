@@ -200,9 +200,9 @@ def _descent(
         if decided == 0:  # a ridge on the cosines' diagonal, as in `_ridged` there
             slope, slope_low = _slopes(A, lengths, lengths * 0.0)
             scale = w * 0.0 + tl.where(reach > 0.0, reach, 1.0)
+            ridged = y  # carried before the scalars: the other way round, Triton 3.7.1 fails to compile the loop
             ridge = tl.full([], RIDGE, tl.float64)
             enough = tl.full([], 0, tl.int32)
-            ridged = y
             while enough == 0:
                 steep, steep_low = two_sum(A, tl.where(diagonal, A * ridge, 0.0))
                 ridged, _ = pivoted(steep, steep_low, slope, slope_low, scale, takes_part, K, SIDE, False)

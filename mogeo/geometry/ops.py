@@ -176,7 +176,7 @@ def descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = N
         weights: w [K], on the raw gradients; or [..., K].
         rounding: ε, > 0 and < 1: how far M_ij may be from ⟨g_i, g_j⟩, in units of ‖g_i‖ ‖g_j‖. By default 4 units in
             the last place of the dtype of `gram`, right for sums of products in that dtype. `mogeo.gram` of rows that
-            are not fp64 sums their products in fp32 first: pass 2e-7, for `OPTIMAL` to be about those rows.
+            are not fp64 sums their products in fp32 first: pass 1e-6, for `OPTIMAL` to be about those rows.
 
     Returns:
         `Descent(weights, correction, status)` on the device of `gram`.
