@@ -31,6 +31,7 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
     [
         ("kernels.py", ["--quick", "--columns", "3e3", "--rounds", "2", "--objectives", "2", "--dtypes", "fp64"]),
         ("solver.py", ["--samples", "1", "--repeats", "1"]),
+        ("statuses.py", ["--samples", "1", "--sizes", "3"]),
         ("communication.py", ["--ranks", "2", "--width", "32", "--rounds", "2", "--objectives", "2"]),
         ("paper_step.py", ["--model", "tiny", "--layers", "1", "--tokens", "16"]),
         ("smoothing.py", ["--quick", "--seeds", "1"]),
@@ -43,6 +44,7 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
     ids=[
         "kernels",
         "solver",
+        "statuses",
         "communication",
         "paper",
         "smoothing",
