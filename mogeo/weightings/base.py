@@ -71,10 +71,7 @@ class Weighting:
         mine = _copies(gram, losses)
         weights = self(*mine) if preference is None else self.preferring(preference, *mine)
         weights = as_weights(self, weights, losses)
-        if min_weight > 0:
-            live = gram.diagonal() > 0 if gram is not None and self.needs_gram else None
-            weights = _floored(weights, min_weight, live)
-        return Solution(weights)
+        return Solution(floored(weights, min_weight, gram if self.needs_gram else None))
 
     def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Weights under a preference p among the objectives, fp64 [K], > 0, of mean 1; by default w·p."""
@@ -161,10 +158,13 @@ def _copies(gram: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor]
     return None if gram is None else gram.clone(), losses.clone()
 
 
-def _floored(weights: Tensor, min_weight: float, live: Tensor | None) -> Tensor:
-    """w ← (1 − Km) w + m Σw over the objectives that have a gradient, bool [K]; None: over all of them."""
-    if live is None:
+def floored(weights: Tensor, min_weight: float, gram: Tensor | None) -> Tensor:
+    """w ← (1 − Km) w + m Σw over the objectives that have a gradient; without a Gram matrix, over all of them."""
+    if min_weight == 0:
+        return weights
+    if gram is None:
         return (1 - len(weights) * min_weight) * weights + min_weight * weights.sum()
+    live = gram.diagonal() > 0
     count = live.sum(dtype=torch.float64)
     total = torch.where(live, weights, 0.0).sum()
     return torch.where(live, (1 - count * min_weight) * weights + min_weight * total, weights)

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from mogeo.geometry.exact_min_norm import Status
 from mogeo.geometry.ops import Descent, descent_weights
-from mogeo.weightings.base import Weighting
-
-
-class UPGradWeights(NamedTuple):
-    """Weights of `UPGrad`, and what the solver says of them."""
-
-    weights: Tensor  #: fp64 [K], on the raw gradients
-    gap: None  #: these problems have no duality gap of a min-norm point
-    status: Tensor  #: int64 [], a `mogeo.Status`: the worst of the K problems
+from mogeo.weightings.base import Solution, Weighting, floored
 
 
 class UPGrad(Weighting):
@@ -30,15 +20,13 @@ class UPGrad(Weighting):
     Source: Quinton & Rey, *Jacobian descent for multi-objective optimization*, 2024 (arXiv 2406.16232), section 3.
     """
 
+    deterministic = True
+
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Weights on the raw gradients, fp64 [K]."""
         return self.solve(gram, losses).weights
 
-    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
-        """w = (1/K) Σ_k p_k (e_k + μ_k): the mean of p_k g_k, each first made to hurt nobody."""
-        return self.solve(gram, losses, preference).weights
-
-    def solve(self, gram: Tensor | None, losses: Tensor, preference: Tensor | None = None) -> UPGradWeights:
+    def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
         """Weights on the raw gradients, with the worst status of the K problems; nothing waits for a GPU.
 
         `OPTIMAL` is said where all K are: the direction is then that of UPGrad to 1e-3 of the mean of the |g_k|, and
@@ -48,18 +36,26 @@ class UPGrad(Weighting):
         Args:
             gram: M [K, K].
             losses: L [K]; not read.
-            preference: p [K], fp64, > 0; 1 without it.
 
         Returns:
-            `UPGradWeights`.
+            `Solution`, without a gap: these problems have none.
 
         Raises:
             ValueError: there is no Gram matrix.
         """
+        return self.steered(None, 0.0, gram, losses)
+
+    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """w = (1/K) Σ_k p_k (e_k + μ_k): the mean of p_k g_k, each first made to hurt nobody."""
+        return self.steered(preference, 0.0, gram, losses).weights
+
+    def steered(self, preference: Tensor | None, min_weight: float, gram: Tensor | None, losses: Tensor) -> Solution:
+        """`solve` with each p_k g_k in place of g_k, and a floor under the weights; see `Weighting.steered`."""
         harmless = self._harmless(gram)
-        weights = harmless.weights if preference is None else preference[:, None] * harmless.weights
+        each = harmless.weights if preference is None else preference[:, None] * harmless.weights
+        weights = floored(each.mean(0), min_weight, gram)
         stalled = (harmless.status == Status.STALLED).any()
-        return UPGradWeights(weights.mean(0), None, harmless.status.amax().masked_fill(stalled, Status.STALLED))
+        return Solution(weights, status=harmless.status.amax().masked_fill(stalled, Status.STALLED))
 
     def _harmless(self, gram: Tensor | None) -> Descent:
         """e_k + μ_k, fp64 [K, K], a row for each k; with its μ_k and status, [K, K] and [K]."""

@@ -55,6 +55,7 @@ def test_publish_hands_out_what_was_written_and_nothing_else(poison_first: bool)
         buffers.complete()
         buffers.poison()
         buffers.direction.publish()
+        buffers.drop()
         assert b.grad is not None
         assert b.grad.isnan().all()
         b.grad = None

@@ -58,6 +58,7 @@ def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
     )
 
 
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["backward", "combine"])
 @pytest.mark.parametrize("had_gradients", [False, True])
 @pytest.mark.parametrize(
@@ -71,7 +72,13 @@ def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
     ],
 )
 def test_an_interrupt_leaves_nothing_behind(
-    weighting: str, way: str, form: Callable[..., Any], had_gradients: bool, what: str, monkeypatch: pytest.MonkeyPatch
+    weighting: str,
+    way: str,
+    form: Callable[..., Any],
+    had_gradients: bool,
+    what: str,
+    every: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     let_decide(way, monkeypatch)
     net = Net()
@@ -80,7 +87,7 @@ def test_an_interrupt_leaves_nothing_behind(
     optimizer.combine()
     at, came_far = 0, True
     while came_far:
-        at += 1
+        at += every
         optimizer.zero_grad()
         if had_gradients:
             for parameter in net.parameters():
