@@ -30,7 +30,7 @@ import alignment_world
 from alignment_cells import Cell, Result, run_cells
 from alignment_world import cell_of, static_method
 
-from mogeo.demo.sizes import Recipe
+from mogeo.demo.recipe import Recipe
 from mogeo.demo.world import OBJECTIVES
 
 REGIMES = ("noisehelp", "base")

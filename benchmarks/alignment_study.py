@@ -21,8 +21,9 @@ from torch import Tensor
 from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences
-from mogeo.dpo.losses import dpo_loss, sequence_log_probs
-from mogeo.dpo.scoring import score
+from mogeo.dpo.log_probs import sequence_log_probs
+from mogeo.dpo.losses import dpo_loss
+from mogeo.dpo.scoring import score_sequences
 from mogeo.dpo.tokens import ShuffledEpochs, collate, tokenize_preferences
 from mogeo.weightings import MGDA, Weighting, WeightingLike, resolve
 
@@ -130,7 +131,10 @@ def train(
     for preferences in halves:
         tokens = tokenize_preferences(preferences, tokenizer, config.prompt_format, None)
         phases.append(
-            (tokens, score(model, tokens.sequences, batch_size=2 * per_step, pad=pad, precision=nullcontext()))
+            (
+                tokens,
+                score_sequences(model, tokens.sequences, batch_size=2 * per_step, pad=pad, precision=nullcontext()),
+            )
         )
     objectives = halves[0].objectives
 

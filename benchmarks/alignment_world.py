@@ -23,13 +23,13 @@ from alignment_cells import Cell, Result
 from alignment_explain import Measured, explain
 
 from mogeo.demo.experiment import fine_tune
-from mogeo.demo.sizes import Recipe
+from mogeo.demo.recipe import Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.cdpo import control, controlled_completions, controlled_preferences, controlled_prompt, with_controls
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences, Row, build_preferences, split_rows
 from mogeo.dpo.modpo import align_modpo
-from mogeo.dpo.scoring import Evaluation, evaluate, score
+from mogeo.dpo.scoring import Evaluation, evaluate_preferences, score_sequences
 from mogeo.dpo.tokens import tokenize_preferences
 from mogeo.dpo.train import align
 from mogeo.judging.generate import generate
@@ -135,10 +135,12 @@ class Setting:
         held_out = with_controls(self.held_out, BEST) if controls else self.held_out
         tokens = tokenize_preferences(held_out, self.tokenizer, "plain", None)
         scores = [
-            score(model, tokens.sequences, batch_size=64, pad=self.tokenizer.pad_token_id, precision=nullcontext())
+            score_sequences(
+                model, tokens.sequences, batch_size=64, pad=self.tokenizer.pad_token_id, precision=nullcontext()
+            )
             for model in (policy, reference)
         ]
-        return evaluate(*scores, tokens, self.recipe.align.beta)
+        return evaluate_preferences(*scores, tokens, self.recipe.align.beta)
 
 
 def compute(cell: Cell, recipe: Recipe, scratch: Path) -> Result:

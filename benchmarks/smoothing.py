@@ -35,10 +35,11 @@ from torch import Tensor
 import mogeo
 from mogeo import MultiObjectiveOptimizer
 from mogeo.decide.steering import Steering
-from mogeo.demo.sizes import Recipe
+from mogeo.demo.recipe import Recipe
 from mogeo.demo.world import OBJECTIVES
-from mogeo.dpo.losses import dpo_loss, sequence_log_probs
-from mogeo.dpo.scoring import score
+from mogeo.dpo.log_probs import sequence_log_probs
+from mogeo.dpo.losses import dpo_loss
+from mogeo.dpo.scoring import score_sequences
 from mogeo.dpo.tokens import ShuffledEpochs, collate, tokenize_preferences
 from mogeo.weightings import resolve
 
@@ -107,7 +108,9 @@ class Run:
         self.model = setting.start()
         self.pad = setting.tokenizer.pad_token_id
         self.tokens = tokenize_preferences(setting.train, setting.tokenizer, self.config.prompt_format, None)
-        self.before = score(self.model, self.tokens.sequences, batch_size=64, pad=self.pad, precision=nullcontext())
+        self.before = score_sequences(
+            self.model, self.tokens.sequences, batch_size=64, pad=self.pad, precision=nullcontext()
+        )
         self.parameters = list(self.model.parameters())
 
     def losses(self, order: str) -> Iterator[dict[str, Callable[[], Tensor]]]:

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, STATIC, Recipe
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, STATIC, Recipe
 from mogeo.errors import InputError
 
 DEFAULT_SEEDS = 2
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     """`run` with sizes of one's own."""
-    from mogeo.demo import report as demo_report
     from mogeo.demo.experiment import run_seed
+    from mogeo.demo.report import terminal, write
     from mogeo.demo.world import OBJECTIVES
     from mogeo.dpo.train import check_weighting, resolve_device
 
@@ -112,9 +112,9 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             results = list(pool.map(job, range(args.seeds)))
     seconds = time.time() - started
-    print("\n" + demo_report.terminal(results))
+    print("\n" + terminal(results))
     command = shlex.join(["mogeo", *getattr(args, "argv", ["demo"])])
-    written = demo_report.write(args.output, results, command, seconds)
+    written = write(args.output, results, command, seconds)
     print(f"\n{seconds:.0f} s; written: {', '.join(map(str, written))}")
     return 0
 

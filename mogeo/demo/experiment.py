@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.data import Row, build_preferences, split_rows
 from mogeo.dpo.tokens import collate, encode_sequence

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mogeo.demo.experiment import Outcome, SeedResult, mean_weights
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import OBJECTIVES, REGIMES
-from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
+from mogeo.figures.charts import Bars, MissingMatplotlibError, require_matplotlib, write_comparison
+from mogeo.figures.html_report import write_report
+from mogeo.figures.table import Table
 from mogeo.judging.win_rates import NetWinRates
 
 logger = logging.getLogger("mogeo")

@@ -65,8 +65,8 @@ _PROMPT = re.compile(rf"({LIST}|{PROSE}) ([a-z, ]+) of (\w+) in (\d+) words\.")
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a prompt asks for. `text()` and `Question.parse` are each other's inverse."""
+class TownQuestion:
+    """What a prompt asks for. `text()` and `TownQuestion.parse` are each other's inverse."""
 
     town: str
     attributes: tuple[str, ...]
@@ -78,7 +78,7 @@ class Question:
         return f"{self.form} {asked} of {self.town} in {self.limit} words."
 
     @classmethod
-    def parse(cls, prompt: str) -> Question:
+    def parse(cls, prompt: str) -> TownQuestion:
         """Read a prompt of this world. Raises ValueError, which quotes it, for any other text."""
         match = _PROMPT.fullmatch(prompt.strip())
         attributes = tuple(re.split(r", | and ", match[2])) if match else ()
@@ -87,7 +87,7 @@ class Question:
         return cls(match[3], attributes, int(match[4]), match[1])
 
 
-_EXAMPLE = Question("Oakham", ("river", "crop"), 9, LIST)
+_EXAMPLE = TownQuestion("Oakham", ("river", "crop"), 9, LIST)
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,10 @@ class World:
         if n > prompts:
             raise ValueError(f"{n} rows were asked for: this world has {prompts} distinct prompts")
         ask, answer = self._stream("questions"), self._stream("answers")
-        questions: dict[Question, None] = {}  # a dict keeps the order in which they were drawn, a set would not
+        questions: dict[TownQuestion, None] = {}  # a dict keeps the order in which they were drawn, a set would not
         while len(questions) < n:
             attributes = tuple(ask.sample(ATTRIBUTES, ask.choice((2, 3))))
-            questions[Question(ask.choice(TOWNS), attributes, ask.choice(LIMITS), ask.choice((LIST, PROSE)))] = None
+            questions[TownQuestion(ask.choice(TOWNS), attributes, ask.choice(LIMITS), ask.choice((LIST, PROSE)))] = None
         return [
             {"instruction": q.text(), "completions": [self._completion(policy, q, answer) for policy in POLICIES]}
             for q in questions
@@ -192,7 +192,7 @@ class World:
         Raises ValueError for a prompt that is not of this world. An answer that states nothing is rated 1 on
         helpfulness and honesty, and 5 on truthfulness: silence is not a lie.
         """
-        question = Question.parse(prompt)
+        question = TownQuestion.parse(prompt)
         facts = self.facts[question.town]
         statements = read_statements(response)
         ratings = {
@@ -207,13 +207,13 @@ class World:
         # A string seed goes through SHA-512: streams of neighbouring seeds and other purposes have nothing in common.
         return random.Random(f"mogeo world {self.seed} {purpose}")
 
-    def _completion(self, policy: Policy, question: Question, rng: random.Random) -> dict[str, Any]:
+    def _completion(self, policy: Policy, question: TownQuestion, rng: random.Random) -> dict[str, Any]:
         response = self._answer(policy, question, rng)
         ratings = self.rate(question.text(), response)
         annotations = {name: {"Rating": f"{rating:g}"} for name, rating in ratings.items()}
         return {"model": policy.name, "response": response, "annotations": annotations}
 
-    def _answer(self, policy: Policy, question: Question, rng: random.Random) -> str:
+    def _answer(self, policy: Policy, question: TownQuestion, rng: random.Random) -> str:
         attributes = list(question.attributes)
         if rng.random() < policy.shuffles:
             rng.shuffle(attributes)
@@ -246,7 +246,7 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else 0.0
 
 
-def _helpfulness(question: Question, statements: Sequence[Statement]) -> float:
+def _helpfulness(question: TownQuestion, statements: Sequence[Statement]) -> float:
     """How concretely each asked attribute is answered, 0 to 1; true or not, and the last word on it counts."""
     last = {s.attribute: 0.25 if s.value is None else 0.75 if s.hedged else 1.0 for s in statements}
     return _mean([last.get(attribute, 0.0) for attribute in question.attributes])
@@ -266,7 +266,7 @@ def _error(statement: Statement, fact: str | None) -> float:
     return 0.5 if fact is None else float(statement.value != fact)
 
 
-def _disobedience(question: Question, statements: Sequence[Statement], response: str) -> float:
+def _disobedience(question: TownQuestion, statements: Sequence[Statement], response: str) -> float:
     """Points lost: one per two words over the limit (three at most), form 2, order or extras 1, broken text 2."""
     words = response.split()
     form = PROSE if "the" in words else LIST

@@ -25,12 +25,12 @@ from mogeo.dpo.config import (
     share_or_number,
 )
 from mogeo.dpo.data import COUNTS, PAIRINGS, Preferences, build_preferences, read_rows, split_rows
-from mogeo.dpo.provenance import Origin
+from mogeo.dpo.data_origin import DataOrigin
 from mogeo.errors import InputError
+from mogeo.figures.table import Table
 
 if TYPE_CHECKING:
-    from mogeo.dpo.figures import Table
-    from mogeo.dpo.processes import Ranks
+    from mogeo.dpo.processes import Processes
     from mogeo.dpo.train import AlignResult
 
 logger = logging.getLogger("mogeo")
@@ -219,16 +219,16 @@ def run(args: argparse.Namespace) -> int:
     # Everything that can be wrong is found before the model is loaded, the cheapest first.
     config = _config(args)
     config.check()
-    from mogeo.dpo.processes import joined, launched
+    from mogeo.dpo.processes import join_processes, launched_processes
     from mogeo.dpo.train import check_weighting
 
-    config.check_ranks(launched().size)
+    config.check_ranks(launched_processes().size)
     check_weighting(config)
-    with joined(args.device) as ranks:
+    with join_processes(args.device) as ranks:
         return _run(args, config, ranks)
 
 
-def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
+def _run(args: argparse.Namespace, config: AlignConfig, ranks: Processes) -> int:
     """The command, on each of the ranks that have joined."""
     import torch
     import transformers
@@ -273,7 +273,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     if not ranks.first:
         return 0
     train_rows, _ = split_rows(rows, args.held_out, args.seed)
-    Origin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
+    DataOrigin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
     table = result_table(result)
     print("\n" + table.text())
     _write_report(args, result, [table, _data_table(train, held_out)])
@@ -281,7 +281,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     return 0
 
 
-def _again(args: argparse.Namespace, ranks: Ranks) -> str:
+def _again(args: argparse.Namespace, ranks: Processes) -> str:
     """The command line that goes on with this run."""
     launch = ["mogeo"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size), "-m", "mogeo"]
     return shlex.join([*launch, "align", *(a for a in args.argv[1:] if a != "--resume"), "--resume"])
@@ -356,8 +356,6 @@ def _preferences(rows: list[dict[str, object]], args: argparse.Namespace) -> tup
 
 
 def _data_table(train: Preferences, held_out: Preferences) -> Table:
-    from mogeo.dpo.figures import Table
-
     rows = [
         [f"{name} ({label})", *(str(preferences.counts[name][key]) for key in COUNTS)]
         for label, preferences in (("training", train), ("held-out", held_out))
@@ -369,8 +367,6 @@ def _data_table(train: Preferences, held_out: Preferences) -> Table:
 
 def result_table(result: AlignResult) -> Table:
     """Held-out numbers before and after training, one row an objective, and the worst of each column."""
-    from mogeo.dpo.figures import Table
-
     before, after = result.before, result.after
     columns = [
         [
@@ -395,13 +391,12 @@ def result_table(result: AlignResult) -> Table:
 
 
 def _write_report(args: argparse.Namespace, result: AlignResult, tables: list[Table]) -> None:
-    from mogeo.dpo import figures
+    from mogeo.figures.charts import MissingMatplotlibError
+    from mogeo.figures.html_report import write_report
 
     title = f"mogeo align: {Path(args.model).name}, {args.weighting}"
     notes = [*result.notes, f"Command: {shlex.join(['mogeo', *args.argv])}"]
     try:
-        figures.write_report(
-            args.output, title, tuple(result.after.accuracy), {args.weighting: result.history}, tables, notes
-        )
-    except figures.MissingMatplotlibError as error:
+        write_report(args.output, title, tuple(result.after.accuracy), {args.weighting: result.history}, tables, notes)
+    except MissingMatplotlibError as error:
         logger.warning("no report.html: %s", error)

@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mogeo.dpo.losses import sequence_log_probs
-from mogeo.dpo.processes import Ranks
+from mogeo.dpo.log_probs import sequence_log_probs
+from mogeo.dpo.processes import Processes
 from mogeo.errors import InputError
 from mogeo.gradients.ranks import is_sharded, sharded
 
 State = dict[str, Any]
 
 
-class Alone:
+class SingleProcess:
     """One process, and the model as it is.
 
     Attributes:
@@ -55,10 +55,10 @@ class Alone:
         optimizer.load_state_dict(optimizer_state)
 
 
-class Replicas(Alone):
+class Replicated(SingleProcess):
     """DDP: every rank holds the model, as the first one had it."""
 
-    def __init__(self, model: Any, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, model: Any, device: torch.device, ranks: Processes) -> None:
         super().__init__(model, device)
         self.ranks = ranks
         self._replica = nn.parallel.DistributedDataParallel(
@@ -110,14 +110,14 @@ class Replicas(Alone):
         return whole
 
 
-class Shards(Replicas):
+class Sharded(Replicated):
     """FSDP2: every rank holds its part of each parameter, and of its optimizer state; layers are whole while they run.
 
     Raises:
         InputError: the model does not say what its layers are.
     """
 
-    def __init__(self, model: Any, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, model: Any, device: torch.device, ranks: Processes) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -203,8 +203,8 @@ def _outline(state: Any) -> Any:
     return state.to("meta") if isinstance(state, Tensor) else state
 
 
-def engine_of(model: Any, device: torch.device, ranks: Ranks, fsdp: bool) -> Alone:
+def make_engine(model: Any, device: torch.device, ranks: Processes, fsdp: bool) -> SingleProcess:
     """Put the model on its device, or spread it over the ranks."""
     if ranks.size == 1:
-        return Alone(model, device)
-    return Shards(model, device, ranks) if fsdp else Replicas(model, device, ranks)
+        return SingleProcess(model, device)
+    return Sharded(model, device, ranks) if fsdp else Replicated(model, device, ranks)

@@ -18,8 +18,8 @@ from torch import Tensor
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
-from mogeo.dpo.processes import current_ranks
-from mogeo.dpo.scoring import score
+from mogeo.dpo.processes import current_processes
+from mogeo.dpo.scoring import score_sequences
 from mogeo.dpo.tokens import encode_sequence
 from mogeo.dpo.train import AlignResult, align, resolve_device
 from mogeo.errors import InputError
@@ -58,7 +58,7 @@ def align_modpo(
     Raises:
         InputError: settings or data cannot be used, or there are several ranks.
     """
-    if current_ranks().size > 1:
+    if current_processes().size > 1:
         raise InputError("MODPO runs on one process: its margin models are not shared out over ranks")
     shares = normalized_weights(weights, train.objectives)
     config = replace(config, modpo_weights=tuple(shares.values()))
@@ -114,7 +114,7 @@ def implicit_rewards(
     model.to(device)
 
     def scores(scored: Any) -> Tensor:
-        return score(
+        return score_sequences(
             scored,
             list(fitting.values()),
             batch_size=2 * (config.micro_batch or config.pairs_per_objective),

@@ -24,7 +24,7 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a laun
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """The processes that train one model together, seen from one of them."""
 
     rank: int = 0
@@ -83,24 +83,24 @@ class Ranks:
                     )
 
 
-def current_ranks() -> Ranks:
+def current_processes() -> Processes:
     """The processes of the default process group; alone where there is none.
 
     Raises:
         InputError: the group cannot carry tensors on the CPU, as scores and stop requests are.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks()
+        return Processes()
     backends = dist.get_backend_config()
     if "cpu:" not in backends:
         raise InputError(
             f"the process group has the backend {backends}, and nothing for the CPU: leave the backend out of "
             "init_process_group, which then has gloo as well"
         )
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
-def launched() -> Ranks:
+def launched_processes() -> Processes:
     """The processes that a launcher started, before they have joined.
 
     Raises:
@@ -108,14 +108,14 @@ def launched() -> Ranks:
     """
     size = _number("WORLD_SIZE", "1")
     if size == 1:
-        return Ranks()
+        return Processes()
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise InputError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun --nproc-per-node {size} "
             "-m mogeo align ..., or unset WORLD_SIZE to run alone"
         )
-    return Ranks(_number("RANK"), size)
+    return Processes(_number("RANK"), size)
 
 
 def resolve_device(name: str) -> str:
@@ -129,7 +129,7 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def device_of_rank(device: str, ranks: Ranks) -> torch.device:
+def device_of_rank(device: str, ranks: Processes) -> torch.device:
     """The device of this process: of several on one machine, each takes the GPU of its LOCAL_RANK.
 
     Raises:
@@ -150,7 +150,7 @@ def device_of_rank(device: str, ranks: Ranks) -> torch.device:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def join_processes(device: str) -> Iterator[Processes]:
     """Join the processes that a launcher started, for as long as this context lasts.
 
     Does nothing for a process that is alone, or whose process group exists already.
@@ -159,11 +159,11 @@ def joined(device: str) -> Iterator[Ranks]:
         device: what the model is trained on, or auto; nccl carries CUDA tensors, gloo those on the CPU.
 
     Raises:
-        InputError: see `launched` and `device_of_rank`.
+        InputError: see `launched_processes` and `device_of_rank`.
     """
-    ranks = launched()
+    ranks = launched_processes()
     if ranks.size == 1 or dist.is_initialized():
-        yield current_ranks()
+        yield current_processes()
         return
     place = device_of_rank(device, ranks)
     if place.type == "cuda":

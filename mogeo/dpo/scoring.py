@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogeo.dpo.losses import sequence_log_probs
-from mogeo.dpo.processes import Ranks
+from mogeo.dpo.log_probs import sequence_log_probs
+from mogeo.dpo.processes import Processes
 from mogeo.dpo.tokens import TokenizedPreferences, TokenSequence, by_length, collate
 
 
@@ -37,7 +37,7 @@ class Evaluation:
         return dict(vars(self))
 
 
-def score(
+def score_sequences(
     model: torch.nn.Module,
     sequences: list[TokenSequence],
     *,
@@ -46,7 +46,7 @@ def score(
     precision: AbstractContextManager[Any],
     on_batch: Callable[[int], object] | None = None,
     log_probs: Callable[..., Tensor] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
 ) -> Tensor:
     """Log-probability of every completion under the model in evaluation mode: fp32 [len(sequences)], on the CPU.
 
@@ -62,7 +62,7 @@ def score(
         log_probs: what to call with the tensors of a batch; by default `sequence_log_probs` of the model.
         ranks: processes that share the batches out, all of them in this call; each gets all scores.
     """
-    log_probs, ranks = log_probs or partial(sequence_log_probs, model), ranks or Ranks()
+    log_probs, ranks = log_probs or partial(sequence_log_probs, model), ranks or Processes()
     device = next(model.parameters()).device
     scores = torch.zeros(len(sequences), dtype=torch.float32)
     batches = list(by_length(sequences, batch_size))
@@ -86,7 +86,9 @@ def score(
     return ranks.sum_(scores)
 
 
-def evaluate(policy: Tensor, reference: Tensor, preferences: TokenizedPreferences, beta: float) -> Evaluation:
+def evaluate_preferences(
+    policy: Tensor, reference: Tensor, preferences: TokenizedPreferences, beta: float
+) -> Evaluation:
     """Preference accuracy and reward margin of each objective, from the scores of `preferences.sequences`."""
     accuracy, margin, likelihood = {}, {}, {}
     for name, pairs in preferences.pairs.items():

@@ -23,15 +23,15 @@ from mogeo.decide.steering import Steering
 from mogeo.dpo.config import OPTIMIZER_OPTIONS
 from mogeo.dpo.config import AlignConfig as AlignConfig
 from mogeo.dpo.data import Preferences
-from mogeo.dpo.engines import Alone, engine_of
-from mogeo.dpo.interrupt import Interrupted as Interrupted
-from mogeo.dpo.interrupt import stop_requests
+from mogeo.dpo.engines import SingleProcess, make_engine
+from mogeo.dpo.graceful_stop import Interrupted as Interrupted
+from mogeo.dpo.graceful_stop import stop_requests
 from mogeo.dpo.losses import dpo_loss, modpo_loss
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
-from mogeo.dpo.processes import Ranks, current_ranks, device_of_rank
+from mogeo.dpo.processes import Processes, current_processes, device_of_rank
 from mogeo.dpo.processes import resolve_device as resolve_device
 from mogeo.dpo.run_folder import Record, RunFolder, fingerprint
-from mogeo.dpo.scoring import Evaluation, evaluate, score
+from mogeo.dpo.scoring import Evaluation, evaluate_preferences, score_sequences
 from mogeo.dpo.tokens import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
 from mogeo.errors import InputError
 from mogeo.losses.named import in_order
@@ -106,7 +106,7 @@ def align(
         InputError: settings, data or folder cannot be used.
         Interrupted: Ctrl-C or SIGTERM, with an `output`; without one, KeyboardInterrupt comes through.
     """
-    ranks = current_ranks()
+    ranks = current_processes()
     config.check()
     config.check_ranks(ranks.size)
     check_weighting(config, train.objectives)
@@ -136,7 +136,7 @@ class _Run:
         train: Preferences,
         held_out: Preferences,
         config: AlignConfig,
-        ranks: Ranks,
+        ranks: Processes,
         output: Path | None,
         resume: bool,
         progress: bool,
@@ -176,7 +176,7 @@ class _Run:
         """Put the model in its place, score the reference with it, and make the optimizer of what lies there."""
         config = self.config
         key = "" if self.folder is None else self._reference_key()  # of the whole model
-        self.engine: Alone = engine_of(self.model, self.device, self.ranks, config.fsdp)
+        self.engine: SingleProcess = make_engine(self.model, self.device, self.ranks, config.fsdp)
         self._score_reference(key)
         self.optimizer = mogeo.MultiObjectiveOptimizer(
             torch.optim.AdamW(
@@ -341,7 +341,7 @@ class _Run:
 
     def _score(self, sequences: list[TokenSequence], label: str) -> Tensor:
         with self._bar(label, len(sequences), "seq", leave=False) as bar:
-            return score(
+            return score_sequences(
                 self.model,
                 sequences,
                 batch_size=self._score_batch,
@@ -370,7 +370,7 @@ class _Run:
         policy = (
             self.held_out_reference if step == 0 else self._score(self.held_out.sequences, f"held-out, step {step}")
         )
-        measured = evaluate(policy, self.held_out_reference, self.held_out, self.config.beta)
+        measured = evaluate_preferences(policy, self.held_out_reference, self.held_out, self.config.beta)
         return {"kind": "eval", "step": step, **measured.to_dict()}
 
     # ---- the run -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """MultiObjectiveDPOTrainer: TRL's DPOTrainer with a label, a loss and a gradient per objective.
 
 Knows TRL's and Transformers' training loop, and says when what happens in it. Data, order, losses and logs are its
-neighbours': `trl_data` → `trl_order` → `trl_losses` → `mogeo.MultiObjectiveOptimizer` → `trl_metrics`.
+neighbours': `trl_data` → `trl_sampler` → `trl_losses` → `mogeo.MultiObjectiveOptimizer` → `trl_metrics`.
 
 Overridden are the places where one loss becomes several: `training_step`, `compute_loss`, `create_optimizer`, and what
 carries labels to them. `trl_losses` says what its reading of the loss leans on; beyond that, of TRL's privates only
@@ -34,7 +34,7 @@ from mogeo import MultiObjectiveOptimizer, weightings
 from mogeo.integrations.trl_data import LABELS, labelled_rows, merged_sets
 from mogeo.integrations.trl_losses import ScoredPairs
 from mogeo.integrations.trl_metrics import Tally
-from mogeo.integrations.trl_order import StratifiedOrder
+from mogeo.integrations.trl_sampler import StratifiedSampler
 from mogeo.losses.named import checked_names
 from mogeo.weightings import WeightingLike
 
@@ -174,7 +174,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
                     "steps do without it. Accumulate more micro-batches to have it in each"
                 )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StratifiedOrder(kinds, seed, epoch=lambda: int(self.state.epoch or 0))
+        return StratifiedSampler(kinds, seed, epoch=lambda: int(self.state.epoch or 0))
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ from mogeo.judging.options import JUDGES, add_judge_arguments, check_judge, endp
 from mogeo.judging.responses import DTYPES, Generation, ResponseFile, Said, Speaker, read_responses, respond
 
 if TYPE_CHECKING:
-    from mogeo.judging.api_judge import EndpointJudge, Plan
     from mogeo.judging.comparison import Judged
+    from mogeo.judging.endpoint_judge import EndpointJudge, Plan
     from mogeo.judging.judge import Judge
 
 logger = logging.getLogger("mogeo")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mogeo.dpo.figures import Table
 from mogeo.errors import InputError
+from mogeo.figures.table import Table
 from mogeo.judging.golden import Question
 from mogeo.judging.judge import OVERALL, WORST, Judge, Verdict
 from mogeo.judging.win_rates import LEVEL, RESAMPLES, Estimate, Estimates, estimate

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mogeo.dpo.config import PROMPT_FORMATS
 from mogeo.dpo.data import read_rows, split_rows
-from mogeo.dpo.provenance import Origin
+from mogeo.dpo.data_origin import DataOrigin
 from mogeo.errors import InputError
 from mogeo.judging.golden import Question, golden_questions
 from mogeo.judging.responses import Speaker
@@ -28,7 +28,7 @@ class Entrant:
 
     label: str
     source: str
-    origin: Origin | None = None
+    origin: DataOrigin | None = None
     """Of a run."""
     prompt_format: str | None = None
     """Of a run: what it was trained with."""
@@ -129,4 +129,4 @@ def _entrant(label: str, source: str) -> Entrant:
         prompt_format = json.loads((path / "run.json").read_text("utf-8"))["prompt_format"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"'{path / 'run.json'}' cannot be read ({error})") from None
-    return Entrant(label, str(path / "model"), Origin.read(path), prompt_format)
+    return Entrant(label, str(path / "model"), DataOrigin.read(path), prompt_format)

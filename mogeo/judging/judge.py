@@ -1,6 +1,6 @@
 """What a judge is: it compares two texts for a prompt, by objective and on the whole. Knows no model and no network.
 
-`RatingJudge` makes a judge out of any function that rates a text; `reward_judge` and `api_judge` hold the others.
+`RatingJudge` makes a judge out of any function that rates a text; `reward_judge` and `endpoint_judge` hold the others.
 """
 
 from __future__ import annotations

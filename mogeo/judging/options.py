@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogeo.errors import InputError
-from mogeo.judging.api_client import DEFAULT_OPTIONS, OPENAI_KEY, OPENAI_URL, EndpointConfig
+from mogeo.judging.endpoint_client import DEFAULT_OPTIONS, OPENAI_KEY, OPENAI_URL, EndpointConfig
 from mogeo.judging.golden import Question
 from mogeo.judging.judge import OVERALL, WORST, Judge, RatingJudge
 
 if TYPE_CHECKING:
-    from mogeo.judging.api_judge import EndpointJudge
+    from mogeo.judging.endpoint_judge import EndpointJudge
     from mogeo.judging.reward_judge import RewardSource
 
 JUDGES = ("endpoint", "reward", "world")
@@ -136,9 +136,9 @@ def reward_judge(args: argparse.Namespace) -> Judge:
 
 def endpoint_judge(args: argparse.Namespace, objectives: Sequence[str]) -> EndpointJudge:
     """The model behind the endpoint."""
-    from mogeo.judging.api_cache import ReplyCache
-    from mogeo.judging.api_client import Endpoint
-    from mogeo.judging.api_judge import EndpointJudge
+    from mogeo.judging.endpoint_cache import ReplyCache
+    from mogeo.judging.endpoint_client import Endpoint
+    from mogeo.judging.endpoint_judge import EndpointJudge
 
     cache = ReplyCache(args.cache or args.output / "judge_cache.sqlite")
     return EndpointJudge(
@@ -226,13 +226,12 @@ def _named(text: str, option: str) -> tuple[str, str]:
 
 
 def _check_world(objectives: Sequence[str], asked: Sequence[Question]) -> None:
-    from mogeo.demo.world import OBJECTIVES
-    from mogeo.demo.world import Question as WorldQuestion
+    from mogeo.demo.world import OBJECTIVES, TownQuestion
 
     if unknown := set(objectives) - set(OBJECTIVES):
         raise InputError(f"the world's raters know no {', '.join(sorted(unknown))}; they rate {', '.join(OBJECTIVES)}")
     try:
         for question in asked:
-            WorldQuestion.parse(question.prompt)
+            TownQuestion.parse(question.prompt)
     except ValueError as error:
         raise InputError(f"--judge world: {error}") from None

@@ -99,7 +99,7 @@ class RewardJudge:
         """fp32 [len(texts), labels of the model], NaN where a text does not fit; and the column of each question."""
         model, tokenizer = load_classifier(source, self.dtype)
         columns = {name: label_index(source, model.config, label) for name, label in labels.items()}
-        return score(model.to(self.device), tokenizer, texts, self.batch_size), columns
+        return reward_logits(model.to(self.device), tokenizer, texts, self.batch_size), columns
 
 
 def load_classifier(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -149,7 +149,7 @@ def label_index(source: str, config: Any, label: str | None) -> int:
 
 
 @torch.no_grad()
-def score(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], batch_size: int) -> torch.Tensor:
+def reward_logits(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], batch_size: int) -> torch.Tensor:
     """Logits for pairs of prompt and response: fp32 [len(texts), labels], on the CPU.
 
     With a chat template, the pair is a turn of the user and one of the assistant; without one, the tokenizer's pair of

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mogeo.dpo import losses
+from mogeo.dpo.log_probs import sequence_log_probs, split_head
+from mogeo.dpo.losses import dpo_loss
 from mogeo.dpo.models import check_model_source
 from mogeo.errors import InputError
 from mogeo.plan.memory import Peaks, Shape
@@ -230,13 +231,13 @@ def _run(
         _mark_phases(_layers_of(model, shorter), live.enter)
         with live:
             with live.answering():
-                losses._split_head(model)  # its seam cannot be tried on numbers: that it runs is taken to be enough
+                split_head(model)  # its seam cannot be tried on numbers: that it runs is taken to be enough
             live.enter("forward")
             autocast = precision == "autocast"
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=autocast_cache):
-                scores = losses.sequence_log_probs(model, ids, mask, mask)
+                scores = sequence_log_probs(model, ids, mask, mask)
             chosen, rejected = (scores - reference).chunk(2)
-            loss = losses.dpo_loss(chosen - rejected, 0.1).sum()
+            loss = dpo_loss(chosen - rejected, 0.1).sum()
             del scores, chosen, rejected
             live.enter("head")
             loss.backward()  # type: ignore[no-untyped-call]

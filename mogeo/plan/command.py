@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogeo.errors import InputError
+from mogeo.figures.table import Table
 from mogeo.plan.cost import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, DEVICES, HOST_BANDWIDTH, Device, ratio
 from mogeo.plan.memory import ENGINES, OPTIMIZERS, PRECISIONS, Mode, Setup, fsdp_ranks, lora_bytes, memory, modes
 from mogeo.plan.recommend import SLACK, Candidate, choose
 
 if TYPE_CHECKING:
-    from mogeo.dpo.figures import Table
     from mogeo.plan.activations import Precision, Trace
 
 _DESCRIPTION = """\
@@ -118,13 +118,13 @@ def run(args: argparse.Namespace) -> int:
     from mogeo.plan.memory import Peaks, Shape
 
     _setup(args, Shape(1, 0, 1, 1, 1, 1), Peaks(0, 0))
-    from mogeo.plan import activations as trace
+    from mogeo.plan.activations import outline, read_config, trace
 
-    config = trace.read_config(args.model)
-    shape = trace.outline(config)
+    config = read_config(args.model)
+    shape = outline(config)
 
     def traced_in(precision: Precision) -> Trace:
-        return trace.trace(
+        return trace(
             config,
             sequences=args.sequences,
             tokens=args.tokens,
@@ -226,8 +226,6 @@ def _known(listed: Sequence[Mode]) -> tuple[list[Mode], list[Mode]]:
 
 def memory_table(candidates: Sequence[Candidate], limit: float) -> Table:
     """GB per rank, a row a mode; items that no mode has are left out."""
-    from mogeo.dpo.figures import Table
-
     items = [name for name in asdict(candidates[0].memory) if any(getattr(c.memory, name) for c in candidates)]
     on_device = [name for name in items if name != "host"]
     header = ["mode", *on_device, "total", "fits", *(["host"] if "host" in items else []), "step"]

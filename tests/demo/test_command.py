@@ -13,7 +13,7 @@ import pytest
 
 from mogeo.demo import command as demo
 from mogeo.demo.experiment import run_seed
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import REGIMES
 from mogeo.errors import InputError
 from tests.recipes import SMALL

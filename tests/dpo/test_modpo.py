@@ -8,7 +8,7 @@ import torch
 
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Pair, Preferences, build_preferences, split_rows
-from mogeo.dpo.losses import sequence_log_probs
+from mogeo.dpo.log_probs import sequence_log_probs
 from mogeo.dpo.modpo import align_modpo, implicit_rewards, normalized_weights, with_margins
 from mogeo.dpo.tokens import encode_sequence, tokenize_preferences
 from mogeo.dpo.train import align

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogeo.dpo.scoring import evaluate, score
+from mogeo.dpo.scoring import evaluate_preferences, score_sequences
 from mogeo.dpo.tokens import TokenizedPreferences, TokenSequence
 
 scores = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 2.0]), min_size=6, max_size=6)
@@ -18,7 +18,7 @@ scores = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 2.0]), min_size=6, max_size=
 @settings(max_examples=80, deadline=None)
 def test_accuracy_counts_ties_one_half_and_margin_is_the_mean_reward_difference(policy, reference, pairs):
     tokens = TokenizedPreferences([], {"a": torch.tensor(pairs)}, {})
-    measured = evaluate(torch.tensor(policy), torch.tensor(reference), tokens, beta=0.25)
+    measured = evaluate_preferences(torch.tensor(policy), torch.tensor(reference), tokens, beta=0.25)
     rewards = 0.25 * (np.array(policy) - np.array(reference))
     h = np.array([rewards[c] - rewards[r] for c, r in pairs])
     plain = np.array([policy[c] - policy[r] for c, r in pairs])
@@ -31,7 +31,7 @@ def test_accuracy_counts_ties_one_half_and_margin_is_the_mean_reward_difference(
 def test_the_reference_itself_scores_one_half_and_no_margin():
     tokens = TokenizedPreferences([], {"a": torch.tensor([[0, 1], [1, 2]])}, {})
     reference = torch.tensor([-1.0, -2.0, -3.0])
-    measured = evaluate(reference, reference, tokens, beta=0.5)
+    measured = evaluate_preferences(reference, reference, tokens, beta=0.5)
     assert (measured.accuracy, measured.margin) == ({"a": 0.5}, {"a": 0.0})
     assert measured.likelihood_accuracy == {"a": 1.0}
 
@@ -40,7 +40,9 @@ def test_scores_are_those_of_single_sequences_in_evaluation_mode(make_model):
     model = make_model(attention_dropout=0.5).train()
     sequences = [TokenSequence(tuple(range(3, 3 + n)), start) for n, start in [(5, 2), (9, 4), (2, 1), (7, 6), (9, 1)]]
     counted = []
-    got = score(model, sequences, batch_size=2, pad=0, precision=contextlib.nullcontext(), on_batch=counted.append)
+    got = score_sequences(
+        model, sequences, batch_size=2, pad=0, precision=contextlib.nullcontext(), on_batch=counted.append
+    )
     assert model.training
     assert counted == [2, 2, 1]
     model.eval()

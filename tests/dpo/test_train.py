@@ -269,8 +269,10 @@ def test_the_reference_is_not_computed_again_on_resume(run, tmp_path, monkeypatc
     with pytest.raises(Interrupted):
         run(tmp_path)
     scored = []
-    original = module.score
-    monkeypatch.setattr(module, "score", lambda *args, **kwargs: scored.append(1) or original(*args, **kwargs))
+    original = module.score_sequences
+    monkeypatch.setattr(
+        module, "score_sequences", lambda *args, **kwargs: scored.append(1) or original(*args, **kwargs)
+    )
     run(tmp_path, resume=True)
     assert len(scored) == 4  # evaluations after steps 4, 6, 8 and 9
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mogeo.dpo.data import split_rows
-from mogeo.dpo.provenance import Origin
+from mogeo.dpo.data_origin import DataOrigin
 from mogeo.errors import InputError
 from mogeo.judging.entrants import Entrant, Prompts, entrants, questions, speakers
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path, rows, data: str) -> Path:
     folder = tmp_path / "a_run"
     (folder / "model").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"prompt_format": "plain"}))
-    Origin.of(data, 0.25, 3, ("size", "warm"), split_rows(rows, 0.25, 3)[0]).write(folder)
+    DataOrigin.of(data, 0.25, 3, ("size", "warm"), split_rows(rows, 0.25, 3)[0]).write(folder)
     return folder
 
 
@@ -49,11 +49,11 @@ def test_what_a_run_was_trained_on_is_never_judged(run: Path, rows, caplog) -> N
 
 
 def test_white_space_makes_no_new_prompt(run: Path) -> None:
-    origin = Origin.read(run)
+    origin = DataOrigin.read(run)
     assert origin.trained_on("what is red like ?") or origin.trained_on("what is blue like ?")
     prompt = next(p for p in ("what is red like ?", "what is blue like ?") if origin.trained_on(p))
     assert origin.trained_on(f"  {prompt.replace(' ', '   ')}\n")
-    assert origin == Origin.read(run)
+    assert origin == DataOrigin.read(run)
 
 
 def test_prompts_all_trained_on_are_an_error(run: Path, rows, tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
-"""Pictures and reports of runs: histories in, PNGs and one self-contained HTML page out.
+"""Charts of one or several runs, drawn from the records of their `metrics.jsonl` and written as PNG files.
 
-Needs matplotlib (extra `report`). Knows the records of `metrics.jsonl` and tables of text; nothing of models, data or
-how a run was made. Pictures are drawn on figures of their own, without pyplot: matplotlib's global state (settings,
-backend, open figures) is not changed, so that a caller's is safe.
+Needs matplotlib (extra `report`). Uses matplotlib's `Figure` class and never `pyplot`, so that the caller's own
+matplotlib settings, backend and open figures stay as they are.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,25 +17,31 @@ from numpy.typing import NDArray
 
 from mogeo.errors import InputError
 
-Record = Mapping[str, Any]  # one line of metrics.jsonl; `kind` is "train" or "eval"
+StepRecord = Mapping[str, Any]
+"""One line of metrics.jsonl; its entry `kind` is "train" or "eval"."""
+
 Floats = NDArray[np.float64]
 
-# Okabe and Ito's colours, told apart with any colour vision; their yellow is left out, as it vanishes on white. Lines
-# are objectives or runs, bars are methods: they begin with different colours, so that nobody reads one as the other.
-# After the last colour, lines go on with the next dash, bars with the next hatch.
+# The palette of Okabe and Ito, which people with any colour vision can tell apart, without its yellow, which is hard to
+# see on white. Lines stand for objectives or runs and bars for methods, so the two lists begin with different colours.
+# When the colours are used up, lines start over with another dash pattern and bars with another hatch pattern.
 LINES = ("#D55E00", "#009E73", "#CC79A7", "#000000", "#0072B2", "#E69F00", "#56B4E9")
 BARS = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
 _DASHES = ("-", "--", ":", "-.")
 _HATCHES = ("", "//", "..", "xx")
-_MAX_PAIRS = 10  # above, lines of single pairs cannot be told apart: their range is drawn instead
+_MAX_PAIRS = 10  # with more pairs of objectives, draw the range of their cosines instead of one line each
 
 
 class MissingMatplotlibError(InputError, ImportError):
-    """Raised when a picture is asked for and matplotlib is not installed."""
+    """A chart was asked for, and matplotlib is not installed."""
 
 
 def require_matplotlib() -> None:
-    """Raise MissingMatplotlibError where matplotlib is missing: to be called before hours of work, not after."""
+    """Check that charts can be drawn. Call this before a long computation whose result is to be drawn.
+
+    Raises:
+        MissingMatplotlibError: matplotlib is not installed.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -46,76 +49,22 @@ def require_matplotlib() -> None:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of text; the first column is left-aligned, the others (numbers) are right-aligned."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def text(self) -> str:
-        """The table for a terminal, its columns aligned."""
-        lines = [tuple(self.header), *map(tuple, self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        body = [
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        body.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self.title, *(line.rstrip() for line in body), *([self.note] if self.note else [])])
-
-    def html(self) -> str:
-        """The table as HTML, every cell escaped."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in self.rows)
-        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<h2>{html.escape(self.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>\n{note}"
-
-
-@dataclass(frozen=True)
 class Bars:
-    """A panel of grouped bars: `series[label][category]` holds one value a seed; the bar is their mean."""
+    """What one panel of grouped bars shows: for each category, one bar per label.
+
+    Attributes:
+        title: heading of the panel.
+        ylabel: what the bars' heights mean.
+        categories: names along the horizontal axis.
+        series: label -> for each category, the values of all seeds. The bar is their mean.
+        baseline: the height at which bars start.
+    """
 
     title: str
     ylabel: str
     categories: Sequence[str]
     series: Mapping[str, Sequence[Sequence[float]]]
-    baseline: float = 0.0  # where bars start, and what they are read against
-
-
-def write_report(
-    output: Path,
-    title: str,
-    objectives: Sequence[str],
-    runs: Mapping[str, Sequence[Record]],
-    tables: Sequence[Table],
-    notes: Sequence[str],
-    pictures: Sequence[Path] = (),
-) -> list[Path]:
-    """Write `report.html` and the pictures in it (losses, weights, cosines, accuracy) into `output`.
-
-    Args:
-        runs: label -> its records, in order. A picture that none of the runs has numbers for (cosines under a weighting
-            that needs no gradients' geometry, accuracy without evaluations) is left out.
-        notes: sentences put on top of the page.
-        pictures: PNG files of the caller's own, shown first.
-
-    Returns the files written, `report.html` first. Raises MissingMatplotlibError (an ImportError) without matplotlib.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    drawn = [
-        _draw_over_steps(output / "losses.png", "Loss", objectives, runs, "loss"),
-        _draw_over_steps(output / "weights.png", "Weight on the raw gradients", objectives, runs, "weight"),
-        _draw_cosines(output / "cosines.png", objectives, runs),
-        _draw_accuracy(output / "accuracy.png", objectives, runs),
-    ]
-    written = [path for path in drawn if path is not None]
-    page = output / "report.html"
-    page.write_text(_page(title, tables, notes, [*pictures, *written]), encoding="utf-8")
-    return [page, *written]
+    baseline: float = 0.0
 
 
 def write_comparison(
@@ -123,14 +72,26 @@ def write_comparison(
     title: str,
     panels: Sequence[Bars],
     objectives: Sequence[str],
-    weights: Sequence[Sequence[Record]],
+    weights: Sequence[Sequence[StepRecord]],
     weights_title: str,
 ) -> Path:
-    """One picture that compares methods: a panel for each of `panels`, and the weights over time of one method.
+    """Write a picture that compares methods: one panel of bars for each of `panels`, and a panel of one method's
+    weights.
 
     Args:
-        panels: bars; the same label has the same colour in all of them.
-        weights: the records of that method's runs, one list a seed: lines are means over the seeds, bands their range.
+        path: the PNG file to write.
+        title: heading of the picture.
+        panels: what the bars show. A label has the same colour in all panels.
+        objectives: names, in the order of their colours.
+        weights: the records of one method's runs, one list per seed. Lines show the mean over the seeds, bands the
+            range.
+        weights_title: heading of the panel of weights.
+
+    Returns:
+        `path`.
+
+    Raises:
+        MissingMatplotlibError: matplotlib is not installed.
     """
     figure, axes = _panels(len(panels) + 1, title, width=5.6)
     labels = list(dict.fromkeys(label for bars in panels for label in bars.series))
@@ -146,10 +107,16 @@ def write_comparison(
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
-def _draw_over_steps(
-    path: Path, what: str, objectives: Sequence[str], runs: Mapping[str, Sequence[Record]], field: str
+def draw_over_steps(
+    path: Path, what: str, objectives: Sequence[str], runs: Mapping[str, Sequence[StepRecord]], field: str
 ) -> Path | None:
-    """One panel a run, one line an objective: the values of `field` over the steps, pale, and their running mean."""
+    """Draw `record[field]` of every training step: one panel per run, one line per objective.
+
+    The values themselves are drawn pale, and their running mean in full colour.
+
+    Returns:
+        `path`, or None if no run has a training record: then nothing is written.
+    """
     panels = {label: _train(records) for label, records in runs.items()}
     panels = {label: records for label, records in panels.items() if records}
     if not panels:
@@ -167,8 +134,12 @@ def _draw_over_steps(
     return path
 
 
-def _draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequence[Record]]) -> Path | None:
-    """One panel a run that has them: the cosine of each pair of objectives' gradients; below zero they conflict."""
+def draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequence[StepRecord]]) -> Path | None:
+    """Draw the cosines between the gradients of each pair of objectives, one panel per run that recorded them.
+
+    Returns:
+        `path`, or None if no run recorded cosines, or there is only one objective: then nothing is written.
+    """
     panels = {label: [r for r in _train(records) if r.get("cosines")] for label, records in runs.items()}
     panels = {label: records for label, records in panels.items() if records}
     pairs = list(combinations(range(len(objectives)), 2))
@@ -178,7 +149,7 @@ def _draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequ
     figure, axes = _panels(len(panels), title, xlabel="step", share_y=True)
     for ax, (label, records) in zip(axes, panels.items(), strict=True):
         steps = [record["step"] for record in records]
-        # None is how a cosine that is not a number (a zero or a skipped gradient) comes out of JSON.
+        # metrics.jsonl holds null for a cosine that is not a number (of a zero or a skipped gradient): NaN here.
         matrices = np.array([record["cosines"] for record in records], dtype=np.float64)  # [steps, K, K]
         cosines = np.stack([_smooth(matrices[:, i, j]) for i, j in pairs])  # [pairs, steps]
         if len(pairs) <= _MAX_PAIRS:
@@ -196,8 +167,12 @@ def _draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequ
     return path
 
 
-def _draw_accuracy(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequence[Record]]) -> Path | None:
-    """One panel an objective, one line a run: held-out preference accuracy over the steps."""
+def draw_accuracy(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequence[StepRecord]]) -> Path | None:
+    """Draw the preference accuracy on held-out pairs: one panel per objective, one line per run.
+
+    Returns:
+        `path`, or None if no run was evaluated: then nothing is written.
+    """
     evaluations = {label: [r for r in records if r["kind"] == "eval"] for label, records in runs.items()}
     evaluations = {label: records for label, records in evaluations.items() if records}
     if not evaluations:
@@ -206,7 +181,8 @@ def _draw_accuracy(path: Path, objectives: Sequence[str], runs: Mapping[str, Seq
     for ax, name in zip(axes, objectives, strict=True):
         for i, (label, records) in enumerate(evaluations.items()):
             steps = [record["step"] for record in records]
-            # Runs are methods: they have the bars' colours, whose first (before alignment) is the line at one half.
+            # A run is a method, so its line has the colour of the method's bars. The first of those colours stands for
+            # the model before alignment, which is the horizontal line at one half here.
             style = {**_line(i), "color": BARS[1 + i % (len(BARS) - 1)]}
             ax.plot(steps, _column(records, "accuracy", name), label=_plain(label), marker="o", markersize=3, **style)
         ax.axhline(0.5, color="black", linewidth=0.8)
@@ -217,7 +193,7 @@ def _draw_accuracy(path: Path, objectives: Sequence[str], runs: Mapping[str, Seq
 
 
 def _draw_bars(ax: Any, bars: Bars, labels: Sequence[str]) -> None:
-    """Grouped bars from the baseline; with several seeds, a dot is one of them."""
+    """Draw grouped bars; with several seeds, a black dot for the value of each."""
     width = 0.8 / len(labels)
     for i, label in enumerate(labels):
         values = [np.asarray(of_category, dtype=np.float64) for of_category in bars.series.get(label, [])]
@@ -241,8 +217,11 @@ def _draw_bars(ax: Any, bars: Bars, labels: Sequence[str]) -> None:
     ax.xaxis.grid(False)
 
 
-def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[Sequence[Record]]) -> None:
-    """Each objective's smoothed weight: the seeds' mean as a line, their range as a band, the mean of all as a dash."""
+def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[Sequence[StepRecord]]) -> None:
+    """Draw each objective's weight over the steps, smoothed.
+
+    A line is the mean over the seeds, a band their range, a dashed line the mean over seeds and steps.
+    """
     ends = []
     for i, name in enumerate(objectives):
         columns = [_column(_train(records), "weight", name) for records in histories]
@@ -254,7 +233,8 @@ def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[S
         ax.plot(steps, smooth.mean(0), **_line(i))
         ax.hlines(_mean(raw), steps[0], steps[-1], color=_colour(i), linewidth=0.8, linestyle=(0, (4, 3)))
         ends.append((float(smooth.mean(0)[-1]), i))
-    # Names at the lines' ends spare the reader a second legend; from the lowest up, each as high as its line or higher.
+    # Each line is named at its right end, where no legend is needed. Go from the lowest line up, and lift a name where
+    # it would overlap the one below.
     low, high = ax.get_ylim()
     at = low
     for end, i in sorted(ends):
@@ -270,7 +250,7 @@ def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[S
 def _panels(
     n: int, title: str, *, width: float = 4.2, xlabel: str = "", share_y: bool = False
 ) -> tuple[Any, list[Any]]:
-    """A figure of `n` panels, each `width` inches wide, and its axes."""
+    """A figure with `n` panels, each `width` inches wide; returns the figure and the axes of the panels."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -292,15 +272,15 @@ def _panels(
 
 
 def _legend_below(figure: Any, ax: Any) -> None:
-    """One legend for all panels, in as many columns as the figure's width has room for."""
+    """Put one legend for all panels below them, with as many columns as the figure is wide enough for."""
     handles, names = ax.get_legend_handles_labels()
-    letters = 12 * figure.get_figwidth()  # that fit side by side at this font size
+    letters = 12 * figure.get_figwidth()  # how many letters fit side by side at this font size
     columns = max(1, min(len(names), int(letters / (max(map(len, names)) + 6))))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib has to be given it to show it as it is: it reads $...$ as mathematics and hides _names."""
+    """Escape a name: matplotlib would read $...$ as a formula, and leave names that begin with "_" out of legends."""
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
@@ -313,60 +293,28 @@ def _line(i: int) -> dict[str, Any]:
     return {"color": _colour(i), "linestyle": _DASHES[i // len(LINES) % len(_DASHES)], "linewidth": 1.6}
 
 
-def _train(records: Sequence[Record]) -> list[Record]:
+def _train(records: Sequence[StepRecord]) -> list[StepRecord]:
     return [record for record in records if record["kind"] == "train"]
 
 
-def _column(records: Sequence[Record], field: str, name: str) -> Floats:
-    """`record[field][name]` of each record; NaN where it is missing (a skipped objective, a null)."""
+def _column(records: Sequence[StepRecord], field: str, name: str) -> Floats:
+    """`record[field][name]` of each record; NaN where the record has no number there."""
     values = [(record.get(field) or {}).get(name) for record in records]
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _smooth(values: Floats) -> Floats:
-    """Centred running mean over a twentieth of the steps; NaNs are left out, windows are cut at the ends."""
+    """Running mean over a window of a twentieth of the steps around each step. NaNs are left out of it."""
     half = len(values) // 40
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return np.array([_mean(window) for window in windows])
 
 
 def _mean(values: Floats) -> float:
-    """Mean of what is not NaN; NaN, without numpy's warning, where nothing is."""
+    """Mean of the values that are not NaN. NaN if there is none (np.nanmean would also warn)."""
     return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def _quantile(rows: Floats, q: float) -> Floats:
-    """Quantile over the rows, NaN in a column which has nothing else (np.nanquantile would warn there)."""
+    """Quantile of each column, NaNs left out. NaN for a column of NaNs (np.nanquantile would also warn)."""
     return np.array([np.nan if np.isnan(c).all() else np.nanquantile(c, q) for c in rows.T])
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; margin: 1rem 0 }
-.note { color: #555; font-size: 0.9rem }
-"""
-
-
-def _page(title: str, tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path]) -> str:
-    """The whole report as one HTML page that needs no other file and no network."""
-    paragraphs = "\n".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    body = "\n".join(table.html() for table in tables)
-    images = "\n".join(
-        f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{_base64(path)}">' for path in pictures
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head>
-<body><h1>{html.escape(title)}</h1>
-{paragraphs}
-{body}
-{images}
-</body></html>
-"""
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode("ascii")

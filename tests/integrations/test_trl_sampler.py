@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mogeo.integrations.trl_order import StratifiedOrder
+from mogeo.integrations.trl_sampler import StratifiedSampler
 
 
 def order(kinds: list[int], seed: int = 0, epoch: int = 0) -> list[int]:
-    return list(StratifiedOrder(kinds, seed, lambda: epoch))
+    return list(StratifiedSampler(kinds, seed, lambda: epoch))
 
 
 @given(

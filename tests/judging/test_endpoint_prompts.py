@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mogeo.judging.api_prompts import ANSWERS, RUBRICS, ask_again, pairwise_messages, read_answer, rubric
+from mogeo.judging.endpoint_prompts import ANSWERS, RUBRICS, ask_again, pairwise_messages, read_answer, rubric
 from mogeo.judging.judge import OVERALL
 
 

@@ -1,6 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: each pair is shown in both orders, and wins count where both agree.
 
-Knows what to ask (`api_prompts`) and how to make a verdict of the answers; how to ask is the business of `api_client`.
+Knows what to ask (`endpoint_prompts`) and how to make a verdict of the answers; how to ask is the business of
+`endpoint_client`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from mogeo.judging.api_client import Answer, Ask, Endpoint
-from mogeo.judging.api_prompts import (
+from mogeo.judging.endpoint_client import Answer, Ask, Endpoint
+from mogeo.judging.endpoint_prompts import (
     ANSWERS,
     FIRST,
     SECOND,

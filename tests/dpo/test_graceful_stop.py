@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mogeo.dpo.interrupt import Interrupted, stop_requests
+from mogeo.dpo.graceful_stop import Interrupted, stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

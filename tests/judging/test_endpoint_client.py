@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mogeo.errors import InputError
-from mogeo.judging.api_cache import Reply, ReplyCache, request_key
-from mogeo.judging.api_client import Answer, Endpoint, EndpointConfig, _seconds
+from mogeo.judging.endpoint_cache import Reply, ReplyCache, request_key
+from mogeo.judging.endpoint_client import Answer, Endpoint, EndpointConfig, _seconds
 from tests.openai_stub import Say, Stub, chat, error, serving
 
 KEY = "sk-not-a-real-key-7f3a"
@@ -147,7 +147,7 @@ def test_waits_double_and_are_as_long_as_the_server_asks_for(make: Any, monkeypa
     script = [error(500), error(500), error(500), error(429, retry_after="7"), chat("yes")]
     with serving(scripted(*script)) as stub:
         endpoint = make(stub, first_wait=1.0)
-        monkeypatch.setattr("mogeo.judging.api_client.asyncio.sleep", sleep)
+        monkeypatch.setattr("mogeo.judging.endpoint_client.asyncio.sleep", sleep)
         assert ask(endpoint, "a") == [Answer("yes")]
     waits = [wait for wait in waits if wait]
     assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits[:3]))

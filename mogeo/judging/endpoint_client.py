@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mogeo.errors import InputError
-from mogeo.judging.api_cache import Reply, ReplyCache, request_key
-from mogeo.judging.api_prompts import Messages
+from mogeo.judging.endpoint_cache import Reply, ReplyCache, request_key
+from mogeo.judging.endpoint_prompts import Messages
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"

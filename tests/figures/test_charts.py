@@ -15,17 +15,17 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from mogeo.dpo.figures import (
+from mogeo.errors import InputError
+from mogeo.figures.charts import (
     Bars,
     MissingMatplotlibError,
-    Table,
     _draw_bars,
     _draw_mean_weights,
     _panels,
     write_comparison,
-    write_report,
 )
-from mogeo.errors import InputError
+from mogeo.figures.html_report import write_report
+from mogeo.figures.table import Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMES = ("helpfulness", "honesty", "truthfulness")
@@ -189,23 +189,6 @@ def test_mean_weights_are_over_seeds_and_their_names_do_not_overlap() -> None:
     assert min(b - a for a, b in itertools.pairwise(heights)) > 0.045 * (high - low)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def test_columns_of_a_table_line_up() -> None:
-    table = Table(
-        "Title", ("method", "net", "accuracy"), [("a", "-1.0", "55.0"), ("longer name", "+10.0", "5.0")], "Note."
-    )
-    assert table.text().splitlines() == [
-        "Title",
-        "method         net  accuracy",
-        "-----------  -----  --------",
-        "a             -1.0      55.0",
-        "longer name  +10.0       5.0",
-        "Note.",
-    ]
-
-
 # ---- matplotlib ------------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +202,8 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
 def test_pyplot_is_not_needed() -> None:
     """Importing it would choose a backend, and may open a display."""
     program = (
-        "import sys; from mogeo.dpo.figures import _panels; _panels(2, 'title'); assert 'matplotlib' in sys.modules; "
-        "assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; from mogeo.figures.charts import _panels; _panels(2, 'title'); "
+        "assert 'matplotlib' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from mogeo.errors import InputError
-from mogeo.judging.api_cache import ReplyCache
-from mogeo.judging.api_client import Endpoint, EndpointConfig
-from mogeo.judging.api_judge import EndpointJudge
-from mogeo.judging.api_prompts import RUBRICS
 from mogeo.judging.comparison import judge_models
+from mogeo.judging.endpoint_cache import ReplyCache
+from mogeo.judging.endpoint_client import Endpoint, EndpointConfig
+from mogeo.judging.endpoint_judge import EndpointJudge
+from mogeo.judging.endpoint_prompts import RUBRICS
 from mogeo.judging.golden import Question
 from mogeo.judging.judge import OVERALL, Verdict
 from tests.openai_stub import Say, Stub, chat, error, serving

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class StratifiedOrder(Sampler[int]):
+class StratifiedSampler(Sampler[int]):
     """Every row once an epoch, shuffled within its kind, kinds interleaved in proportion to their sizes.
 
     The j-th of the n rows of a kind lies at (j + u) / n of the epoch, with one u ~ U(0, 1) for each kind and epoch. So

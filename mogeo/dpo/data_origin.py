@@ -18,7 +18,7 @@ _FILE = "data.json"
 
 
 @dataclass(frozen=True)
-class Origin:
+class DataOrigin:
     """The data of a run, and how it was split."""
 
     data: str
@@ -33,7 +33,7 @@ class Origin:
     @classmethod
     def of(
         cls, data: str, held_out: float | int, seed: int, objectives: Sequence[str], train_rows: Iterable[Row]
-    ) -> Origin:
+    ) -> DataOrigin:
         """The origin of a run, from what it was given and what the split made of it."""
         place = str(Path(data).resolve()) if Path(data).is_file() else data
         trained = frozenset(_hash(row["instruction"]) for row in train_rows)
@@ -49,7 +49,7 @@ class Origin:
         (folder / _FILE).write_text(json.dumps(record) + "\n", "utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Origin:
+    def read(cls, folder: Path) -> DataOrigin:
         """Read data.json. Raises InputError if it is missing or damaged."""
         try:
             record = json.loads((folder / _FILE).read_text("utf-8"))
