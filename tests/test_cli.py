@@ -70,7 +70,7 @@ def align(model_folder, data, tmp_path):
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in cli._COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in cli.COMMANDS)])
 def test_help_answers_without_waiting_for_torch(arguments):
     code = (
         "import sys, mogeo.cli\n"
