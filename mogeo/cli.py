@@ -26,8 +26,8 @@ COMMANDS = {
 }
 """Subcommand -> its module and a line for `mogeo --help`.
 
-The module has `add_arguments(parser)`, which declares options, and `run(args) -> int`, which returns the exit code. Both
-may raise InputError. `args.argv` holds what was typed after `mogeo`, and so does `parser.get_default("argv")`.
+The module has `add_arguments(parser)`, which declares options, and `run(args) -> int`, which returns the exit code.
+Both may raise InputError. `args.argv` holds what was typed after `mogeo`, and so does `parser.get_default("argv")`.
 """
 
 _PACKAGES = ("transformers", "datasets", "gguf", "tqdm")

@@ -37,7 +37,7 @@ BYTES_PER_TOKEN = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Forecast:
     """What judging will take, before it begins."""
 
     comparisons: int
@@ -77,7 +77,7 @@ class EndpointJudge:
         self.answers = {name: dict.fromkeys((*ANSWERS, "unparsable", "no reply"), 0) for name in self.rubrics}
         self.contradictions = dict.fromkeys(self.rubrics, 0)
 
-    def plan(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> Plan:
+    def forecast(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> Forecast:
         """What `compare` would ask for, without asking. Answers that have to be asked for again come on top."""
         requests = cached = size = 0
         for texts in zip(prompts, candidates, references, strict=True):
@@ -90,7 +90,7 @@ class EndpointJudge:
                         size += sum(len(m["content"].encode("utf-8", "surrogatepass")) for m in messages)
         options = self.endpoint.config.options
         limit = options.get("max_completion_tokens") or options.get("max_tokens") or 0
-        return Plan(len(prompts), requests, cached, size // BYTES_PER_TOKEN, requests * limit)
+        return Forecast(len(prompts), requests, cached, size // BYTES_PER_TOKEN, requests * limit)
 
     def compare(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> list[Verdict]:
         """One verdict a prompt, in order; raises InputError where the endpoint refuses, or fails again and again."""
