@@ -28,7 +28,6 @@ from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model
 from mogeo.dpo.cdpo import control, controlled_completions, controlled_preferences, controlled_prompt, with_controls
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences, Row, build_preferences, split_rows
-from mogeo.dpo.modpo import align_modpo
 from mogeo.dpo.scoring import Evaluation, evaluate_preferences, score_sequences
 from mogeo.dpo.tokens import tokenize_preferences
 from mogeo.dpo.train import align
@@ -154,8 +153,8 @@ def compute(cell: Cell, recipe: Recipe, scratch: Path) -> Result:
     model = copy.deepcopy(start)
     explained = None
     if method == "modpo":
-        config = setting.config(rate)
-        after = align_modpo(model, setting.tokenizer, setting.train, setting.held_out, config, progress=False).after
+        config = replace(setting.config(rate), loss="modpo")
+        after = align(model, setting.tokenizer, setting.train, setting.held_out, config, progress=False).after
     elif controls:
         pairs = controlled_preferences(setting.spoiled_rows, OBJECTIVES, pairing=recipe.pairing, seed=setting.seed)
         # As many pairs a step as the other methods take over all objectives.

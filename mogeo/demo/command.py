@@ -85,15 +85,14 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     from mogeo.demo.experiment import run_seed
     from mogeo.demo.report import terminal, write
     from mogeo.demo.world import OBJECTIVES
-    from mogeo.dpo.train import check_weighting, resolve_device
+    from mogeo.dpo.processes import resolve_device
+    from mogeo.dpo.train import check_settings
 
     # Whatever can be wrong is found before the first minute is spent.
     if args.seeds < 1:
         raise InputError(f"--seeds has to be at least 1, got {args.seeds}")
     for weighting in (BASELINE, *args.weighting):
-        config = replace(recipe.align, weighting=weighting)
-        config.check()
-        check_weighting(config, OBJECTIVES)
+        check_settings(replace(recipe.align, weighting=weighting), OBJECTIVES)
     on_cpu = resolve_device(recipe.align.device) == "cpu"
     try:
         args.output.mkdir(parents=True, exist_ok=True)

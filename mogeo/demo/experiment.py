@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.data import Row, build_preferences, split_rows
+from mogeo.dpo.processes import resolve_device
 from mogeo.dpo.tokens import collate, encode_sequence
-from mogeo.dpo.train import align, resolve_device
+from mogeo.dpo.train import align
 from mogeo.judging.generate import generate
 from mogeo.judging.golden import golden_response
 from mogeo.judging.judge import RatingJudge

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogeo.dpo.losses import LOSSES, dpo_loss, modpo_loss
+from mogeo.dpo.loss_names import LOSSES, resolve_loss
+from mogeo.dpo.losses import DPO, KINDS, dpo_loss
 
 
 def numpy_loss(margins, beta, kind, smoothing):
@@ -49,7 +50,7 @@ def test_loss_and_slope_are_right_in_fp32_at_margins_of_ten_thousand(kind, smoot
     np.testing.assert_allclose(margins.grad.numpy(), slope, rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_at_the_start_every_loss_pulls_towards_the_chosen_completion(kind):
     margins = torch.zeros(3, requires_grad=True)
     dpo_loss(margins, 0.1, kind).sum().backward()
@@ -70,26 +71,21 @@ def test_bad_arguments_are_named(arguments, message):
         dpo_loss(torch.zeros(1), **arguments)
 
 
-@given(
-    margins=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=8),
-    shift=st.floats(-50, 50),
-    beta=st.sampled_from([0.1, 0.5]),
-    weight=st.sampled_from([0.1, 0.25, 1.0]),
-)
-@settings(max_examples=50, deadline=None)
-def test_modpo_equals_its_formula_and_is_dpo_on_a_shifted_margin(margins, shift, beta, weight):
-    h = torch.tensor(margins, dtype=torch.float64)
-    others = torch.full_like(h, shift)
-    ours = modpo_loss(h, others, beta, weight)
-    by_hand = np.logaddexp(0, -(beta * h.numpy() - shift) / weight)
-    np.testing.assert_allclose(ours.numpy(), by_hand, rtol=1e-12, atol=1e-300)
-    torch.testing.assert_close(ours, dpo_loss(h - shift / beta, beta / weight), rtol=1e-9, atol=1e-12)
-    assert torch.equal(modpo_loss(h, torch.zeros_like(h), beta, 1.0), dpo_loss(h, beta))
+@pytest.mark.parametrize(("name", "numbers"), [("sigmoid", ()), ("sigmoid", (0.1,)), ("ipo", ()), ("hinge", ())])
+def test_a_loss_by_name_is_the_function(name, numbers):
+    text = f"{name}({numbers[0]})" if numbers else name
+    loss = resolve_loss(text)
+    assert repr(loss) == text
+    margins = torch.linspace(-4, 4, 9)
+    assert torch.equal(loss("helpfulness", margins, 0.3, None), dpo_loss(margins, 0.3, name, *numbers))
+    assert loss.reaches_zero == bool((dpo_loss(torch.tensor([1e3]), 0.3, name) == 0).all() and name == "hinge")
 
 
-def test_modpo_refuses_what_is_no_share():
-    for weight in (0.0, -0.1, 1.1):
-        with pytest.raises(ValueError, match="weight must be in"):
-            modpo_loss(torch.zeros(1), torch.zeros(1), 0.1, weight)
-    with pytest.raises(ValueError, match="beta must be positive"):
-        modpo_loss(torch.zeros(1), torch.zeros(1), 0.0, 0.5)
+def test_every_name_makes_a_loss_that_names_itself():
+    for name in LOSSES:
+        assert repr(resolve_loss(name)).startswith(name)
+
+
+def test_a_loss_needs_nothing_beforehand_unless_it_says_so():
+    assert DPO().prepare(None) == {}
+    assert not DPO().one_process

@@ -17,7 +17,7 @@ scores = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 2.0]), min_size=6, max_size=
 @given(scores, scores, st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
 @settings(max_examples=80, deadline=None)
 def test_accuracy_counts_ties_one_half_and_margin_is_the_mean_reward_difference(policy, reference, pairs):
-    tokens = TokenizedPreferences([], {"a": torch.tensor(pairs)}, {})
+    tokens = TokenizedPreferences([], {"a": torch.tensor(pairs)}, {}, {})
     measured = evaluate_preferences(torch.tensor(policy), torch.tensor(reference), tokens, beta=0.25)
     rewards = 0.25 * (np.array(policy) - np.array(reference))
     h = np.array([rewards[c] - rewards[r] for c, r in pairs])
@@ -29,7 +29,7 @@ def test_accuracy_counts_ties_one_half_and_margin_is_the_mean_reward_difference(
 
 
 def test_the_reference_itself_scores_one_half_and_no_margin():
-    tokens = TokenizedPreferences([], {"a": torch.tensor([[0, 1], [1, 2]])}, {})
+    tokens = TokenizedPreferences([], {"a": torch.tensor([[0, 1], [1, 2]])}, {}, {})
     reference = torch.tensor([-1.0, -2.0, -3.0])
     measured = evaluate_preferences(reference, reference, tokens, beta=0.5)
     assert (measured.accuracy, measured.margin) == ({"a": 0.5}, {"a": 0.0})
