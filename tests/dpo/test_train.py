@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +222,14 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_scored(run, monk
     monkeypatch.setattr(module, "score_sequences", lambda *args, **options: pytest.fail("scored"))
     with pytest.raises(InputError, match=message):
         run(**changes)
+
+
+def test_the_loss_on_the_page_trains(run):
+    page = (Path(__file__).parents[2] / "docs" / "align.md").read_text("utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "LengthPenalised" in b)
+    names = {}
+    exec(compile(block, "docs/align.md", "exec"), names)
+    assert run(loss=names["LengthPenalised"](), max_steps=1).history[1]["loss"]
 
 
 def test_a_loss_of_ones_own_is_a_class(run, sets):

@@ -1,9 +1,9 @@
-"""A cell of setting 1: the demo's world, one regime, method, learning rate and seed; judged on held-out prompts.
+"""One run on the demo's world: a regime, a method, a learning rate and a seed; judged on held-out prompts.
 
-Methods: a weighting of mogeo (`uniform`, `linear(...)`, ...), `modpo`, `cdpo`, `before` and `before cdpo` (no
-alignment), and the variants of `alignment_study`, written `study ...`. All share, by seed, the world, the pairs in
-their order, and the supervised model that alignment begins with; `cdpo` begins with one that was trained with controls,
-for as many steps.
+A method is a weighting of mogeo (`uniform`, `linear(...)`, ...), `modpo`, `cdpo`, one of the two models before
+alignment (`before`, `before cdpo`), or a variant of `variants`, written `study ...`. With the same seed, all of them
+have the same world, the same pairs in the same order, and the same supervised model to start from; only `cdpo` starts
+from a model that was trained with controls, for as many steps.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import alignment_study
 import torch
-from alignment_cells import Cell, Result
-from alignment_explain import Measured, explain
 
+from alignment.cdpo import control, controlled_completions, controlled_preferences, controlled_prompt, with_controls
+from alignment.cells import Cell, Result
+from alignment.explain import Measured, explain
+from alignment.variants import train as train_variant
 from mogeo.demo.experiment import fine_tune
 from mogeo.demo.recipe import Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
-from mogeo.dpo.cdpo import control, controlled_completions, controlled_preferences, controlled_prompt, with_controls
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences, Row, build_preferences, split_rows
 from mogeo.dpo.scoring import Evaluation, evaluate_preferences, score_sequences
@@ -37,14 +37,14 @@ from mogeo.judging.judge import RatingJudge
 from mogeo.judging.win_rates import net_win_rates
 
 MAX_NEW_TOKENS = 26
-BEST = dict.fromkeys(OBJECTIVES, 5.0)  # what a controlled model is asked for
+BEST = dict.fromkeys(OBJECTIVES, 5.0)  # the ratings that a model with controls is asked for
 DRIFT = "drift"
 """Regime: a quarter of helpfulness' training labels are flipped in the first half of the steps, of honesty's in the
 second. Only variants of the study know how to train on labels that change."""
 
 
 class Setting:
-    """What the methods of one seed and regime share."""
+    """What all methods have in common in one regime and with one seed: world, pairs, starting model, judge."""
 
     def __init__(self, seed: int, regime: str, recipe: Recipe, scratch: Path) -> None:
         self.seed, self.regime, self.recipe, self.scratch = seed, regime, recipe, scratch
@@ -72,9 +72,10 @@ class Setting:
 
     @cached_property
     def spoiled_rows(self) -> list[Row]:
-        """The rows, in as many of which the regime's objectives have their ratings turned upside down.
+        """The training rows, spoiled as the regime spoils pairs, for methods that learn from ratings.
 
-        For methods that learn from ratings, not from pairs: all pairs of such a row are then turned around.
+        The regime turns a share of an objective's pairs around. Here the same share of the rows have the objective's
+        ratings turned upside down, which turns all their pairs around.
         """
         rows: list[Row] = copy.deepcopy(self.rows)
         for name, share in REGIMES[self.regime].items():
@@ -92,11 +93,11 @@ class Setting:
         return replace(self.recipe.align, weighting=weighting, learning_rate=rate, seed=self.seed, eval_every=0)
 
     def start(self, controlled: bool = False) -> Any:
-        """The supervised model: read where a cell has trained it already, else trained."""
+        """The supervised model that alignment starts from: read from disk if it was trained before, else trained."""
         if controlled:
             self.tokenizer.add_tokens([control(name, rating) for name in OBJECTIVES for rating in range(1, 6)])
         model: Any = tiny_model(self.tokenizer, self.seed)
-        # Controls are made of ratings, which the regime spoils; plain supervised training sees none.
+        # Controls are made of ratings, which the regime spoils. Plain supervised training does not see ratings.
         kind = f"controlled {self.regime}" if controlled else "plain"
         path = self.scratch / f"supervised {kind} seed {self.seed}.pt"
         if path.exists():
@@ -162,7 +163,7 @@ def compute(cell: Cell, recipe: Recipe, scratch: Path) -> Result:
         align(model, setting.tokenizer, pairs, _few(pairs), config, progress=False)
         after = setting.measured(model, start, controls)
     elif method.startswith("study "):
-        history = alignment_study.train(
+        history = train_variant(
             model, setting.tokenizer, setting.halves, setting.config(rate), method.removeprefix("study ")
         )
         explained, after = explain(history, OBJECTIVES), setting.measured(model, start, controls)
@@ -174,21 +175,21 @@ def compute(cell: Cell, recipe: Recipe, scratch: Path) -> Result:
 
 
 def _few(pairs: Preferences) -> Preferences:
-    """Held-out pairs for `align` to measure on where nobody reads the result."""
+    """A few pairs for `align` to measure on, for runs whose measurements are not used."""
     return replace(pairs, pairs={name: listed[:2] for name, listed in pairs.pairs.items()})
 
 
 def bound(recipe: Recipe, scratch: Path) -> Any:
-    """`compute` with what is the same for all cells."""
+    """`compute` with the arguments that are the same for all cells."""
     return partial(compute, recipe=recipe, scratch=scratch)
 
 
 def cell_of(regime: str, method: str, rate: float, seed: int) -> Cell:
-    """One cell; a method without alignment has no learning rate."""
+    """A cell. The models before alignment have the learning rate 0."""
     return {"regime": regime, "method": method, "lr": 0.0 if method.startswith("before") else rate, "seed": seed}
 
 
 def static_method(result: Result, objectives: Sequence[str] = OBJECTIVES) -> str:
-    """Fixed weights with the means that another run's had."""
+    """The method with weights fixed at the means of another run's weights."""
     means, loop = result["explained"]["weight"], "study " if result["cell"]["method"].startswith("study ") else ""
     return f"{loop}linear({', '.join(f'{means[name]:.4f}' for name in objectives)})"

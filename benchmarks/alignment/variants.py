@@ -1,7 +1,7 @@
-"""What would make adaptive weights pay: variants of MGDA-Decoupled, trained by a loop that can do what `align` cannot.
+"""Variants of MGDA-Decoupled, and a training loop for them: would any make adaptive weights pay?
 
-Weights taken from other or from more pairs than the step uses, weights that remember, labels that change half-way.
-Without any of it, the loop is `align`'s, to the last bit but for rounding: a test holds it to that.
+The loop can do what `align` cannot: take the weights from other pairs than the step's, or from more; average them over
+steps; and change labels half-way. Without any of that it gives what `align` gives, but for rounding, as a test checks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from alignment_explain import Measured
 from scipy.optimize import nnls
 from torch import Tensor
 
+from alignment.explain import Measured
 from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences
@@ -74,7 +74,7 @@ class Descent(Weighting):
 
 
 class Given(Weighting):
-    """Weights that somebody else has found for this step."""
+    """Weights that are set from outside before each step."""
 
     weights: Tensor
 
@@ -84,13 +84,17 @@ class Given(Weighting):
 
 @dataclass(frozen=True)
 class Variant:
-    """How weights come about."""
+    """How the weights of a step are found.
+
+    Attributes:
+        weighting: what finds them.
+        gram_batches: number of batches that they are found on, the step's own included.
+        apart: whether they are found on another batch than the step's own (MoDo's double sampling).
+    """
 
     weighting: Any
     gram_batches: int = 1
-    """Batches that the weights are taken from, the step's own among them."""
     apart: bool = False
-    """Take the weights from one batch, and the step from another (MoDo's double sampling)."""
 
 
 DECOUPLED = "mgda-decoupled"

@@ -9,7 +9,7 @@ w / Σw, and distances are sums over the objectives of absolute differences: 0 �
   mean estimate from the reference, spread the mean distance of an estimate from that mean, error from the reference.
 - moving: along the run itself, with a reference now and then.
 
-Run: python benchmarks/smoothing.py [--seeds 3] [--decay 0.9] [--quick] [--json PATH]
+Run: python benchmarks/alignment smoothing [--seeds 3] [--decay 0.9] [--json PATH]
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from alignment import Sizes
-from alignment_tables import summary
-from alignment_world import Setting
 from machine import describe
 from torch import Tensor
 
 import mogeo
+from alignment.compare import Sizes
+from alignment.generated_world import Setting
+from alignment.tables import summary
 from mogeo import MultiObjectiveOptimizer
 from mogeo.decide.steering import Steering
 from mogeo.demo.recipe import Recipe
@@ -218,28 +218,24 @@ def print_table(records: list[dict[str, Any]]) -> None:
     print("\nBetween the two halves of a reference:", ", ".join(f"{w} {d:.3f}" for w, d in doubts.items()))
 
 
-def main() -> None:
-    """Parse, measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="worlds 0 … N−1 (default: 3)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python benchmarks/alignment smoothing`."""
+    parser.add_argument("--seeds", type=int, default=3, help="worlds 0 … N−1 (default: %(default)s)")
     parser.add_argument("--decay", type=float, default=0.9, help="share of the past in each average (default: 0.9)")
-    parser.add_argument("--quick", action="store_true", help="sizes too small to mean anything: does it run?")
     parser.add_argument("--json", type=Path, help="write every figure there")
-    arguments = parser.parse_args()
 
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print, and write JSON where asked."""
     torch.set_num_threads(1)
     machine = describe("transformers")
     print(*(f"{key}: {value}" for key, value in machine.items()), sep=" · ")
-    sizes, records = plan(arguments.quick), []
+    sizes, records = plan(options.quick), []
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(arguments.seeds):
-            records += measured(seed, sizes, arguments.decay, Path(scratch))
+        for seed in range(options.seeds):
+            records += measured(seed, sizes, options.decay, Path(scratch))
             print(f"seed {seed} done", file=sys.stderr, flush=True)
     print_table(records)
-    if arguments.json:
-        document = {"machine": machine, "decay": arguments.decay, "records": records}
-        arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    if options.json:
+        document = {"machine": machine, "decay": options.decay, "records": records}
+        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-import alignment
-import alignment_tables as tables
-from alignment_cells import path_of, run_cells
-from alignment_explain import explain
+from alignment import compare, tables
+from alignment.cells import path_of, run_cells
+from alignment.explain import explain
 
 
 def result(method: str, seed: int, overall: float, **more: float) -> dict:
@@ -51,9 +50,9 @@ def test_a_rate_is_chosen_by_the_mean_of_greedy_and_sampled_over_the_seeds() -> 
         for seed, value in enumerate(overall):
             results.append(result("mgda", seed, value))
             results[-1]["cell"]["lr"] = rate
-    assert alignment.chosen_rates(results) == {"mgda": 0.2}
+    assert compare.chosen_rates(results) == {"mgda": 0.2}
     results[0]["greedy"] = results[0]["sampled"] = {"overall": 0.6}
-    assert alignment.chosen_rates(results) == {"mgda": 0.1}
+    assert compare.chosen_rates(results) == {"mgda": 0.1}
 
 
 def test_conflicts_and_hurt_steps_are_counted() -> None:

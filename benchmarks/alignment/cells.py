@@ -1,6 +1,6 @@
-"""Cells of an experiment, each a file: what is there is not run again, what is missing is run, on several processes.
+"""An experiment as cells: each is one run, whose result is a file. Knows nothing of what a cell computes.
 
-Knows nothing of what a cell computes.
+A cell whose file is there is not run again; the missing ones are run in several processes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import transformers
 from machine import describe
 
 Cell = dict[str, Any]
-"""What identifies a run: flat, of strings and numbers. All that is computed must follow from it."""
+"""What identifies a run: names and their values, which are strings and numbers. It decides the result."""
 
 Result = dict[str, Any]
 
 
 def path_of(folder: Path, cell: Cell) -> Path:
-    """Where the result of a cell lies."""
+    """The file of a cell's result."""
     name = " ".join(f"{key}={value}" for key, value in cell.items())
     return folder / ("".join(c if c.isalnum() or c in "=.,()- " else "_" for c in name).replace(" ", "__") + ".json")
 
@@ -50,7 +50,7 @@ def run_cells(cells: Sequence[Cell], compute: Callable[[Cell], Result], folder: 
 
 
 def _all_run(cells: Sequence[Cell], compute: Callable[[Cell], Result], folder: Path, workers: int) -> Iterator[Cell]:
-    """Each cell, once it is on disk."""
+    """Run the cells, and yield each once its result is on disk."""
     if workers == 1 or len(cells) < 2:
         _prepare()
         for cell in cells:
@@ -65,7 +65,7 @@ def _all_run(cells: Sequence[Cell], compute: Callable[[Cell], Result], folder: P
 
 
 def _prepare() -> None:
-    """One thread a process: the numbers do not depend on the number of cores, and processes do not wait for them."""
+    """Give this process one thread: results then do not depend on the number of cores."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 

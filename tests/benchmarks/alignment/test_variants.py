@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-import alignment_study as study
-from alignment_explain import Measured, explain
+from alignment import variants
+from alignment.explain import Measured, explain
 
 from mogeo.demo.world import OBJECTIVES, World, tiny_model, tokenizer
 from mogeo.dpo.config import AlignConfig
@@ -41,7 +41,7 @@ def parameters_of(model):
 def test_without_any_variant_the_loop_is_aligns(world, weighting):
     (train, held_out), words, start = world
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    history = study.train(ours, words, (train, train), CONFIG, weighting)
+    history = variants.train(ours, words, (train, train), CONFIG, weighting)
     result = align(theirs, words, train, held_out, replace(CONFIG, weighting=Measured(weighting)), progress=False)
     # AdamW divides by the gradient's own size, so that rounding counts for more in its first steps.
     torch.testing.assert_close(parameters_of(ours), parameters_of(theirs), rtol=0, atol=2e-5)
@@ -55,8 +55,8 @@ def test_without_any_variant_the_loop_is_aligns(world, weighting):
 def test_a_variant_moves_the_weights_and_leaves_the_pairs(world, name):
     (train, _), words, start = world
     model = copy.deepcopy(start)
-    history = study.train(model, words, (train, train), CONFIG, name)
-    plain = study.train(copy.deepcopy(start), words, (train, train), CONFIG, "mgda-decoupled")
+    history = variants.train(model, words, (train, train), CONFIG, name)
+    plain = variants.train(copy.deepcopy(start), words, (train, train), CONFIG, "mgda-decoupled")
     assert history[0]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-6)  # the same pairs of the same model
     different = [a["weight"] != pytest.approx(b["weight"], abs=1e-6) for a, b in zip(history, plain, strict=True)]
     # Averages begin with their first value, and losses that are equal cannot tell powers apart.
@@ -67,7 +67,7 @@ def test_a_variant_moves_the_weights_and_leaves_the_pairs(world, name):
 
 def test_smoothed_weights_are_the_exponential_average():
     given = iter([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])])
-    smoothed = study.Smoothed(lambda gram, losses: next(given), 0.75)
+    smoothed = variants.Smoothed(lambda gram, losses: next(given), 0.75)
     seen = [smoothed(torch.eye(2), torch.ones(2)).tolist() for _ in range(3)]
     assert seen == [[1.0, 0.0], [0.75, 0.25], [0.5625, 0.4375]]
 
@@ -78,8 +78,8 @@ def test_descent_hurts_nobody_and_changes_nothing_where_nobody_is_hurt():
     for _ in range(200):
         rows = torch.randn(4, 6, generator=generator, dtype=torch.float64)
         gram, losses = rows @ rows.T, torch.rand(4, generator=generator, dtype=torch.float64) + 0.1
-        plain = study.resolve("mgda-decoupled")(gram, losses)
-        ours = study.Descent("mgda-decoupled")(gram, losses)
+        plain = variants.resolve("mgda-decoupled")(gram, losses)
+        ours = variants.Descent("mgda-decoupled")(gram, losses)
         assert (gram @ ours).min() > -1e-9
         if (gram @ plain).min() >= 0:
             torch.testing.assert_close(gram @ ours, gram @ plain, rtol=0, atol=1e-9)

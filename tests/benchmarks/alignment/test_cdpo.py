@@ -1,10 +1,15 @@
 """Controls in prompts, and pairs ranked by how well completions obey them, against a computation by hand."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogeo.dpo.cdpo import (
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
+from alignment.cdpo import (
     CONTROLLED,
     control,
     controlled_completions,
@@ -12,6 +17,7 @@ from mogeo.dpo.cdpo import (
     controlled_prompt,
     with_controls,
 )
+
 from mogeo.dpo.data import Pair, Preferences
 from mogeo.errors import InputError
 

@@ -14,9 +14,10 @@ from mogeo.weightings import Weighting, WeightingLike, resolve
 
 
 class Measured(Weighting):
-    """A weighting, with the Gram matrix computed even if it does not read one, so that conflicts can be told.
+    """A weighting for which the Gram matrix is always computed, so that conflicts can be counted.
 
-    Same weights, so the same run but for rounding; the optimizer would else keep one summed gradient for constant ones.
+    Without this, the optimizer only sums gradients where weights are constant, and has no Gram matrix. The weights are
+    those of the inner weighting, so the run is the same but for rounding.
     """
 
     def __init__(self, inner: WeightingLike) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from alignment_cells import Result
 from scipy import stats
+
+from alignment.cells import Result
 
 Metric = Callable[[Result], float]
 BASELINE = "uniform"

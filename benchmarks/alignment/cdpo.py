@@ -1,19 +1,24 @@
-"""Controllable preference optimisation: the ratings that are wanted stand in the prompt, and pairs obey them.
+"""The data of CDPO (controllable preference optimisation), from rated rows. Knows no models and no training.
 
-A recipe for data: what comes out is rows and preferences as any, for supervised training and for `align`. Knows nothing
-of models. Source: Guo et al. 2024, *Controllable Preference Optimization: Toward Controllable Multi-Objective
-Alignment* (arXiv 2402.19085): supervised training on completions under their own ratings (CPSFT), then DPO on pairs
-ranked by how well they meet ratings asked for (CDPO).
+In CDPO a prompt asks for ratings. A model first learns from completions whose prompts ask for the ratings that they
+have (supervised training, CPSFT), and then from pairs that are ranked by how well they meet the ratings asked for
+(DPO). So CDPO is a recipe for two data sets, which any trainer can use: `python benchmarks/alignment cdpo` writes them,
+and docs/reproduce.md trains on them. Source: Guo et al. 2024, *Controllable Preference Optimization: Toward
+Controllable Multi-Objective Alignment* (arXiv 2402.19085).
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from mogeo.dpo.data import Preferences, Row, build_preferences, rating_of
+from mogeo.dpo.config import share_or_number
+from mogeo.dpo.data import Preferences, Row, build_preferences, rating_of, read_rows, split_rows
 from mogeo.errors import InputError
 
 CONTROLLED = "controlled"
@@ -29,12 +34,12 @@ def controlled_prompt(prompt: str, targets: Mapping[str, float]) -> str:
 
 
 def control(objective: str, target: float) -> str:
-    """The text that asks for one rating of one objective. A tokenizer without words for it wants it as a token."""
+    """The text that asks for one rating of one objective. It can be added to a tokenizer as a token."""
     return f"<{objective}:{int(target + 0.5)}>"
 
 
 def controlled_completions(rows: Iterable[Row], objectives: Sequence[str]) -> list[Row]:
-    """Rows for supervised training (CPSFT): every fully rated completion alone, under a prompt with its own ratings.
+    """Rows for supervised training (CPSFT): one per fully rated completion, whose prompt asks for its own ratings.
 
     Raises:
         InputError: no completion is rated on all objectives.
@@ -58,7 +63,7 @@ def controlled_rows(
     controlled: float = 1.0,
     seed: int = 0,
 ) -> list[Row]:
-    """Rows for DPO (CDPO), of the one objective `CONTROLLED`: completions rated by how well they obey their prompt.
+    """Rows for DPO (CDPO) with the single objective `CONTROLLED`: completions rated by how well they obey their prompt.
 
     Each row's prompt gets the ratings of one of its completions as targets c, drawn at random, each objective with
     probability `controlled`. A completion with ratings P is then worth R = Σ ω_i g_i, with g_i = −λ |P_i − c_i| for an
@@ -107,7 +112,7 @@ def controlled_preferences(
 
 
 def with_controls(preferences: Preferences, targets: Mapping[str, float]) -> Preferences:
-    """The same pairs of every objective, under prompts that ask for `targets`: to measure a controlled model on."""
+    """The same pairs under prompts that ask for the targets: what a model with controls is measured on."""
     pairs = {
         name: [replace(pair, prompt=controlled_prompt(pair.prompt, targets)) for pair in listed]
         for name, listed in preferences.pairs.items()
@@ -116,10 +121,51 @@ def with_controls(preferences: Preferences, targets: Mapping[str, float]) -> Pre
 
 
 def _rated(row: Row, objectives: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, float]]]:
-    """(completion, its ratings) of a row, where all objectives are rated."""
+    """(completion, its ratings) for each completion of a row that is rated on all objectives."""
     found = []
     for completion in row["completions"]:
         ratings = {name: rating_of(completion["annotations"].get(name), f"objective '{name}'") for name in objectives}
         if None not in ratings.values() and completion["response"]:
             found.append((completion, {name: float(value) for name, value in ratings.items() if value is not None}))
     return found
+
+
+# ---- as a command ----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python benchmarks/alignment cdpo`."""
+    parser.add_argument("--data", required=True, metavar="D", help="hub name, or .jsonl, .json, .parquet file")
+    parser.add_argument("--objectives", required=True, metavar="A,B", help="names, comma-separated")
+    parser.add_argument("--held-out", type=share_or_number, default=0.1, metavar="H", help="as in mogeo align")
+    parser.add_argument("--seed", type=int, default=0, help="as in mogeo align (default: 0)")
+    parser.add_argument("--best", type=float, default=5, metavar="R", help="the best rating there is (default: 5)")
+    parser.add_argument("--into", type=Path, default=Path("cdpo"), metavar="F", help="folder (default: cdpo)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write supervised.jsonl for TRL's SFTTrainer, preferences.jsonl for `mogeo align`, and prompts.jsonl.
+
+    The last holds the held-out prompts as they are ("prompt"), and as a model with controls is given them ("asked").
+    """
+    objectives = [name.strip() for name in options.objectives.split(",")]
+    rows, held_out = split_rows(read_rows(options.data), options.held_out, options.seed)
+    best = dict.fromkeys(objectives, options.best)
+    files: dict[str, list[dict[str, Any]]] = {
+        "supervised": [
+            {
+                "prompt": [{"role": "user", "content": row["instruction"]}],
+                "completion": [{"role": "assistant", "content": row["completions"][0]["response"]}],
+            }
+            for row in controlled_completions(rows, objectives)
+        ],
+        "preferences": controlled_rows(rows, objectives, seed=options.seed),
+        "prompts": [
+            {"prompt": row["instruction"], "asked": controlled_prompt(row["instruction"], best)} for row in held_out
+        ],
+    }
+    options.into.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (options.into / f"{name}.jsonl").write_text(text, "utf-8")
+        print(f"{options.into / name}.jsonl: {len(lines):,} lines")
