@@ -1,7 +1,7 @@
-"""`mogeo demo`: four objectives that conflict, balanced in three ways, on a small world that generates itself.
+"""`mogeo demo`: options, checks, and one process per seed.
 
-The command: options, checks, a process a seed. What happens in one seed is in `experiment`, what is made of the
-outcomes in `report`. Must not import torch at the top, so that `mogeo demo --help` answers at once.
+What is done with each seed is in `experiment`, and what is made of the outcomes in `report`. Must not import torch at
+the top: `mogeo demo --help` has to answer at once.
 """
 
 from __future__ import annotations
@@ -74,21 +74,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the command; raises InputError for what the user can mend."""
+    """Carry out the command.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
     recipe = Recipe()
     config = replace(recipe.align, learning_rate=args.lr, device=args.device)
     return run_recipe(replace(recipe, align=config), args)
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
-    """`run` with sizes of one's own."""
+    """Carry out the command with other sizes.
+
+    Args:
+        recipe: the sizes, and the settings of the alignment.
+        args: the options of the command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
     from mogeo.demo.experiment import run_seed
     from mogeo.demo.report import terminal, write
     from mogeo.demo.world import OBJECTIVES
     from mogeo.dpo.processes import resolve_device
     from mogeo.dpo.train import check_settings
 
-    # Whatever can be wrong is found before the first minute is spent.
+    # Everything that can be wrong is found before any work is done.
     if args.seeds < 1:
         raise InputError(f"--seeds has to be at least 1, got {args.seeds}")
     for weighting in (BASELINE, *args.weighting):
@@ -107,7 +125,7 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     if workers == 1:
         results = [job(seed) for seed in range(args.seeds)]
     else:
-        # A process a seed: matrices this small leave a second thread little to do, and a second process everything.
+        # One process per seed, with one thread: matrices are too small for a second thread to help.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             results = list(pool.map(job, range(args.seeds)))
     seconds = time.time() - started
@@ -119,5 +137,5 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
 
 
 def _cores() -> int:
-    """Cores that this process may use; not all of the machine's, in a container."""
+    """Number of cores that this process may use. In a container, the machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

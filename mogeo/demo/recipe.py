@@ -1,4 +1,4 @@
-"""What the demo compares, and its sizes. Must not import torch: the command's --help needs this."""
+"""What the demo compares, and its sizes. Must not import torch: `mogeo demo --help` needs this."""
 
 from __future__ import annotations
 
@@ -7,14 +7,32 @@ from dataclasses import dataclass, field
 from mogeo.dpo.config import AlignConfig
 
 BEFORE = "before alignment"
+"""The model that every method starts from."""
+
 BASELINE = "uniform"
+"""The usual method, which the others are compared with."""
+
 ADAPTIVE = "mgda-decoupled"
-STATIC = "static"  # fixed at the means of ADAPTIVE's weights: shows what adapting them at every step adds
+"""The method that finds its weights anew at every step."""
+
+STATIC = "static"
+"""Weights fixed at the means of ADAPTIVE's: shows what it adds to adapt them at every step."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The sizes of the demo. Every method gets the same settings, and the same pairs in the same order."""
+    """The sizes of the demo. Every method gets the same settings, and the same pairs in the same order.
+
+    Attributes:
+        train_prompts: prompts to learn from.
+        held_out_prompts: prompts to judge on.
+        samples_per_prompt: sampled answers to each of these, besides the greedy one.
+        sft_steps: steps of supervised training, before alignment.
+        sft_batch: answers in each of these steps.
+        sft_learning_rate: their peak learning rate.
+        pairing: how pairs are made of rated answers, see `mogeo.dpo.data.build_preferences`.
+        align: settings of the alignment.
+    """
 
     train_prompts: int = 1200
     held_out_prompts: int = 500

@@ -1,6 +1,6 @@
-"""Which data a run of `mogeo align` came from, and which prompts it was trained on: `data.json` in its folder.
+"""`data.json` in the folder of a run of `mogeo align`: its data, how it was split, and the prompts it was trained on.
 
-`mogeo evaluate` reads it, so that it judges on the prompts that were held out, and on no other. Must not import torch.
+`mogeo evaluate` reads it, so as to judge on prompts that were held out only. Must not import torch.
 """
 
 from __future__ import annotations
@@ -19,28 +19,41 @@ _FILE = "data.json"
 
 @dataclass(frozen=True)
 class DataOrigin:
-    """The data of a run, and how it was split."""
+    """The data of a run, and how it was split.
+
+    Attributes:
+        data: hub name, or absolute path of a file.
+        held_out: share or number of held-out prompts, as in `mogeo.dpo.data.split_rows`.
+        seed: of the split.
+        objectives: names of the run's objectives.
+        trained: hashes of the training prompts.
+    """
 
     data: str
-    """Hub name, or absolute path of a file."""
     held_out: float | int
-    """As `split_rows` takes it."""
     seed: int
     objectives: tuple[str, ...]
     trained: frozenset[str]
-    """Hashes of the prompts of the training side."""
 
     @classmethod
     def of(
         cls, data: str, held_out: float | int, seed: int, objectives: Sequence[str], train_rows: Iterable[Row]
     ) -> DataOrigin:
-        """The origin of a run, from what it was given and what the split made of it."""
+        """Note down what a run was given.
+
+        Args:
+            data: hub name or path.
+            held_out: as in `split_rows`.
+            seed: of the split.
+            objectives: names.
+            train_rows: the training rows.
+        """
         place = str(Path(data).resolve()) if Path(data).is_file() else data
         trained = frozenset(_hash(row["instruction"]) for row in train_rows)
         return cls(place, held_out, seed, tuple(objectives), trained)
 
     def trained_on(self, prompt: str) -> bool:
-        """Whether the prompt, or one that differs in white space only, was on the training side."""
+        """Whether the run was trained on this prompt, or on one that differs from it in white space only."""
         return _hash(prompt) in self.trained
 
     def write(self, folder: Path) -> None:
@@ -50,7 +63,11 @@ class DataOrigin:
 
     @classmethod
     def read(cls, folder: Path) -> DataOrigin:
-        """Read data.json. Raises InputError if it is missing or damaged."""
+        """Read data.json.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
         try:
             record = json.loads((folder / _FILE).read_text("utf-8"))
             names, trained = tuple(record["objectives"]), frozenset(record["trained"])
@@ -63,5 +80,5 @@ class DataOrigin:
 
 
 def _hash(prompt: str) -> str:
-    # 64 bits: two of a million prompts collide with probability 3e-8, and would only be left out.
+    # 64 bits: among a million prompts, two collide with probability 3e-8, and one would then wrongly be left out.
     return hashlib.sha256(same_prompt(prompt).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Stop a long run between two steps instead of in the middle of one. Knows nothing of what the steps do."""
+"""Ctrl-C and SIGTERM stop a long run between two steps, and not in the middle of one. Knows nothing of the steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ logger = logging.getLogger("mogeo")
 
 
 class Interrupted(Exception):
-    """The run was stopped from outside (Ctrl-C, SIGTERM) after `step`; a checkpoint lies in `output`."""
+    """A run was stopped by Ctrl-C or SIGTERM, and saved a checkpoint.
+
+    Args:
+        step: the last step that was taken.
+        output: folder with the checkpoint.
+    """
 
     def __init__(self, step: int, output: Path) -> None:
         super().__init__(f"stopped after step {step}; checkpoint saved in '{output}'")
@@ -22,8 +27,15 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_requests(deferred: bool) -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question that can be asked between steps; a second one stops at once."""
-    # Signal handlers belong to the main thread; elsewhere (a notebook's worker) Ctrl-C keeps its usual meaning.
+    """Within this context, Ctrl-C and SIGTERM are noted, and do not interrupt. A second one does interrupt.
+
+    Args:
+        deferred: False leaves both as they are.
+
+    Yields:
+        A function that tells whether a stop was requested.
+    """
+    # Python lets only the main thread handle signals. In another thread, Ctrl-C keeps its usual meaning.
     if not deferred or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

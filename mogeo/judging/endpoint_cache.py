@@ -1,6 +1,7 @@
-"""Replies of an endpoint on disk, so that none is paid for twice. Knows nothing of judging, nor of the network.
+"""An endpoint's replies on disk, so that none is paid for twice. Knows nothing of judging, nor of the network.
 
-One SQLite file. Each reply is committed as it comes in: a run that is killed loses what was under way, and no more.
+They are in a single SQLite file. Each reply is written as soon as it has come, so a run that is killed loses only the
+requests that were under way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from mogeo.errors import InputError
 
 
 class Reply(NamedTuple):
-    """What a model said, and the tokens that the server counted for it (None: it did not say)."""
+    """What a model replied.
+
+    Attributes:
+        text: the reply.
+        prompt_tokens: tokens of the request, as the server counted them; None if it did not say.
+        completion_tokens: tokens of the reply, likewise.
+    """
 
     text: str
     prompt_tokens: int | None
@@ -24,22 +31,33 @@ class Reply(NamedTuple):
 
 
 def request_key(base_url: str, model: str, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> str:
-    """SHA-256 over all that the reply depends on. A key for access is no part of it."""
+    """A SHA-256 hash of all that the reply depends on. The key for access is not part of it.
+
+    Args:
+        base_url: address of the endpoint.
+        model: its name there.
+        messages: the conversation.
+        options: further fields of the request.
+    """
     request = json.dumps([base_url.rstrip("/"), model, list(messages), dict(options)], sort_keys=True)
     return hashlib.sha256(request.encode()).hexdigest()
 
 
 class ReplyCache:
-    """Replies by `request_key`; several processes may use one file.
+    """Replies by `request_key`. Several processes may use the same file at the same time.
 
-    Raises InputError where the file cannot be used.
+    Args:
+        path: of the file; it is made if it does not exist.
+
+    Raises:
+        InputError: the file cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Autocommit; a second process that writes is waited for.
+            # Commit each reply at once (isolation_level=None), and wait while another process writes (timeout).
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS replies "
@@ -49,15 +67,15 @@ class ReplyCache:
             raise InputError(f"cache '{path}' cannot be used ({error}); name another file with --cache") from None
 
     def get(self, key: str) -> Reply | None:
-        """The reply to a request, or None."""
+        """The reply under a key, or None if there is none."""
         query = "SELECT text, prompt_tokens, completion_tokens FROM replies WHERE request = ?"
         row = self._connection.execute(query, (key,)).fetchone()
         return None if row is None else Reply(*row)
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; it is on disk when this returns."""
+        """Write a reply to disk."""
         self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, *reply))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()

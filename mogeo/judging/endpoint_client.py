@@ -1,7 +1,7 @@
 """Ask an OpenAI-compatible endpoint: retries, a limit on concurrency, a cache on disk, usage. Knows nothing of judging.
 
-The key for access comes from the environment, is sent in the header of requests, and goes nowhere else: whatever the
-server says is cleared of it before it is kept or shown.
+The key for access is read from the environment and sent in the header of requests, and nowhere else. Should the server
+repeat it in a reply or an error, it is removed before the text is kept or shown.
 """
 
 from __future__ import annotations
@@ -25,35 +25,45 @@ from mogeo.judging.endpoint_prompts import Messages
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 DEFAULT_OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": 64}
-"""Sent with every request. The answer takes about 8 tokens; what takes more than 64 is no answer."""
+"""Fields of every request, unless others are set. A judge's answer takes about 8 tokens, so 64 are enough."""
 
-_GIVE_UP_AFTER = 5  # requests that failed in a row, each after all its retries: the server is down, or refuses us
-_LONGEST_WAIT = 300.0  # seconds; a server that wants us to wait longer is asked again in another run
+_GIVE_UP_AFTER = 5  # requests in a row that failed, each after all its retries
+_LONGEST_WAIT = 300.0  # seconds; if the server asks for more, the request counts as failed
 
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """Where to ask, whom, and how hard to try."""
+    """Which endpoint and model to ask, and how often to retry.
+
+    Attributes:
+        model: the model's name at the endpoint.
+        base_url: the endpoint's address.
+        options: further fields of each request: sampling settings, and whatever else the server knows.
+        api_key_env: environment variable with the key. None: OPENAI_API_KEY for OpenAI's own server, and no key for any
+            other, so that a key is never sent to a server that it was not meant for.
+        concurrency: how many requests may be under way at the same time.
+        timeout: seconds for a whole reply.
+        retries: further attempts after status 408, 409, 429 or 5xx, a broken connection, a timeout, or a reply that is
+            not JSON.
+        first_wait: seconds before the first retry, times a random number between 0.5 and 1. Each further wait is twice
+            as long, and none is shorter than what the server asks for (Retry-After).
+    """
 
     model: str
     base_url: str = OPENAI_URL
     options: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_OPTIONS))
-    """Further fields of a request: sampling settings and what else the server knows."""
     api_key_env: str | None = None
-    """Environment variable that holds the key. None: OPENAI_API_KEY for OpenAI's own server, and no key for others, so
-    that a key never goes to a server that it was not meant for."""
     concurrency: int = 8
-    """Requests under way at the same time."""
     timeout: float = 60.0
-    """Seconds for a whole reply."""
     retries: int = 6
-    """Further attempts after 408, 409, 429, 5xx, a broken connection, a timeout or a reply that is no JSON."""
     first_wait: float = 1.0
-    """Seconds before the first of them (times 0.5 to 1, at random); each next wait is twice as long, and none is
-    shorter than what the server asks for (Retry-After)."""
 
     def check(self) -> None:
-        """Raise InputError naming the first setting that cannot be, a missing key among them."""
+        """Check everything that can be checked without asking the server.
+
+        Raises:
+            InputError: a setting cannot be used, the key is missing, or the openai client is not installed.
+        """
         try:
             import openai  # noqa: F401
         except ImportError:
@@ -71,7 +81,11 @@ class EndpointConfig:
         self.api_key()
 
     def api_key(self) -> str | None:
-        """The key, or None where none is needed. Raises InputError if the environment lacks it."""
+        """The key for access, or None if none is needed.
+
+        Raises:
+            InputError: the environment variable that should hold it is not set.
+        """
         name = self.api_key_env
         if name is None:
             if urlsplit(self.base_url).hostname != urlsplit(OPENAI_URL).hostname:
@@ -85,65 +99,82 @@ class EndpointConfig:
 
 @dataclass
 class Usage:
-    """What the asking came to."""
+    """What was asked and answered so far.
+
+    Attributes:
+        requests: requests that the server answered.
+        cached: requests whose reply was on disk.
+        retries: attempts after a failed one.
+        failed: requests without a reply after all retries.
+        prompt_tokens: tokens of the answered requests, as the server counted them.
+        completion_tokens: tokens of their replies, likewise.
+        uncounted: answered requests for which the server gave no count of tokens.
+        failures: reason -> how many requests failed for it.
+    """
 
     requests: int = 0
-    """Answered by the server."""
     cached: int = 0
-    """Answered from the disk."""
     retries: int = 0
     failed: int = 0
-    """Not answered, after all retries."""
     prompt_tokens: int = 0
-    """As the server counted them, of `requests`."""
     completion_tokens: int = 0
     uncounted: int = 0
-    """Of `requests`, those for which the server told no usage."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Why, and how often."""
 
 
 class Answer(NamedTuple):
-    """A reply's text, or why there is none."""
+    """The text of a reply; or None, and the reason why there is none."""
 
     text: str | None
     failure: str | None = None
 
 
-Ask = Callable[[Messages], Any]  # async: -> Answer
+Ask = Callable[[Messages], Any]
+"""An async function: await ask(messages) -> Answer."""
 
 
 class Endpoint:
-    """Asks one model at one address.
+    """Asks one model at one endpoint.
 
     Args:
-        config: checked by the caller.
-        cache: replies that are known.
+        config: which one; the caller has called its `check`.
+        cache: replies that need not be asked for again.
+
+    Attributes:
+        usage: what was asked and answered so far.
     """
 
     def __init__(self, config: EndpointConfig, cache: ReplyCache) -> None:
         self.config, self.cache, self.usage = config, cache, Usage()
         self._key = config.api_key()
         self._failed_in_row = 0
-        self._over: str | None = None  # why nothing more is sent
+        self._over: str | None = None  # the reason, once no more requests are to be sent
         self._jitter = random.Random(0)
 
     def key_of(self, messages: Messages) -> str:
-        """Where the cache keeps the reply."""
+        """The key under which the cache keeps the reply to these messages."""
         return request_key(self.config.base_url, self.config.model, messages, self.config.options)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Ask]:
-        """A connection, as a function: await ask(messages) -> Answer. As many may wait for it as want to."""
+        """Open a connection.
+
+        Yields:
+            The function to ask with. Any number of calls may be awaited at the same time; no more than
+            `config.concurrency` of them are sent at once.
+
+        Raises:
+            InputError: raised by the function, if the server refuses every request or has failed too often in a row.
+        """
         import openai
 
         self._failed_in_row, self._over = 0, None
         room = asyncio.Semaphore(self.config.concurrency)
         client = openai.AsyncOpenAI(
-            api_key=self._key or "none",  # the client insists on one; servers without keys ignore it
+            api_key=self._key or "none",  # the client needs one; servers without keys ignore it
             base_url=self.config.base_url,
             timeout=self.config.timeout,
-            max_retries=0,  # ours below, which also covers replies that cannot be read
+            max_retries=0,  # `_ask` retries, also after replies that cannot be read
         )
 
         async def ask(messages: Messages) -> Answer:
@@ -153,7 +184,7 @@ class Endpoint:
                 self.usage.cached += 1
                 return Answer(known.text)
             async with room:
-                if self._over is not None:  # who waited for room must not send what the others were refused
+                if self._over is not None:  # while this request waited, another one has found that all will fail
                     raise InputError(self._over)
                 return await self._ask(client, messages, key)
 
@@ -161,6 +192,7 @@ class Endpoint:
             yield ask
 
     async def _ask(self, client: Any, messages: Messages, key: str) -> Answer:
+        """Send a request until it is answered, or has failed for good; write the reply to the cache."""
         for attempt in range(self.config.retries + 1):
             try:
                 reply = await asyncio.wait_for(self._request(client, messages), self.config.timeout)
@@ -196,7 +228,12 @@ class Endpoint:
         return Answer(None, reason)
 
     async def _request(self, client: Any, messages: Messages) -> Reply:
-        """One attempt. Raises whatever goes wrong, ValueError for a reply in another shape than OpenAI's."""
+        """Send a request once.
+
+        Raises:
+            Exception: whatever the client raises.
+            ValueError: the reply does not have the shape of OpenAI's.
+        """
         completion = await client.chat.completions.create(
             model=self.config.model, messages=messages, extra_body=dict(self.config.options)
         )
@@ -209,23 +246,33 @@ class Endpoint:
         if text is not None and not isinstance(text, str):
             raise ValueError("a reply whose content is no text")
         numbers = [n if isinstance(n, int) else None for n in counted]
-        return Reply(self._redact(text or ""), *numbers)  # no content: the model said nothing, which is an answer
+        # A model that says nothing (text is None) has replied with an empty text.
+        return Reply(self._redact(text or ""), *numbers)
 
     def _redact(self, text: str) -> str:
+        """The text without the key for access."""
         return text.replace(self._key, "[key]") if self._key else text
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """What went wrong with a request, and whether it makes sense to try again."""
+    """What went wrong with a request.
+
+    Attributes:
+        reason: in words.
+        passing: whether another attempt may succeed.
+        hopeless: whether every other request will fail for the same reason.
+        wait: seconds that the server asks to wait.
+    """
 
     reason: str
-    passing: bool  # may be over in a moment
-    hopeless: bool = False  # will be the same for every request
-    wait: float = 0.0  # seconds that the server asks for
+    passing: bool
+    hopeless: bool = False
+    wait: float = 0.0
 
     @classmethod
     def of(cls, error: Exception) -> _Problem:
+        """What an exception means. Raises it again if it has nothing to do with the request."""
         import openai
 
         if isinstance(error, asyncio.TimeoutError | TimeoutError | openai.APITimeoutError):
@@ -246,13 +293,14 @@ class _Problem:
 
 
 def _message(error: Any) -> str:
+    """The server's own words about an error, in one line."""
     body = error.body
     inner = body.get("message") if isinstance(body, dict) else None
     return " ".join(str(inner or error.message).split())
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Seconds of a Retry-After header, which holds a number or a date (RFC 9110, 10.2.3); 0 without one."""
+    """Seconds to wait by a Retry-After header, which holds a number or a date (RFC 9110, 10.2.3); 0 without one."""
     if not retry_after:
         return 0.0
     try:

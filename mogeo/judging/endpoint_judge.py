@@ -30,38 +30,48 @@ T = TypeVar("T")
 
 _CANDIDATE, _REFERENCE = "candidate", "reference"
 _MEANING = ({FIRST: _CANDIDATE, SECOND: _REFERENCE, TIE: TIE}, {FIRST: _REFERENCE, SECOND: _CANDIDATE, TIE: TIE})
-"""What an answer means in the first order (candidate as A) and in the second (candidate as B)."""
-BYTES_PER_TOKEN = (
-    4  # of UTF-8: what tokenizers of today come to for English, and close enough elsewhere for an estimate
-)
+"""What an answer means if the candidate is A (first), and if it is B (second)."""
+
+BYTES_PER_TOKEN = 4
+"""For the forecast: how many bytes of UTF-8 make a token, about, in English."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What judging will take, before it begins."""
+    """What judging will take.
+
+    Attributes:
+        comparisons: pairs of responses to judge.
+        requests: requests to send. Each question about each pair is asked in two orders; what is cached is not sent.
+        cached: requests whose reply is in the cache.
+        prompt_tokens: tokens of the requests to send, estimated from their length.
+        completion_tokens: most tokens of their replies; 0 if replies have no limit.
+    """
 
     comparisons: int
     requests: int
-    """To be sent: two orders for each question on each comparison, less those in the cache."""
     cached: int
     prompt_tokens: int
-    """Of these requests, estimated as UTF-8 bytes / 4."""
     completion_tokens: int
-    """At most, from the limit on a reply; 0 where there is none."""
 
 
 class EndpointJudge:
-    """Asks a model which of two responses is better: overall, and by objective, one question at a time.
+    """Asks a model which of two responses is better, overall and by objective, one question per request.
 
-    Each question is asked in both orders, since models favour a position. The candidate wins (or loses) where both
-    answers say so; a tie in one, or answers that contradict each other, is a tie. An answer in another form than was
-    asked for is asked for once more; if that fails as well, or if there is no reply, the question is not judged: None.
+    Models favour the response that is shown first, or second. So each question is asked in both orders: the candidate
+    wins or loses if both answers say so, and everything else is a tie. If an answer is not in the form that was asked
+    for, it is asked for once more. If that does not help, or there is no reply, the verdict is None.
 
     Args:
-        endpoint: whom to ask.
-        objectives: in the order in which they are reported.
-        rubrics: question (an objective, or "overall") -> what is compared, instead of ours.
-        on_answer: called with 1 for each question answered in one order, for a progress bar.
+        endpoint: the model.
+        objectives: names, in the order of the tables.
+        rubrics: question (an objective, or "overall") -> what the model is told to compare, in place of our text.
+        on_answer: called with 1 after each question in one order, for a progress bar.
+
+    Attributes:
+        answers: question -> answer ("A", "B", "tie", "unparsable", "no reply") -> how often it was given.
+        contradictions: question -> pairs for which the model named the same position in both orders.
+        asked_again: how often an answer was not in the form asked for.
     """
 
     def __init__(
@@ -78,7 +88,7 @@ class EndpointJudge:
         self.contradictions = dict.fromkeys(self.rubrics, 0)
 
     def forecast(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> Forecast:
-        """What `compare` would ask for, without asking. Answers that have to be asked for again come on top."""
+        """What `compare` would take, without asking. Answers that have to be asked for twice are not counted."""
         requests = cached = size = 0
         for texts in zip(prompts, candidates, references, strict=True):
             for name in self.rubrics:
@@ -93,18 +103,22 @@ class EndpointJudge:
         return Forecast(len(prompts), requests, cached, size // BYTES_PER_TOKEN, requests * limit)
 
     def compare(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> list[Verdict]:
-        """One verdict a prompt, in order; raises InputError where the endpoint refuses, or fails again and again."""
+        """One verdict per prompt, in order.
+
+        Raises:
+            InputError: the endpoint refuses every request, or has failed too often in a row.
+        """
         return _run(self._compare(list(zip(prompts, candidates, references, strict=True))))
 
     def close(self) -> None:
-        """Let go of the cache's file."""
+        """Close the cache's file."""
         self.endpoint.cache.close()
 
     def report(self) -> dict[str, Any]:
-        """Usage, and how the judge answered, in plain values.
+        """Usage and answers as plain values, for `evaluation.json`.
 
-        `answers` counts A (the response shown first), B and tie by question; `contradictions` are pairs of which it
-        preferred the same position in both orders: there it judged the position, and not the text.
+        "A" is the response that was shown first. Where `contradictions` are many, the model judged positions and not
+        texts.
         """
         return {
             "usage": asdict(self.endpoint.usage),
@@ -130,16 +144,16 @@ class EndpointJudge:
             ]
             try:
                 answers = iter(await asyncio.gather(*tasks))
-            finally:  # where one has failed for good, the others are not to be paid for
+            finally:  # if one has failed for good, do not pay for the others
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        # zip takes turns: the first order's answer, the second's.
+        # The iterator is given to zip twice, so it yields pairs: the answer in the first order, and in the second.
         pairs = zip(answers, answers, strict=True)
         return [self._verdict({name: next(pairs) for name in self.rubrics}) for _ in triples]
 
     def _verdict(self, pairs: Mapping[str, tuple[str | None, str | None]]) -> Verdict:
-        """Of one comparison: question -> answers in the two orders."""
+        """The verdict on one comparison, from the answers in the two orders by question."""
         for name, (first, second) in pairs.items():
             self.contradictions[name] += first == second and first in (FIRST, SECOND)
         verdicts = {name: _agreement(*pair) for name, pair in pairs.items()}
@@ -160,6 +174,7 @@ class EndpointJudge:
 
 
 def _agreement(candidate_first: str | None, reference_first: str | None) -> int | None:
+    """+1 or -1 if both answers name the candidate or the reference, 0 if they do not agree, None if one is missing."""
     if candidate_first is None or reference_first is None:
         return None
     said = {_MEANING[0][candidate_first], _MEANING[1][reference_first]}
@@ -167,7 +182,7 @@ def _agreement(candidate_first: str | None, reference_first: str | None) -> int 
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end; in a thread of its own where this one has an event loop already, as in a notebook."""
+    """Run a coroutine to its end. Uses a new thread if this one runs an event loop already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

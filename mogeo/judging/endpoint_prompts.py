@@ -1,4 +1,4 @@
-"""What a judging model is asked, and how its answer is read. Knows no network: texts in, texts out.
+"""What a judging model is asked, and how its answer is read. Knows no network.
 
 The four aspects are those of UltraFeedback (Cui et al., arXiv 2310.01377), in words of our own.
 """
@@ -45,7 +45,7 @@ RUBRICS: dict[str, str] = {
         "do not reward a response for saying more."
     ),
 }
-"""Question -> what is compared."""
+"""Question (an objective, or "overall") -> what the model is told to compare."""
 
 _GENERIC = (
     "{name}: which response is better in terms of {name}? Compare them in this one respect, in the usual meaning of "
@@ -86,14 +86,30 @@ _AGAIN = (
 
 
 def rubric(question: str, given: Mapping[str, str] | None = None) -> str:
-    """What is compared under a question: as `given`, or from RUBRICS, or in words that fit any name."""
+    """What the model is told to compare under a question.
+
+    Args:
+        question: an objective, or "overall".
+        given: texts of the user's own, by question.
+
+    Returns:
+        The user's own text, else that in RUBRICS, else a text that fits any name.
+    """
     known = {**RUBRICS, **(given or {})}
     return known[question] if question in known else _GENERIC.format(name=question.replace("_", " "))
 
 
 def pairwise_messages(rubric: str, prompt: str, first: str, second: str) -> Messages:
-    """The request to compare two responses, in OpenAI's format for chats; the same texts give the same request."""
-    # A mark that depends on the texts cannot be written into them: none can close its tag and go on as somebody else.
+    """The messages that ask to compare two responses, in OpenAI's format for chats.
+
+    Args:
+        rubric: what to compare.
+        prompt: what was responded to.
+        first: the response to show as A.
+        second: the response to show as B.
+    """
+    # The tags around the texts hold a hash of the texts. No text can contain its own hash, so none can close its tag
+    # and go on as if it were the judge's instructions.
     mark = hashlib.sha256("\0".join((prompt, first, second)).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return [
         {"role": "system", "content": _SYSTEM.format(rubric=rubric, mark=mark)},
@@ -102,22 +118,24 @@ def pairwise_messages(rubric: str, prompt: str, first: str, second: str) -> Mess
 
 
 def ask_again(messages: Messages, reply: str) -> Messages:
-    """The conversation after a reply that could not be read, asking for one that can."""
+    """The messages that ask once more, after a reply that was not in the form asked for."""
     return [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": _AGAIN}]
 
 
 def read_answer(reply: str) -> str | None:
-    """One of ANSWERS, or None for anything but a JSON object whose only key is "winner" (in a Markdown fence or not).
+    """Read a reply: a JSON object whose only key is "winner", with or without a Markdown fence around it.
 
-    Strict on purpose: a judge that says more, or something else, has not answered, and guessing at what it meant would
-    put our reading in place of its verdict.
+    This is strict on purpose. A guess at what another reply means would replace the judge's verdict by ours.
+
+    Returns:
+        One of ANSWERS, or None for any other reply.
     """
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", reply.strip(), re.DOTALL)
     try:
         pairs: Any = json.loads(fenced[1] if fenced else reply, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(pairs, tuple) or len(pairs) != 1:  # pairs, not a dict: a key that comes twice is no answer
+    if not isinstance(pairs, tuple) or len(pairs) != 1:  # a dict would hide a key that is there twice
         return None
     key, winner = pairs[0]
     return winner if key == "winner" and isinstance(winner, str) and winner in ANSWERS else None
