@@ -203,7 +203,12 @@ def fine_tune(
 
 
 def mean_weights(outcome: Outcome, objectives: Sequence[str]) -> list[float]:
-    """Each objective's weight, averaged over the steps of an alignment."""
+    """Each objective's weight, averaged over the steps of an alignment.
+
+    Args:
+        outcome: of a model that was aligned.
+        objectives: names, which decide the order.
+    """
     steps = [record["weight"] for record in outcome.history if record["kind"] == "train"]
     return [sum(weight[name] for weight in steps) / len(steps) for name in objectives]
 

@@ -34,7 +34,13 @@ _PICTURE = "demo.png"
 
 
 def values(results: Sequence[SeedResult], label: str, metric: Metric) -> list[float]:
-    """A metric of one method, one value per seed."""
+    """A metric of one model, one value per seed.
+
+    Args:
+        results: of all seeds.
+        label: of the model.
+        metric: from an outcome to a number.
+    """
     return [metric(outcome) for result in results for outcome in result.outcomes if outcome.label == label]
 
 

@@ -78,7 +78,12 @@ def _dequantized(transformers: Any) -> dict[str, Any]:
 
 
 def prompt_format_for(tokenizer: Any, wanted: str) -> str:
-    """The prompt format to use: the one wanted, but "plain" in place of "chat" if there is no chat template."""
+    """The prompt format to use: "plain" in place of "chat" if the tokenizer has no chat template.
+
+    Args:
+        tokenizer: of transformers.
+        wanted: "chat" or "plain".
+    """
     return "plain" if wanted == "chat" and getattr(tokenizer, "chat_template", None) is None else wanted
 
 

@@ -78,7 +78,11 @@ class MODPO(PreferenceLoss):
 def normalized_weights(
     weights: Mapping[str, float] | Sequence[float] | None, objectives: Sequence[str]
 ) -> dict[str, float]:
-    """Weights by objective, in the order of the objectives and with a sum of 1. None stands for equal ones.
+    """Weights by objective, in the order of the objectives and with a sum of 1.
+
+    Args:
+        weights: by objective, or in the order of the objectives; None: equal ones.
+        objectives: names.
 
     Raises:
         InputError: an objective has no weight, or one that is not positive.

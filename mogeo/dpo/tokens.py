@@ -175,7 +175,12 @@ class _Encoder:
 
 
 def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
-    """One batch of sequences, padded on the right with the token `pad`."""
+    """One batch of sequences, padded on the right.
+
+    Args:
+        sequences: B of them.
+        pad: the token id to pad with.
+    """
     width = max(len(s.ids) for s in sequences)
     lengths = torch.tensor([len(s.ids) for s in sequences]).unsqueeze(1)
     starts = torch.tensor([s.start for s in sequences]).unsqueeze(1)
@@ -186,9 +191,13 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
 
 
 def by_length(sequences: Sequence[TokenSequence], size: int) -> Iterator[list[int]]:
-    """Indices of the sequences in groups of `size`, the longest first.
+    """Indices of the sequences in groups, the longest sequences first.
 
     Sequences of similar length are padded little; and if the longest do not fit into memory, that shows at once.
+
+    Args:
+        sequences: to be grouped.
+        size: number of sequences in a group; the last group may have fewer.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     for start in range(0, len(order), size):

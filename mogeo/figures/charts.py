@@ -114,6 +114,13 @@ def draw_over_steps(
 
     The values themselves are drawn pale, and their running mean in full colour.
 
+    Args:
+        path: the PNG file to write.
+        what: heading of the picture, to which "of each objective" is added.
+        objectives: names, in the order of their colours.
+        runs: label -> its records.
+        field: which entry of the records to draw.
+
     Returns:
         `path`, or None if no run has a training record: then nothing is written.
     """
@@ -136,6 +143,8 @@ def draw_over_steps(
 
 def draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequence[StepRecord]]) -> Path | None:
     """Draw the cosines between the gradients of each pair of objectives, one panel per run that recorded them.
+
+    Arguments are as in `draw_over_steps`.
 
     Returns:
         `path`, or None if no run recorded cosines, or there is only one objective: then nothing is written.
@@ -169,6 +178,8 @@ def draw_cosines(path: Path, objectives: Sequence[str], runs: Mapping[str, Seque
 
 def draw_accuracy(path: Path, objectives: Sequence[str], runs: Mapping[str, Sequence[StepRecord]]) -> Path | None:
     """Draw the preference accuracy on held-out pairs: one panel per objective, one line per run.
+
+    Arguments are as in `draw_over_steps`.
 
     Returns:
         `path`, or None if no run was evaluated: then nothing is written.

@@ -1,6 +1,6 @@
-"""The order of rows that do not all have the same objectives: every stretch of it holds its share of each kind.
+"""An order of rows of several kinds in which every part of an epoch has its share of each kind.
 
-Knows indices and kinds; nothing of pairs.
+In `trl`, the kind of a row is which objectives it has labels for. Knows indices and kinds; nothing of pairs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch.utils.data import Sampler
 
 
 class StratifiedSampler(Sampler[int]):
-    """Every row once an epoch, shuffled within its kind, kinds interleaved in proportion to their sizes.
+    """Each epoch has every row once. The rows of a kind are shuffled, and spread evenly over the epoch.
 
-    The j-th of the n rows of a kind lies at (j + u) / n of the epoch, with one u ~ U(0, 1) for each kind and epoch. So
-    any stretch of B of the N rows holds B·n/N of each kind, give or take 1 of that kind and the rounding of the
-    stretch, where a plain shuffle gives or takes √(B·n/N).
+    The j-th of the n rows of a kind is placed at (j + u) / n of the epoch, where u ~ U(0, 1) is drawn once for each
+    kind and epoch. So any B consecutive rows of N contain B·n/N rows of each kind, up to about 1. After a plain
+    shuffle, that number would vary by √(B·n/N).
 
     Args:
-        kinds: of each row.
-        seed: with the epoch, decides the order: no random state needs to be saved, or agreed on between ranks.
+        kinds: the kind of each row.
+        seed: decides the order, together with the epoch. So no random state has to be saved, or sent to other ranks.
         epoch: returns the number of the epoch that begins.
     """
 

@@ -48,6 +48,10 @@ class Comparisons:
     def of(cls, questions: Sequence[Question], responses: Responses) -> Comparisons:
         """Collect the comparisons of some models.
 
+        Args:
+            questions: the prompts with their golden responses.
+            responses: of each model, to these prompts.
+
         Raises:
             InputError: the models do not all have the same number of responses to each prompt.
         """

@@ -41,6 +41,10 @@ def choose_questions(wanted: PromptChoice, candidates: Sequence[Candidate]) -> t
 
     A prompt that one of the runs was trained on is left out, whatever data and split are asked for.
 
+    Args:
+        wanted: what is asked for.
+        candidates: the models to be judged; the first run among them decides what is not asked for.
+
     Returns:
         The prompts with their golden responses; and the objectives to judge by, which are empty if neither the user,
         nor a run, nor the data names any.

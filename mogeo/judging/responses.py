@@ -82,6 +82,10 @@ class Responder:
 
         Weights are not hashed, since reading gigabytes would take as long as generating. A local model is known by the
         names, sizes and times of change of its files, one on the hub by its name.
+
+        Args:
+            prompts: what is responded to.
+            how: settings of the generation.
         """
         path = Path(self.source)
         files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []

@@ -1,8 +1,9 @@
-"""What a model's forward and backward hold, measured on tensors that have a shape and no data. Knows no objectives.
+"""How much memory a model's forward and backward take, measured on tensors without data. Knows no objectives.
 
-Tensors are torch's fake ones: they live on the meta device and pass for CPU tensors, so that autocast and the choice of
-an attention kernel go as they would. A dispatch mode watches storages come and go. What is run is what `mogeo align`
-runs (`mogeo.dpo.losses`), chunks of logits included; the masks are those of a padded batch, as batches are.
+Tensors are torch's fake tensors, which have a shape and no data. They pass for CPU tensors, so that autocast and the
+choice of an attention kernel are as on a CPU. A dispatch mode watches which storages are alive. The computation is that
+of `mogeo align` (`mogeo.dpo.log_probs` and `mogeo.dpo.losses`), with the same chunks of logits and with the masks of a
+padded batch.
 """
 
 from __future__ import annotations

@@ -192,7 +192,12 @@ class Memory:
 
 
 def memory(mode: Mode, setup: Setup) -> Memory:
-    """The memory that a rank needs in a mode."""
+    """The memory that a rank needs.
+
+    Args:
+        mode: one of `modes`.
+        setup: the fine-tune.
+    """
     shape, size, held = setup.shape, setup.size, setup.held
     weights = held * size + shape.buffer_bytes
     device_rows, host_rows = _rows(mode, setup)
