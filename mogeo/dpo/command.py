@@ -275,7 +275,7 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Processes) -> int
         return 0
     train_rows, _ = split_rows(rows, args.held_out, args.seed)
     DataOrigin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
-    table = result_table(result)
+    table = held_out_table(result)
     print("\n" + table.text())
     _write_report(args, result, [table, _data_table(train, held_out)])
     print(f"\nmodel, metrics and report are in {args.output}")
@@ -331,7 +331,7 @@ def _data_table(train: Preferences, held_out: Preferences) -> Table:
     return Table("Preferences", ["objective", *COUNTS], rows, note)
 
 
-def result_table(result: AlignResult) -> Table:
+def held_out_table(result: AlignResult) -> Table:
     """Numbers on the held-out pairs before and after training: a row per objective, and the worst of each column."""
     before, after = result.before, result.after
     columns = [

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from mogeo.dpo.log_probs import sequence_log_probs
 from mogeo.dpo.processes import Processes
 from mogeo.errors import InputError
-from mogeo.gradients.ranks import is_sharded, sharded
 
 State = dict[str, Any]
 
@@ -202,16 +201,20 @@ class Sharded(Replicated):
         return {**state, "state": gathered}
 
     def _whole(self, value: Any) -> Any:
-        full = value.full_tensor() if is_sharded(value) else value
+        from torch.distributed.tensor import DTensor
+
+        full = value.full_tensor() if isinstance(value, DTensor) else value
         if not isinstance(full, Tensor):
             return full
         return full.cpu() if self.ranks.first else None
 
     def _part(self, whole: Tensor, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        if is_sharded(like) and whole.shape == like.shape:  # AdamW's count of steps is a scalar, whole on every rank
-            return distribute_tensor(whole, sharded(like).device_mesh, sharded(like).placements)
+        if (
+            isinstance(like, DTensor) and whole.shape == like.shape
+        ):  # AdamW's count of steps is a scalar, whole on every rank
+            return distribute_tensor(whole, like.device_mesh, like.placements)
         return super()._part(whole, like)
 
 

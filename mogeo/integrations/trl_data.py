@@ -13,10 +13,8 @@ from typing import Any
 
 import datasets
 
-from mogeo.dpo.data import Preferences, build_preferences
+from mogeo.dpo.data import Preferences, Row, build_preferences
 from mogeo.errors import InputError
-
-Row = dict[str, Any]
 
 LABELS = "objective_labels"
 """The column of labels."""

@@ -17,7 +17,7 @@ from mogeo.judging.responses import Responder
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateModel:
     """A model to be judged: that of a run of `mogeo align`, or any other.
 
     Attributes:
@@ -33,7 +33,7 @@ class Candidate:
     prompt_format: str | None = None
 
 
-def find_candidates(named: Sequence[str]) -> list[Candidate]:
+def find_candidates(named: Sequence[str]) -> list[CandidateModel]:
     """Find out which models were named.
 
     Args:
@@ -50,7 +50,7 @@ def find_candidates(named: Sequence[str]) -> list[Candidate]:
     return found
 
 
-def responders(candidates: Sequence[Candidate], prompt_format: str | None) -> list[Responder]:
+def responders(candidates: Sequence[CandidateModel], prompt_format: str | None) -> list[Responder]:
     """The models, each with the format in which it is given prompts.
 
     Args:
@@ -72,16 +72,16 @@ def _label_and_source(named: str) -> tuple[str, str]:
     return label, source
 
 
-def _candidate(label: str, source: str) -> Candidate:
+def _candidate(label: str, source: str) -> CandidateModel:
     """The model at a source; without a label, it is called after its folder, its file or its name on the hub."""
     path = Path(source)
     label = label or (path.resolve().name if path.exists() else source.rstrip("/").rpartition("/")[2])
     if not (path / "run.json").is_file():
-        return Candidate(label, source)
+        return CandidateModel(label, source)
     if not (path / "model").is_dir():
         raise InputError(f"the run in '{path}' is not finished: go on with it first (mogeo align ... --resume)")
     try:
         prompt_format = json.loads((path / "run.json").read_text("utf-8"))["prompt_format"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"'{path / 'run.json'}' cannot be read ({error})") from None
-    return Candidate(label, str(path / "model"), DataOrigin.read(path), prompt_format)
+    return CandidateModel(label, str(path / "model"), DataOrigin.read(path), prompt_format)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mogeo.dpo.config import PROMPT_FORMATS, share_or_number
 from mogeo.errors import InputError
-from mogeo.judging.candidates import Candidate, find_candidates, responders
+from mogeo.judging.candidates import CandidateModel, find_candidates, responders
 from mogeo.judging.golden import Question
 from mogeo.judging.judge import OVERALL, WORST
 from mogeo.judging.judge_kinds import add_judge_arguments, foreign_options, refuse_foreign_options
@@ -177,7 +177,7 @@ def _prompt_choice(args: argparse.Namespace) -> PromptChoice:
     return PromptChoice(args.data, args.held_out, args.seed, names, args.all_prompts, args.prompts)
 
 
-def _check_sources(candidates: Sequence[Candidate]) -> None:
+def _check_sources(candidates: Sequence[CandidateModel]) -> None:
     """Raise InputError for a model at whose path nothing lies. Loads no model."""
     from mogeo.dpo.models import check_model_source
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mogeo.dpo.data import read_rows, split_rows
 from mogeo.errors import InputError
-from mogeo.judging.candidates import Candidate
+from mogeo.judging.candidates import CandidateModel
 from mogeo.judging.golden import Question, golden_questions
 
 logger = logging.getLogger("mogeo")
@@ -36,7 +36,9 @@ class PromptChoice:
     at_most: int | None = None
 
 
-def choose_questions(wanted: PromptChoice, candidates: Sequence[Candidate]) -> tuple[list[Question], tuple[str, ...]]:
+def choose_questions(
+    wanted: PromptChoice, candidates: Sequence[CandidateModel]
+) -> tuple[list[Question], tuple[str, ...]]:
     """Read the data, and choose prompts with golden responses from it.
 
     A prompt that one of the runs was trained on is left out, whatever data and split are asked for.

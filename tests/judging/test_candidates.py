@@ -10,7 +10,7 @@ import pytest
 from mogeo.dpo.data import split_rows
 from mogeo.dpo.data_origin import DataOrigin
 from mogeo.errors import InputError
-from mogeo.judging.candidates import Candidate, find_candidates, responders
+from mogeo.judging.candidates import CandidateModel, find_candidates, responders
 from mogeo.judging.prompts import PromptChoice, choose_questions
 
 
@@ -92,7 +92,7 @@ def test_labels_come_before_an_equals_sign(tmp_path: Path) -> None:
 
 
 def test_prompt_formats_are_those_asked_for_or_trained_with() -> None:
-    found = [Candidate("base", "b"), Candidate("run", "r", None, "plain")]
+    found = [CandidateModel("base", "b"), CandidateModel("run", "r", None, "plain")]
     assert [s.prompt_format for s in responders(found, None)] == ["plain", "plain"]
     assert [s.prompt_format for s in responders(found, "chat")] == ["chat", "chat"]
     assert [s.prompt_format for s in responders(found[:1], None)] == ["chat"]
@@ -112,4 +112,4 @@ def test_runs_that_cannot_be_judged_say_what_to_do(run: Path) -> None:
 
 def test_no_data_at_all() -> None:
     with pytest.raises(InputError, match="name the rows with --data"):
-        choose_questions(PromptChoice(), [Candidate("base", "b")])
+        choose_questions(PromptChoice(), [CandidateModel("base", "b")])
