@@ -36,6 +36,8 @@ class StepReport:
     absent: Tensor
     #: How often each objective was left out as not finite so far, int64 [K].
     nonfinite_counts: Tensor
+    #: In how many steps so far no `backward` brought each objective, int64 [K].
+    absent_counts: Tensor
     #: Duality gap of the min-norm problem, fp64 [], in units of the (normalised) Gram matrix; None where there is none.
     optimality_gap: Tensor | None = field(default=None)
     #: `mogeo.Status` of the min-norm problem, int64 []; None where there is none.
@@ -113,4 +115,6 @@ class StepReport:
             "age": self.age,
             "skipped": list(self.skipped),
             "nonfinite_counts": by_name(self.nonfinite_counts),
+            "absent": [name for name, away in zip(self.objectives, self.absent.tolist(), strict=True) if away],
+            "absent_counts": by_name(self.absent_counts),
         }

@@ -19,11 +19,11 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import mogeo
-from tests.strategies import REPRODUCIBLE
+from tests import profiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
@@ -36,19 +36,19 @@ class Backend:
     gram_by_segment: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
     combine: Callable[..., Tensor]
     min_norm_weights: Callable[[Tensor], mogeo.MinNorm]
-    descent_weights: Callable[[Tensor, Tensor], mogeo.Descent]
+    descent_weights: Callable[..., mogeo.Descent]
     thrift: int  #: one example is tried where others try this many
     max_k: int  #: rows of a random example
 
     def some(self, n: int) -> int:
         """How many to try of n examples, or seeds."""
-        return -(-n // self.thrift)
+        return profiles.share(-(-n // self.thrift))
 
     def check(self, examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
         """Decorates a property, and holds it against the strategies' examples at once."""
 
         def run(property_: Callable[..., None]) -> None:
-            settings(REPRODUCIBLE, max_examples=self.some(examples))(given(*strategies)(property_))()
+            profiles.examples(-(-examples // self.thrift))(given(*strategies)(property_))()
 
         return run
 
@@ -83,10 +83,11 @@ def _min_norm_weights(gram: Tensor) -> mogeo.MinNorm:
     return mogeo.MinNorm(*cuda.min_norm(gram.detach().to(torch.float64), None, "none", 1.0, "raw"))
 
 
-def _descent_weights(gram: Tensor, weights: Tensor) -> mogeo.Descent:
+def _descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = None) -> mogeo.Descent:
     from mogeo.geometry import triton_backend as cuda
 
-    return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64)))
+    rounding = 4 * torch.finfo(gram.dtype).eps if rounding is None else rounding
+    return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64), rounding))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests import profiles
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -23,8 +25,16 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     triton_bf16.install()
     triton_speed.install()
 
+profiles.register()
+
 # A shell lets its background jobs ignore Ctrl-C, which some tests are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse property tests that do not follow the profile: a deadline fails them now and then on a busy machine."""
+    for item in items:
+        profiles.check(item.nodeid, getattr(item, "obj", None))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

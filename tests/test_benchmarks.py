@@ -25,11 +25,13 @@ def run(script: str, *options: str, timeout: float = 300.0) -> str:
 QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--only"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),
     [
         ("kernels.py", ["--quick", "--columns", "3e3", "--rounds", "2", "--objectives", "2", "--dtypes", "fp64"]),
         ("solver.py", ["--samples", "1", "--repeats", "1"]),
+        ("statuses.py", ["--samples", "1", "--sizes", "3"]),
         ("communication.py", ["--ranks", "2", "--width", "32", "--rounds", "2", "--objectives", "2"]),
         ("paper_step.py", ["--model", "tiny", "--layers", "1", "--tokens", "16"]),
         ("alignment", ["--quick", "smoothing", "--seeds", "1"]),
@@ -42,6 +44,7 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
     ids=[
         "kernels",
         "solver",
+        "statuses",
         "communication",
         "paper",
         "smoothing",
@@ -60,6 +63,7 @@ def test_runs_and_writes_its_figures(script: str, options: list[str], tmp_path: 
     assert figures.get("results") or figures.get("records")
 
 
+@pytest.mark.slow
 def test_kernels_are_drawn_and_what_cannot_run_is_left_out_aloud(tmp_path: Path) -> None:
     drawn, target = tmp_path / "roofline.png", tmp_path / "figures.json"
     sizes = ["--columns", "3000", "1e15", "--rounds", "1", "--objectives", "2"]
@@ -74,6 +78,7 @@ def test_kernels_are_drawn_and_what_cannot_run_is_left_out_aloud(tmp_path: Path)
     assert all(line in printed for line in left_out.splitlines())
 
 
+@pytest.mark.slow
 def test_every_mode_is_measured_and_drawn(tmp_path: Path) -> None:
     drawn, target = tmp_path / "modes.png", tmp_path / "figures.json"
     sizes = ["--quick", "--refresh-every", "2", "--rounds", "2", "--seeds", "1", "--threads", "1", "--clock", "cpu"]
@@ -91,6 +96,7 @@ def test_every_mode_is_measured_and_drawn(tmp_path: Path) -> None:
     assert set(results) - set(errors) == {"plain", "refresh, release"}
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
     place = ["--output", str(tmp_path), "--workers", "1", "--quick"]
     run("alignment", *place, "world", "--seeds", "1")
@@ -109,8 +115,8 @@ def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
     ("script", "options"),
     [
         ("kernels.py", ["--quick", "--columns", "3e3", "--objectives", "2"]),
-        ("step_overhead.py", ["--tokens", "128", "--only", "plain"]),
-        ("memory_modes.py", ["--quick", "--rounds", "2"]),
+        pytest.param("step_overhead.py", ["--tokens", "128", "--only", "plain"], marks=pytest.mark.slow),
+        pytest.param("memory_modes.py", ["--quick", "--rounds", "2"], marks=pytest.mark.slow),
     ],
 )
 def test_what_no_time_is_left_for_is_left_out_aloud(script: str, options: list[str], tmp_path: Path) -> None:
@@ -123,6 +129,7 @@ def test_what_no_time_is_left_for_is_left_out_aloud(script: str, options: list[s
     assert not figures["failed"]
 
 
+@pytest.mark.slow
 def test_the_run_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     """Every stage, one case at least of each ok, and none that fails; eight files at most."""
     # It takes a minute; a machine that is busy with other things may take its time.
@@ -145,6 +152,7 @@ def test_the_run_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     assert printed.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip()[-500:])
 
 
+@pytest.mark.slow
 def test_some_stages_of_the_run_on_a_gpu(tmp_path: Path) -> None:
     run("gpu_run.py", "--rehearse", "--output", str(tmp_path), "--stages", "environment")
     stages = {json.loads(line)["stage"] for line in (tmp_path / "results.jsonl").read_text().splitlines()}

@@ -10,35 +10,15 @@ import pytest
 from mogeo import cli, weightings
 from mogeo.dpo.config import AlignConfig
 from tests.interruptions import stop_after
+from tests.tiny import save, tiny_llama, tiny_tokenizer
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "red", "blue", "green", "warm", "cold"]
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    import torch
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    model = tiny_llama(len(WORDS), hidden_size=8, intermediate_size=16, max_position_embeddings=16)
+    return save(tmp_path_factory.mktemp("model"), model, tiny_tokenizer(WORDS, template=None))
 
 
 def rated(prompt):

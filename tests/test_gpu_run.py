@@ -172,6 +172,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+@pytest.mark.slow
 def test_tests_for_a_gpu_are_collected_where_packages_are_missing_and_nothing_is_installed(tmp_path: Path) -> None:
     """In the mirror, with kernels that nobody interprets; and the run names every file that has any."""
     top = gpu_run.mirror(tmp_path)

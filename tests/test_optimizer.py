@@ -12,7 +12,7 @@ from typing import ClassVar
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from torch import Tensor, nn
 
 import mogeo
@@ -33,6 +33,7 @@ from tests.nets import (
     shared_losses,
     wrapped,
 )
+from tests.profiles import examples
 
 pytestmark = pytest.mark.parametrize("decider", WAYS, indirect=True)
 
@@ -65,7 +66,7 @@ def test_every_form_gives_the_weighted_sum_of_the_gradients(form: Callable[..., 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @given(order=st.permutations([(name, seed) for name in NAMES for seed in (0, 1)]))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_accumulation_is_one_solve_over_the_sums(weighting: str, order: list[tuple[str, int]]) -> None:
     """Micro-batches of single objectives, in any order, give what their sums give in one call."""
     net = Net()

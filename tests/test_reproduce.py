@@ -30,6 +30,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words: Any = tokenizer()

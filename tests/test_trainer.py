@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mogeo import MultiObjectiveOptimizer
+from tests.tiny import tiny_llama
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 
 
 def trainer_of_the_guide() -> type:
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "training_step" in b]
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "from transformers" in b]
     names: dict[str, Any] = {}
     exec(block, names)
     trainer: type = names["MultiObjectiveTrainer"]
@@ -25,12 +26,7 @@ def trainer_of_the_guide() -> type:
 
 
 def make_model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    )
+    return tiny_llama(16, hidden_size=8, intermediate_size=16)
 
 
 def losses_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from mogeo.geometry.ops import descent_weights
+from mogeo.geometry.exact_min_norm import Status
+from mogeo.geometry.ops import Descent, descent_weights
 from mogeo.weightings.base import Weighting
+
+
+class UPGradWeights(NamedTuple):
+    """Weights of `UPGrad`, and what the solver says of them."""
+
+    weights: Tensor  #: fp64 [K], on the raw gradients
+    gap: None  #: these problems have no duality gap of a min-norm point
+    status: Tensor  #: int64 [], a `mogeo.Status`: the worst of the K problems
 
 
 class UPGrad(Weighting):
@@ -21,19 +32,42 @@ class UPGrad(Weighting):
 
     def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Weights on the raw gradients, fp64 [K]."""
-        return self._harmless(gram).mean(0)
+        return self.solve(gram, losses).weights
 
     def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
         """w = (1/K) Σ_k p_k (e_k + μ_k): the mean of p_k g_k, each first made to hurt nobody."""
-        return (preference[:, None] * self._harmless(gram)).mean(0)
+        return self.solve(gram, losses, preference).weights
 
-    def _harmless(self, gram: Tensor | None) -> Tensor:
-        """e_k + μ_k, fp64 [K, K], a row for each k."""
+    def solve(self, gram: Tensor | None, losses: Tensor, preference: Tensor | None = None) -> UPGradWeights:
+        """Weights on the raw gradients, with the worst status of the K problems; nothing waits for a GPU.
+
+        `OPTIMAL` is said where all K are: the direction is then that of UPGrad to 1e-3 of the mean of the |g_k|, and
+        normally to rounding. `STALLED` is worse than `UNDECIDED`, and both are worse than that;
+        `mogeo.descent_weights` tells what each promises. `ZERO` and `NONFINITE` are said of all problems at once.
+
+        Args:
+            gram: M [K, K].
+            losses: L [K]; not read.
+            preference: p [K], fp64, > 0; 1 without it.
+
+        Returns:
+            `UPGradWeights`.
+
+        Raises:
+            ValueError: there is no Gram matrix.
+        """
+        harmless = self._harmless(gram)
+        weights = harmless.weights if preference is None else preference[:, None] * harmless.weights
+        stalled = (harmless.status == Status.STALLED).any()
+        return UPGradWeights(weights.mean(0), None, harmless.status.amax().masked_fill(stalled, Status.STALLED))
+
+    def _harmless(self, gram: Tensor | None) -> Descent:
+        """e_k + μ_k, fp64 [K, K], a row for each k; with its μ_k and status, [K, K] and [K]."""
         if gram is None:
             raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
         count = len(gram)
         alone = torch.eye(count, dtype=torch.float64, device=gram.device)
-        return descent_weights(gram.expand(count, count, count), alone).weights
+        return descent_weights(gram.expand(count, count, count), alone)
 
     def __repr__(self) -> str:
         return "upgrad"

@@ -41,7 +41,7 @@ def conflicting(seed: int) -> Linear:
 
 
 @decided_by
-@pytest.mark.parametrize("weighting", [*WEIGHTINGS, only_first], ids=str)
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, only_first])
 def test_no_step_hurts_an_objective(weighting: Any, decider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     let_decide(decider, monkeypatch)
     corrected = 0

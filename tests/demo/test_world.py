@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -37,6 +37,7 @@ from mogeo.demo.world import (
     tokenizer,
 )
 from mogeo.dpo.data import Pair, Preferences, Row
+from tests.profiles import examples
 
 FORMS = st.sampled_from((LIST, PROSE))
 QUESTIONS = st.builds(
@@ -266,7 +267,7 @@ def test_the_model_is_tiny_and_decided_by_its_seed() -> None:
     assert not torch.equal(again["lm_head.weight"], other["lm_head.weight"])
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.sampled_from(range(20)))
 def test_responses_agree_with_facts_where_the_policy_is_good(index: int) -> None:
     """The good policy states a known fact rightly far more often than not: the ratings mean something."""

@@ -5,12 +5,13 @@ import inspect
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo.config import OPTIMIZER_OPTIONS, SCHEDULES, AlignConfig
 from mogeo.errors import InputError
+from tests.profiles import examples
 
 
 def test_the_defaults_pass():
@@ -72,7 +73,7 @@ def test_settings_that_are_objects_are_written_as_their_repr():
 
 
 @given(st.integers(1, 60), st.integers(0, 80), st.sampled_from(SCHEDULES))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_the_learning_rate_rises_to_its_peak_then_never_rises_and_every_step_counts(steps, warmup, schedule):
     config = AlignConfig(learning_rate=2.0, warmup_steps=warmup, schedule=schedule)
     rates = [config.learning_rate_at(step, steps) for step in range(1, steps + 1)]

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo.dpo.data import COUNTS, PAIRINGS, Pair, build_preferences, read_rows, split_rows
 from mogeo.errors import InputError
+from tests.profiles import examples
 
 
 def row(prompt, *completions):
@@ -91,7 +92,7 @@ rated_rows = st.lists(
 
 
 @given(rated_rows, st.sampled_from(PAIRINGS), st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_every_pair_is_strict_and_of_one_prompt_and_nothing_is_lost_uncounted(table, pairing, seed):
     rows = [row("sure", ("good", {"x": "9", "y": "9"}), ("bad", {"x": "1", "y": "1"}))]
     rows += [row(f"p{i}", *((text, {"x": x, "y": y}) for text, x, y in line)) for i, line in enumerate(table)]
@@ -162,7 +163,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
 
 
 @given(st.lists(st.sampled_from(["a", "b ", " b", "c", "d  e", "d e"]), min_size=6, max_size=30), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_prompt_is_never_on_both_sides(prompts, seed):
     rows = [row("left"), row("right"), *(row(p) for p in prompts)]
     train, held_out = split_rows(rows, 0.4, seed)

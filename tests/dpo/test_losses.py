@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo.dpo.loss_names import LOSSES, resolve_loss
 from mogeo.dpo.losses import DPO, KINDS, dpo_loss
+from tests.profiles import examples
 
 
 def numpy_loss(margins, beta, kind, smoothing):
@@ -28,7 +29,7 @@ CASES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("sigmoid", 0.49), ("ipo", 0.0), ("
     margins=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8),
     beta=st.sampled_from([0.01, 0.1, 0.5, 2.0]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_loss_equals_its_formula(kind, smoothing, margins, beta):
     ours = dpo_loss(torch.tensor(margins, dtype=torch.float64), beta, kind, smoothing)
     np.testing.assert_allclose(ours.numpy(), numpy_loss(margins, beta, kind, smoothing), rtol=1e-12, atol=1e-300)

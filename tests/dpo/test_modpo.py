@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo.dpo.config import AlignConfig
@@ -18,6 +18,7 @@ from mogeo.dpo.tokens import encode_sequence, tokenize_preferences
 from mogeo.dpo.train import Interrupted, align, check_settings
 from mogeo.errors import InputError
 from tests.interruptions import stop_after
+from tests.profiles import examples
 
 CONFIG = AlignConfig(
     weighting="uniform", learning_rate=1e-2, max_steps=3, warmup_steps=1, pairs_per_objective=4, beta=0.3,
@@ -49,7 +50,7 @@ def align_modpo(model, tokenizer, train, held_out, config, **options):
     beta=st.sampled_from([0.1, 0.5]),
     weight=st.sampled_from([0.1, 0.25, 1.0]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_modpo_equals_its_formula_and_is_dpo_on_a_shifted_margin(margins, shift, beta, weight):
     h = torch.tensor(margins, dtype=torch.float64)
     others = torch.full_like(h, shift)

@@ -5,17 +5,18 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo.dpo.scoring import evaluate_preferences, score_sequences
 from mogeo.dpo.tokens import TokenizedPreferences, TokenSequence
+from tests.profiles import examples
 
 scores = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 2.0]), min_size=6, max_size=6)
 
 
 @given(scores, scores, st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_accuracy_counts_ties_one_half_and_margin_is_the_mean_reward_difference(policy, reference, pairs):
     tokens = TokenizedPreferences([], {"a": torch.tensor(pairs)}, {}, {})
     measured = evaluate_preferences(torch.tensor(policy), torch.tensor(reference), tokens, beta=0.25)

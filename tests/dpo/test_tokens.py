@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo.dpo.data import Pair, Preferences
@@ -16,6 +16,7 @@ from mogeo.dpo.tokens import (
     tokenize_preferences,
 )
 from mogeo.errors import InputError
+from tests.profiles import examples
 
 
 def words(tokenizer, ids):
@@ -94,7 +95,7 @@ def test_collate_pads_on_the_right_and_marks_completions():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 6))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_by_length_visits_every_sequence_once_longest_first(lengths, size):
     groups = list(by_length([TokenSequence((0,) * n, 0) for n in lengths], size))
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
@@ -104,7 +105,7 @@ def test_by_length_visits_every_sequence_once_longest_first(lengths, size):
 
 
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_every_epoch_holds_every_pair_once_and_depends_on_the_step_alone(n, per_step, seed):
     order = ShuffledEpochs(n, per_step, seed, "a")
     steps = [order(step) for step in range(1, 1 + -(-3 * n // per_step))]

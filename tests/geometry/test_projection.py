@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 
 from mogeo.geometry import ops
 from mogeo.geometry.projection import SignedSketch
+from tests.profiles import examples
 from tests.reference import sketch as reference
 from tests.row_asserts import assert_sketched
-from tests.strategies import DTYPES, REPRODUCIBLE, Sketched, sketched
+from tests.strategies import DTYPES, Sketched, sketched
 
 CPU = torch.device("cpu")
 FP64, FP32, BF16, FP16 = DTYPES
@@ -34,7 +35,7 @@ def sketch_of(tensors: Sequence[Tensor], sketch: SignedSketch) -> Tensor:
 # The map
 
 
-@settings(REPRODUCIBLE, max_examples=150)
+@examples(150)
 @given(sketched())
 def test_it_is_the_matrix_of_its_definition(case: Sketched) -> None:
     """For gradients of any dtype and strides, added to what is there, with a few roundings per chunk."""

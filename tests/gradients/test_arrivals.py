@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mogeo import MultiObjectiveOptimizer
 from mogeo.gradients import arrivals
 from mogeo.gradients.arrivals import Arrivals, may_wait
-from tests.strategies import REPRODUCIBLE
+from tests.profiles import examples
 
 LARGE = 1 << 19  # fp32 elements: twice the least that may wait
 NAMES = ("help", "honesty")
@@ -36,7 +36,7 @@ def losses_of(*parameters: nn.Parameter) -> dict[str, Tensor]:
     return {name: sum((p * (k + 1)).square().sum() for p in parameters) for k, name in enumerate(NAMES)}  # type: ignore[misc]
 
 
-@settings(REPRODUCIBLE, max_examples=30)
+@examples(30)
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=40), st.integers(0, 3000))
 def test_never_more_waits_than_may(sizes: list[int], least: int) -> None:
     """At each gradient's arrival, those that lie in `p.grad`, in bytes: what may wait, and the one that came last."""
@@ -189,7 +189,7 @@ def test_a_gradient_that_cannot_be_kept_ends_the_window(monkeypatch: pytest.Monk
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mogeo.gradients.rows._write", exhausted)
+        patch.setattr("mogeo.gradients.writing.write", exhausted)
         with pytest.raises(MemoryError):
             optimizer.backward(losses)
     assert all(parameter.grad is grad for parameter, grad in zip(parameters, held, strict=True))

@@ -130,7 +130,7 @@ def forget_accelerate() -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     """By rank and plan: in one run, because processes take longer to start than to train."""
-    return run(2, on_a_rank, PLANS, tmp_path_factory.mktemp("ranks"), timeout=120)
+    return run(2, on_a_rank, PLANS, tmp_path_factory.mktemp("ranks"))
 
 
 def decided(logged: dict[str, float], expected: dict[str, float]) -> dict[str, float]:

@@ -8,51 +8,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-WORDS = [
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    "<user>",
-    "<bot>",
-    *["what", "is", "it", "like", "?", "red", "blue", "warm", "cold", "big", "small", "not", "and"],
-]
-TEMPLATE = (
-    "{% for m in messages %}{{ ('<user> ' if m.role == 'user' else '<bot> ') + m.content + ' <eos> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
-)
+from tests.tiny import TEMPLATE, WORDS, tiny_llama, tiny_tokenizer
+
 NAMES = ["warm", "size", "brief", "calm"]
 
 
 def make_tokenizer(chat: bool = False) -> Any:
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    if chat:
-        made.chat_template = TEMPLATE
-    return made
+    return tiny_tokenizer(template=TEMPLATE if chat else None)
 
 
 def make_model(seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        **{"initializer_range": 0.3, **options},
-    )
-    return LlamaForCausalLM(config)
+    wide_apart = {"intermediate_size": 24, "num_hidden_layers": 2, "initializer_range": 0.3}
+    return tiny_llama(seed=seed, **{**wide_apart, **options})
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:

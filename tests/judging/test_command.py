@@ -19,6 +19,7 @@ from mogeo.dpo.data import read_rows, split_rows
 from mogeo.judging import responses
 from mogeo.judging.golden import golden_response
 from tests.openai_stub import chat, error, serving
+from tests.tiny import save, shape
 
 KEY = "sk-not-a-real-key-91c2"
 
@@ -32,8 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     goldens = [{"instruction": row["instruction"], "golden": golden_response(row, OBJECTIVES)} for row in rows]
     write(folder / "goldens.jsonl", goldens)
     words = tokenizer()
-    words.save_pretrained(folder / "base")
-    tiny_model(words, 0).save_pretrained(folder / "base")
+    save(folder / "base", tiny_model(words, 0), words)
     done = cli.main(
         ["align", "--model", str(folder / "base"), "--data", str(folder / "rows.jsonl"),
          "--output", str(folder / "run"), "--held-out", "0.3", "--seed", "5", "--max-steps", "2", "--lr", "1e-2",
@@ -115,11 +115,8 @@ def test_several_models_sampled_are_paired_and_not_generated_twice(
 def test_a_reward_model_judges(place: Path, tmp_path: Path, evaluate) -> None:
     words = tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, num_labels=2, pad_token_id=words.pad_token_id, bos_token_id=None,
-                         eos_token_id=words.eos_token_id, id2label={0: "brave", 1: "kind"})  # fmt: skip
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
-    words.save_pretrained(tmp_path / "reward")
+    config = LlamaConfig(**shape(len(words), num_labels=2, id2label={0: "brave", 1: "kind"}))
+    save(tmp_path / "reward", LlamaForSequenceClassification(config), words)
     labels = ("--reward-label", "wit=brave", "--reward-label", "tact=1")
     assert evaluate("--reward-model", tmp_path / "reward", *labels, judge="reward") == 0
     assert list(record(tmp_path)["models"]["run"]["net_win_rate"]) == ["overall", "wit", "tact"]

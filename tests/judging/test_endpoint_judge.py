@@ -30,6 +30,7 @@ from mogeo.judging.endpoint_prompts import RUBRICS
 from mogeo.judging.golden import Question
 from mogeo.judging.judge import OVERALL, Verdict
 from tests.openai_stub import Say, Stub, chat, error, serving
+from tests.tiny import save, tiny_llama, tiny_tokenizer
 
 OBJECTIVES = ("honesty", "wit")
 
@@ -220,23 +221,10 @@ def test_identical_texts_are_ties_without_a_request(make: Any) -> None:
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """`transformers serve` with a tiny random model: (address, the model's name)."""
-    import torch
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("judge")
     words = ["<pad>", "<eos>", "<unk>", "A", "B", "tie", "winner", "response", "better"]
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=1,
-                         pad_token_id=0)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    model = tiny_llama(len(words), max_position_embeddings=2048)
+    folder = save(tmp_path_factory.mktemp("judge"), model, tiny_tokenizer(words, template))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -247,7 +235,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     log = (folder / "serve.log").open("wb")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
@@ -264,6 +252,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
         log.close()
 
 
+@pytest.mark.slow
 def test_against_a_real_server(real_server: tuple[str, str], tmp_path: Path) -> None:
     url, model = real_server
     cache = ReplyCache(tmp_path / "cache.sqlite")
@@ -285,6 +274,7 @@ def test_against_a_real_server(real_server: tuple[str, str], tmp_path: Path) -> 
     cache.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_a_real_server_lacks_is_a_clear_error(real_server: tuple[str, str], tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path / "cache.sqlite")
     config = EndpointConfig("no/such-model", real_server[0], retries=0, concurrency=1)

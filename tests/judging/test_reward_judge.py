@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from mogeo.errors import InputError
 from mogeo.judging.judge import OVERALL
 from mogeo.judging.reward_judge import RewardJudge, RewardSource, load_classifier, reward_logits
+from tests.tiny import shape
 
 TEXTS = [("what is red like ?", "warm"), ("what is blue like ?", "cold and very big"), ("what ?", "not small")]
 
@@ -25,11 +26,9 @@ def save(tmp_path: Path, tokenizer: Any) -> Any:
         if not chat:
             tokenizer.chat_template = None
         torch.manual_seed(seed)
-        size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "vocab_size": len(tokenizer), "max_position_embeddings": 64, "num_labels": labels,
-                "initializer_range": 0.5, "pad_token_id": pad}  # fmt: skip
+        size = shape(len(tokenizer), num_labels=labels, initializer_range=0.5, pad_token_id=pad)
         if kind == "llama":
-            model = LlamaForSequenceClassification(LlamaConfig(**size, bos_token_id=None, eos_token_id=1))
+            model = LlamaForSequenceClassification(LlamaConfig(**size))
         else:
             model = BertForSequenceClassification(BertConfig(**size))
         folder = tmp_path / f"{kind}{labels}{seed}{chat}{pad}"

@@ -13,13 +13,14 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
+from tests.profiles import examples
 from tests.reference import rows as reference
 from tests.row_asserts import assert_combined, gaussian
-from tests.strategies import DTYPES, LAYOUTS, REPRODUCIBLE, lay_out, spread_out
+from tests.strategies import DTYPES, LAYOUTS, lay_out, spread_out
 
 pytest.importorskip("triton")
 
@@ -283,7 +284,7 @@ def test_a_gram_that_has_not_cancelled_counts() -> None:
     assert squared_norm == pytest.approx((WEIGHTS @ gram @ WEIGHTS).item(), rel=1e-12)
 
 
-@settings(REPRODUCIBLE, max_examples=15)
+@examples(15)
 @given(st.integers(1, 6), st.integers(0, 2**20), st.sampled_from([0.0, 0.9, 1.0 - 1e-3]), st.booleans())
 def test_the_direction_has_the_length_it_was_clipped_to(k: int, seed: int, common: float, with_gram: bool) -> None:
     """Whatever cancels: to 1e-6, in fp32."""

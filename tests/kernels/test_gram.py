@@ -12,12 +12,12 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
 from tests.reference import rows as reference
 from tests.row_asserts import WORST_CASE, assert_gram, gaussian
-from tests.strategies import LAYOUTS, REPRODUCIBLE, lay_out, spread_out
+from tests.strategies import LAYOUTS, lay_out, spread_out
 
 pytest.importorskip("triton")
 
@@ -63,7 +63,6 @@ def tile(k: int, dtype: torch.dtype) -> int:
 # Cuts
 
 
-@settings(REPRODUCIBLE)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), st.integers(1, 4).map(lambda tiles: 128 * tiles))
 def test_chunks_are_cut_at_their_length_and_at_boundaries(places: list[int], length: int) -> None:
     boundaries = (0, *sorted(places))

@@ -25,9 +25,10 @@ from tests.kernels.machine_code import (
     read_json,
 )
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"),
+]
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.kernels.machine_code"]

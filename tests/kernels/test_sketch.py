@@ -7,14 +7,15 @@ import dataclasses
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from mogeo.geometry.projection import SignedSketch
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
+from tests.profiles import examples
 from tests.reference import sketch as reference
 from tests.row_asserts import assert_sketched
-from tests.strategies import DTYPES, REPRODUCIBLE, Sketched, sketched
+from tests.strategies import DTYPES, Sketched, sketched
 
 pytest.importorskip("triton")
 
@@ -70,7 +71,7 @@ def sketch_and_judge(row: Tensor, gradient: Tensor, case: Drawn) -> None:
 # The map
 
 
-@settings(REPRODUCIBLE, max_examples=12)
+@examples(12)
 @given(sketched())
 def test_it_is_the_matrix_of_its_definition(example: Sketched) -> None:
     case = drawn(example.sizes, example.dimension, example.seed, example.index)
@@ -87,7 +88,7 @@ def test_tiles_that_are_whole_cut_or_wrapped_around(dimension: int, dtype: torch
     sketch_and_judge(torch.ones(dimension, dtype=FP64 if dtype == FP64 else FP32), gradient, case)
 
 
-@settings(REPRODUCIBLE, max_examples=6)
+@examples(6)
 @given(sketched(max_size=1500, dimensions=(7, 64, 1000)), st.integers(1, 3), st.integers(1, 9))
 def test_chunks_dealt_to_several_programs(example: Sketched, fewest: int, enough: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@ import dataclasses
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from mogeo.errors import InputError
 from mogeo.plan.cost import DEVICES, ratio
@@ -46,7 +46,6 @@ def of(setup: Setup, name: str) -> Mode:
 
 
 @given(setups)
-@settings(deadline=None)
 def test_more_objectives_never_take_less(setup: Setup) -> None:
     more = dataclasses.replace(setup, objectives=setup.objectives + 1)
     for mode in modes(setup):
@@ -57,7 +56,6 @@ def test_more_objectives_never_take_less(setup: Setup) -> None:
 
 
 @given(setups)
-@settings(deadline=None)
 def test_every_mode_but_the_exact_one_saves_memory_or_time(setup: Setup) -> None:
     exact = of(setup, "exact")
     for mode in modes(setup):
@@ -68,7 +66,6 @@ def test_every_mode_but_the_exact_one_saves_memory_or_time(setup: Setup) -> None
 
 
 @given(setups, st.integers(2, 4))
-@settings(deadline=None)
 def test_shards_shrink_with_their_number(setup: Setup, factor: int) -> None:
     if setup.engine != "fsdp2":
         return

@@ -8,17 +8,18 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from tests import strategies
+from tests.profiles import examples
 from tests.reference import definiteness, exact, high_precision, published, rows
-from tests.strategies import FAMILIES, REPRODUCIBLE
+from tests.strategies import FAMILIES
 
 # Families whose Grams rounding makes indefinite; the active set must find the global minimum of all others.
 NOISY = ("indefinite by rounding", "hull through zero", "low rank", "low rank, norms apart", "graded spectrum")
 
-SOME = settings(REPRODUCIBLE, max_examples=60)
+SOME = examples(60)
 
 
 def positive_part(gram: np.ndarray) -> list[list[float]]:

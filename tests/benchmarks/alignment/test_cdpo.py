@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
@@ -20,6 +20,7 @@ from alignment.cdpo import (
 
 from mogeo.dpo.data import Pair, Preferences
 from mogeo.errors import InputError
+from tests.profiles import examples
 
 NAMES = ("help", "truth")
 
@@ -55,7 +56,7 @@ RATING = st.integers(1, 5)
     strength=st.floats(0.5, 2),
     controlled=st.sampled_from([0.0, 0.5, 1.0]),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_the_chosen_of_each_pair_is_worth_more_under_the_controls_of_its_prompt(
     rated, seed, weight, strength, controlled
 ):
