@@ -95,7 +95,7 @@ MISTAKES = [
     (["--min-weight", "0.6"], "min_weight=0.6 for K = 2 objectives"),
     (["--smoothing", "1"], "smoothing=1.0: pass a number s, 0 ≤ s < 1"),
     (["--refresh-every", "0"], "refresh_every=0"),
-    (["--sketch", "64", "--row-dtype", "bf16"], "sketch=64 with row_dtype, host_rows or shard_rows"),
+    (["--sketch", "64", "--row-dtype", "bf16"], "there are no rows then"),
     (["--loss", "dpo"], "unknown loss 'dpo': choose one of sigmoid, ipo, hinge, modpo"),
     (["--loss", "sigmoid(0.5)"], "loss 'sigmoid(0.5)': label_smoothing must be in [0, 0.5), got 0.5"),
     (["--loss", "modpo(1,2,3)"], "MODPO's weights [1.0, 2.0, 3.0]: give one positive number for each of help, truth"),
