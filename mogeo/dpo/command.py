@@ -125,9 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refresh-every", type=int, default=default.refresh_every, metavar="T",
         help="solve for the weights at every T-th step, and hold them in between (default: %(default)s)",
     )  # fmt: skip
-    large.add_argument(
-        "--release-rows", action="store_true", help="with --refresh-every, free the gradient rows after each solve"
-    )
     large.add_argument("--row-dtype", choices=ROW_DTYPES, help="keep gradient rows in it (default: as the weights)")
     large.add_argument("--host-rows", action="store_true", help="keep gradient rows in the host's memory")
     large.add_argument(

@@ -22,7 +22,7 @@ ROW_DTYPES = ("bf16",)
 
 OPTIMIZER_OPTIONS = (
     "guarantee_descent", "preference", "min_weight", "smoothing",
-    "refresh_every", "release_rows", "row_dtype", "host_rows", "sketch",
+    "refresh_every", "row_dtype", "host_rows", "sketch",
 )  # fmt: skip
 """Settings that are handed to `mogeo.MultiObjectiveOptimizer` under the same names. A single objective needs none."""
 
@@ -43,8 +43,6 @@ class AlignConfig:
     """Weights are averaged over the steps that solve for them; this is the share of the past, in [0, 1)."""
     refresh_every: int = 1
     """The weights are solved for at every so many steps, and kept in between."""
-    release_rows: bool = False
-    """Give the memory of gradient rows back after each solve."""
     row_dtype: str | None = None
     """Keep gradient rows in this precision, one of `ROW_DTYPES`; None: the parameters'."""
     host_rows: bool = False

@@ -55,7 +55,7 @@ def test_the_optimizer_takes_its_settings_under_their_names_and_with_their_defau
 def test_one_objective_has_nothing_to_balance():
     balancing = {
         "weighting": "mgda", "guarantee_descent": True, "preference": {"a": 1.0, "b": 2.0}, "min_weight": 0.1,
-        "smoothing": 0.5, "refresh_every": 2, "release_rows": True, "row_dtype": "bf16", "host_rows": True, "sketch": 9,
+        "smoothing": 0.5, "refresh_every": 2, "row_dtype": "bf16", "host_rows": True, "sketch": 9,
     }  # fmt: skip
     assert set(balancing) == {"weighting", *OPTIMIZER_OPTIONS}
     config = AlignConfig(beta=0.3, loss="modpo", **balancing)

@@ -157,7 +157,6 @@ OPTIONS = {
     "min_weight": 0.1,
     "smoothing": 0.5,
     "refresh_every": 3,
-    "release_rows": True,
     "row_dtype": "bf16",
     "host_rows": True,
 }
@@ -271,7 +270,7 @@ def read_metrics(folder):
         {"weighting": "mgda-decoupled"},
         {"weighting": "group-dro(0.5)"},
         {"weighting": "uniform"},
-        {"sketch": 64, "refresh_every": 5, "release_rows": True},  # steps 3 and 4 are held
+        {"sketch": 64, "refresh_every": 5},  # steps 3 and 4 are held
         OPTIONS,
     ],
 )
@@ -354,8 +353,8 @@ def test_a_run_may_go_on_with_its_rows_elsewhere(run, tmp_path, monkeypatch):
     stop_after(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted):
         run(tmp_path, refresh_every=4)
-    with pytest.warns(UserWarning, match="saved with host_rows=False, release_rows=False"):
-        resumed = run(tmp_path, refresh_every=4, resume=True, host_rows=True, release_rows=True)
+    with pytest.warns(UserWarning, match="saved with host_rows=False"):
+        resumed = run(tmp_path, refresh_every=4, resume=True, host_rows=True)
     assert same_bits(resumed.model, whole.model)
 
 
