@@ -85,7 +85,6 @@ def modes(period: int, on_gpu: bool = True) -> dict[str, Mode]:
         "sketch 2^14": Mode({"sketch": 2**14}),
         "sketch 2^16": Mode({"sketch": 2**16}),
         "refresh": Mode(every, tensors=True),
-        "refresh, release": Mode({**every, "release_rows": True}, twin="refresh"),
         "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}),
         "smoothing 0.9": Mode({"smoothing": 0.9}),
     }

@@ -151,7 +151,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if names is not None:
             self._state.rules().constant()  # tells what does not fit these objectives
 
-    def _assign(self, name: str, value: Any) -> None:
+    def setting(self, name: str) -> Any:
+        """A setting by its name."""
+        return self._state.settings[name]
+
+    def change_setting(self, name: str, value: Any) -> None:
+        """Change a setting to a value that was checked; the same as to assign it."""
         self._state.change(name, value)
 
     @property

@@ -40,11 +40,14 @@ class StepReport:
     absent_counts: Tensor
     #: Duality gap of the min-norm problem, fp64 [], in units of the (normalised) Gram matrix; None where there is none.
     optimality_gap: Tensor | None = field(default=None)
-    #: `mogeo.Status` of the min-norm problem, int64 []; None where there is none.
+    #: `mogeo.Status` of the weighting's own problem, int64 []: of a min-norm problem, or the worst of UPGrad's K. None
+    #: where there is none.
     status: Tensor | None = field(default=None)
     #: μ, what `guarantee_descent` added to the weighting's weights, fp64 [K], within `weights`; None without it.
     correction: Tensor | None = field(default=None)
-    #: `mogeo.Status` of the correction, int64 []: `OPTIMAL` certifies that d hurts no objective, to rounding.
+    #: `mogeo.Status` of the correction, int64 []. `OPTIMAL`: d hurts no objective, and is the nearest such direction.
+    #: `UNDECIDED`: some gradients balance out, and rounding hides which direction is nearest; d hurts nobody by more
+    #: than rounding. `STALLED`: d hurts nobody by more than the Gram matrix lacks of being positive semi-definite.
     correction_status: Tensor | None = field(default=None)
     #: Steps since these weights were solved for: 0 but in between the solves of `refresh_every`.
     age: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
 
@@ -16,10 +16,19 @@ from mogeo.decide.steering import Steering
 from mogeo.gradients.memory import Memory, Rows, Sketch
 from mogeo.losses.named import in_order
 
-if TYPE_CHECKING:
-    from mogeo.optimizer import MultiObjectiveOptimizer
-
 T = TypeVar("T")
+
+
+class HasSettings(Protocol):
+    """An optimizer, or a proxy of one, as its settings see it."""
+
+    memory: Any
+
+    def setting(self, name: str) -> Any:
+        """The value."""
+
+    def change_setting(self, name: str, value: Any) -> None:
+        """Take a value that was checked."""
 
 
 class Setting(Generic[T]):
@@ -40,15 +49,15 @@ class Setting(Generic[T]):
     @overload
     def __get__(self, optimizer: None, owner: type) -> Setting[T]: ...
     @overload
-    def __get__(self, optimizer: MultiObjectiveOptimizer, owner: type) -> T: ...
-    def __get__(self, optimizer: MultiObjectiveOptimizer | None, owner: type) -> T | Setting[T]:
+    def __get__(self, optimizer: HasSettings, owner: type) -> T: ...
+    def __get__(self, optimizer: HasSettings | None, owner: type) -> T | Setting[T]:
         if optimizer is None:
             return self
-        value: T = optimizer._state.settings[self.name]
+        value: T = optimizer.setting(self.name)
         return value
 
-    def __set__(self, optimizer: MultiObjectiveOptimizer, value: Any) -> None:
-        optimizer._assign(self.name, self.check(self.name, value))
+    def __set__(self, optimizer: HasSettings, value: Any) -> None:
+        optimizer.change_setting(self.name, self.check(self.name, value))
 
 
 def memory_of(
@@ -82,10 +91,10 @@ class MemoryKeyword:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, optimizer: MultiObjectiveOptimizer | None, owner: type) -> Any:
+    def __get__(self, optimizer: HasSettings | None, owner: type) -> Any:
         return self if optimizer is None else keywords_of(optimizer.memory)[self.name]
 
-    def __set__(self, optimizer: MultiObjectiveOptimizer, value: Any) -> None:
+    def __set__(self, optimizer: HasSettings, value: Any) -> None:
         keywords = keywords_of(optimizer.memory)
         if self.name == "sketch" and value is not None:
             keywords = {}

@@ -131,7 +131,7 @@ class State:
             if name in ("preference", "min_weight", "smoothing") and self._steering is not None:
                 self._steering = self._new_steering(self._steering if self.settings["smoothing"] > 0 else None)
         try:
-            self._check_step(name, before[0])
+            self._check_step(name, value, before[0])
         except BaseException:
             self.weighting, settings, self._steering = before
             self.settings.update(settings)
@@ -141,7 +141,7 @@ class State:
         elif name in ("weighting", "preference", "min_weight", "smoothing", "guarantee_descent"):
             self.held.forget()
 
-    def _check_step(self, name: str, weighting: object) -> None:
+    def _check_step(self, name: str, value: object, weighting: object) -> None:
         """Raise where the step under way has gone too far for a change."""
         if self.objectives is None:
             return
@@ -155,8 +155,8 @@ class State:
             )
         if self.step.weights != constant:
             raise RuntimeError(
-                f"gradients captured for {weighting!r} do not suit the new {name}: they are summed with other weights "
-                f"than it asks for, or kept apart where it needs one sum. Change {name} after step() or zero_grad()"
+                f"gradients captured for {weighting!r} do not suit {value!r} as {name}: they are summed with other "
+                "weights than it asks for, or kept apart where it needs one sum. Change it after step() or zero_grad()"
             )
 
     # what is saved

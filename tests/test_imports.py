@@ -18,12 +18,6 @@ ROOT = Path(__file__).parent.parent
 LINE = re.compile(r"^  (?P<room>\w+)(?:/|\.py)? {2,}(?P<purpose>\S.*?) +\| (?P<kind>only|not) (?P<names>[\w, ]+)$")
 FILE = re.compile(r"^    (?P<file>\w+\.py) {2,}\S.*$")
 
-NOT_YET = {
-    ("mogeo.settings", "mogeo.optimizer"),  # for a type
-    ("mogeo.weightings.torchjd", "mogeo.weightings"),  # Weighting, which mogeo.weightings.base has as well
-}
-"""Imports that break a rule for now, as (module, what it imports)."""
-
 
 # ---- the drawing -----------------------------------------------------------------------------------------------------
 
@@ -87,9 +81,9 @@ def every_import() -> set[tuple[str, str]]:
 
 
 def graph() -> dict[str, set[str]]:
-    """Module -> the modules that it imports, but for those in `NOT_YET`."""
+    """Module -> the modules that it imports."""
     found: dict[str, set[str]] = {name: set() for name in modules()}
-    for module, target in every_import() - NOT_YET:
+    for module, target in every_import():
         found[module].add(target)
     return found
 
@@ -158,10 +152,6 @@ def test_a_room_imports_what_it_may(room: str) -> None:
         if room_of(module) == room and room_of(target) in wrong
     ]
     assert not culprits, f"CONTRIBUTING.md: {room} {kind} {', '.join(sorted(names)) or 'nothing'}"
-
-
-def test_an_exception_is_taken_away_once_it_is_mended() -> None:
-    assert every_import() >= NOT_YET
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -262,7 +262,7 @@ class _Run:
     def _settings(self) -> Record:
         """What has to stay the same when a run is resumed."""
         # These change where things are kept and how often the run is saved, and not what is computed.
-        free = ("device", "fsdp", "host_rows", "release_rows", "save_every")
+        free = ("device", "fsdp", "host_rows", "save_every")
         settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
         parts: list[Any] = []
         for tokens in (self.train_set, self.held_out):

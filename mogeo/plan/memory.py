@@ -152,7 +152,7 @@ def modes(setup: Setup) -> list[Mode]:
     """The modes that make a difference in a setup: plain training, then the exact mode, then those that need less."""
     half = {"row_dtype": "torch.bfloat16"}
     host = {"host_rows": "True"}
-    often = {"refresh_every": str(setup.refresh_every), "release_rows": "True"}
+    often = {"refresh_every": str(setup.refresh_every)}
     sketch = {"sketch": str(setup.sketch)}
     found = [
         Mode("uniform", {"weighting": '"uniform"'}, rows="one"),
@@ -201,8 +201,6 @@ def memory(mode: Mode, setup: Setup) -> Memory:
     shape, size, held = setup.shape, setup.size, setup.held
     weights = held * size + shape.buffer_bytes
     device_rows, host_rows = _rows(mode, setup)
-    if mode.refreshes and mode.rows == "all":  # the direction is copied before rows go; activations have gone by then
-        device_rows += max(0, held * size - setup.peaks.streamed)
     autograd = 0 if setup.engine == "none" else setup.peaks.kept - setup.peaks.streamed
     engine = 0
     if setup.engine.startswith("ddp"):

@@ -62,7 +62,8 @@ class SketchThenReplay(Step):
             # Where NaN is to propagate, every gradient brings its own.
             weights = torch.ones_like(decided.weights) if decided.poisoned else decided.weights
             if sketches.exact:
-                sketches.combine_into(direction, weights)
+                with direction.capturing():  # `p.grad` may be the last direction, which is overwritten now
+                    sketches.combine_into(direction, weights)
             else:
                 self._replay(captures, rules, weights, check=not decided.poisoned)
             direction.complete()
