@@ -76,13 +76,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         min_weight: a floor m < 1/K under the coefficients, which sum to one, so that no objective starves.
         smoothing: s < 1: weights are averaged over solves, λ ← sλ + (1 − s)w.
         process_group: with several processes, those that hold this model between them; by default all of them.
-        row_dtype: the same as `memory=Rows(dtype=row_dtype)`.
-        host_rows: the same as `memory=Rows(device="cpu")`.
-        shard_rows: the same as `memory=Rows(scatter=True)`.
-        sketch: the same as `memory=Sketch(sketch)`.
+        row_dtype, host_rows, shard_rows, sketch: other ways to write `memory=Rows(dtype=…)`, `Rows(device="cpu")`,
+            `Rows(scatter=True)` and `Sketch(d)`.
 
-    All of these but `base`, `objectives` and `process_group` are attributes that can be assigned between steps; they
-    act from the next step on, and `state_dict` records them.
+    All but `base`, `objectives` and `process_group` can be assigned between steps, as attributes. They act from the
+    next step on, and `state_dict` records them.
 
     Parameters in groups with an entry `"multi_objective": False` (heads of single tasks, value heads) stay out of the
     Gram matrix and take the mean of all objectives' gradients, 1/K Σ_k g_k, unweighted. `max_grad_norm` then clips
@@ -92,11 +90,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     With several processes, losses and gradients are averaged over ranks, and every rank decides the same from the same
     numbers (docs/distributed.md). On a GPU the host never waits for a step, and hears of what went wrong at the next
     `backward` or `combine` (docs/guide.md, "On a GPU").
-
-    Attributes:
-        base: the wrapped optimizer.
-        objectives: names in order, or None before the first `backward`.
-        report: `StepReport` of the last `combine`, or None.
 
     Raises:
         TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot follow a direction; an argument has another
@@ -218,9 +211,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             TypeError: a loss is neither tensor nor callable, or `backward` takes no `retain_graph` although one is
                 needed.
 
-        If anything raises while gradients are captured, those of this step are dropped: `p.grad` and the parameters
-        stay as they were. On a GPU this may raise for an earlier step as well, as `combine` does, before anything is
-        captured.
+        If anything raises while gradients are captured, those of this step are dropped, and `p.grad` stays as it was.
+        On a GPU this may raise for an earlier step as well, as `combine` does, before anything is captured.
         """
         state = self._state
         state.news.read()
@@ -244,12 +236,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if state.objectives is None:
             state.objectives = checked_names(list(named))
             state.begin_counting()
-        terms = []
-        for k, name in enumerate(state.names):
-            loss = named.get(name)
-            if loss is not None:
-                terms.append(Term(k, name, loss))
-        return terms
+        losses_in_order = [(k, name, named.get(name)) for k, name in enumerate(state.names)]
+        return [Term(k, name, loss) for k, name, loss in losses_in_order if loss is not None]
 
     @outside_compiled_code
     @torch.no_grad()
@@ -291,21 +279,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         return report
 
     def _reported(self, step: Step, found: Direction) -> StepReport:
-        """The report of a step, in which counters and held weights go on."""
+        """The report of a step, with which counters and held weights go on."""
         state, decided = self._state, found.decision
         absent = step.absent(len(state.names))
-        device = decided.weights.device
-        flags = constant_tensor(absent, torch.bool, device)
-        if step.held:
-            state.held.used()
-        elif decided.usable and not decided.poisoned and step.weights is None:
-            state.held.solved(decided.weights, ~(flags | decided.nonfinite))
-        if state.nonfinite_counts.device != device:
-            state.nonfinite_counts = state.nonfinite_counts.to(device)
-            state.absent_counts = state.absent_counts.to(device)
-        state.nonfinite_counts += decided.nonfinite
-        if any(absent):
-            state.absent_counts += flags
+        state.go_on(step, decided, absent)
         return StepReport(
             objectives=state.names,
             losses=decided.losses,
@@ -314,7 +291,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             squared_norm=found.squared_norm,
             clip_factor=found.clip_factor,
             nonfinite=decided.nonfinite,
-            absent=flags.clone(),  # a report is the user's, a constant everyone's
+            absent=constant_tensor(absent, torch.bool, decided.weights.device).clone(),  # the report is the user's
             nonfinite_counts=state.nonfinite_counts.clone(),
             absent_counts=state.absent_counts.clone(),
             optimality_gap=decided.gap,
@@ -324,7 +301,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             age=state.held.age if step.held else 0,
         )
 
-    # what mogeo.optimizer_wrapper asks for
+    # What mogeo.optimizer_wrapper asks for.
 
     def prepare_step(self) -> bool:
         """Combine, if that is still due; whether the base optimizer is to step."""

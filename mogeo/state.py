@@ -14,8 +14,9 @@ import torch
 from mogeo.decide.harmless import Harmless
 from mogeo.decide.late_news import News
 from mogeo.decide.refresh import HeldWeights
-from mogeo.decide.rules import Rules
+from mogeo.decide.rules import Decision, Rules
 from mogeo.decide.steering import Steered, Steering
+from mogeo.geometry.constants import constant_tensor
 from mogeo.gradients.ranks import Group
 from mogeo.gradients.stores import Captures
 from mogeo.losses.named import in_order
@@ -158,6 +159,27 @@ class State:
                 f"gradients captured for {weighting!r} do not suit {value!r} as {name}: they are summed with other "
                 "weights than it asks for, or kept apart where it needs one sum. Change it after step() or zero_grad()"
             )
+
+    def go_on(self, step: Step, decided: Decision, absent: tuple[bool, ...]) -> None:
+        """Count who was left out of a step, and hold its weights if it solved for them.
+
+        Args:
+            step: as it was finished.
+            decided: what was decided of it.
+            absent: K flags.
+        """
+        device = decided.weights.device
+        flags = constant_tensor(absent, torch.bool, device)
+        if step.held:
+            self.held.used()
+        elif decided.usable and not decided.poisoned and step.weights is None:
+            self.held.solved(decided.weights, ~(flags | decided.nonfinite))
+        if self.nonfinite_counts.device != device:
+            self.nonfinite_counts = self.nonfinite_counts.to(device)
+            self.absent_counts = self.absent_counts.to(device)
+        self.nonfinite_counts += decided.nonfinite
+        if any(absent):
+            self.absent_counts += flags
 
     # what is saved
 
