@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from mogeo import settings
 from mogeo.compiled_code import outside_compiled_code
-from mogeo.decide.rules import Direction, NonFiniteError
-from mogeo.geometry.constants import constant_tensor
+from mogeo.decide.rules import NonFiniteError
 from mogeo.gradients.memory import Memory
 from mogeo.gradients.ranks import Group
 from mogeo.gradients.stores import Captures, Wanted
@@ -26,7 +25,7 @@ from mogeo.report import StepReport
 from mogeo.settings import MemoryKeyword, Setting, memory_of
 from mogeo.state import State
 from mogeo.steps.choice import opened_step
-from mogeo.steps.step import Step, decided_on_device
+from mogeo.steps.step import decided_on_device
 from mogeo.weightings import WeightingLike, resolve
 
 
@@ -75,6 +74,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             weighting takes it.
         min_weight: a floor m < 1/K under the coefficients, which sum to one, so that no objective starves.
         smoothing: s < 1: weights are averaged over solves, λ ← sλ + (1 − s)w.
+        gram_by_parameter: report each parameter's own Gram matrix as well, to see where objectives conflict
+            (`report.cosines_by_parameter`): one more pass over the rows of a step that solves.
         process_group: with several processes, those that hold this model between them; by default all of them.
         row_dtype, host_rows, shard_rows, sketch: other ways to write `memory=Rows(dtype=…)`, `Rows(device="cpu")`,
             `Rows(scatter=True)` and `Sketch(d)`.
@@ -104,6 +105,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     preference = Setting(settings.preference, "Positive numbers by name or in order, or None.")
     min_weight = Setting(settings.floor, "A floor under the coefficients.")
     smoothing = Setting(settings.share, "Share of the past in the weights.")
+    gram_by_parameter = Setting(settings.true_or_false, "Whether reports tell each parameter's own Gram matrix.")
     memory = Setting(settings.memory, "How gradients are kept: `mogeo.Rows` or `mogeo.Sketch`.")
     row_dtype, host_rows, shard_rows, sketch = MemoryKeyword(), MemoryKeyword(), MemoryKeyword(), MemoryKeyword()
 
@@ -121,6 +123,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         preference: Mapping[str, float] | Sequence[float] | None = None,
         min_weight: float = 0.0,
         smoothing: float = 0.0,
+        gram_by_parameter: bool = False,
         process_group: Group | None = None,
         row_dtype: torch.dtype | None = None,
         host_rows: bool = False,
@@ -137,6 +140,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             "preference": preference,
             "min_weight": min_weight,
             "smoothing": smoothing,
+            "gram_by_parameter": gram_by_parameter,
         }
         checked = {name: getattr(type(self), name).check(name, value) for name, value in given.items()}
         names = None if objectives is None else checked_names(objectives)
@@ -265,7 +269,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         rules = state.rules()
         try:
             found = step.finish(state.captures, rules)
-            report = self._reported(step, found)
+            report = state.reported(step, found, self.base.param_groups)
             on_device = step.keep != "sketches" and decided_on_device(state.captures.direction, state.captures, rules)
             if found.decision.usable:
                 state.captures.publish()
@@ -277,29 +281,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         state.report, state.unusable = report, not found.decision.usable
         state.news.tell(found.decision, rules, on_device=on_device)
         return report
-
-    def _reported(self, step: Step, found: Direction) -> StepReport:
-        """The report of a step, with which counters and held weights go on."""
-        state, decided = self._state, found.decision
-        absent = step.absent(len(state.names))
-        state.go_on(step, decided, absent)
-        return StepReport(
-            objectives=state.names,
-            losses=decided.losses,
-            weights=decided.weights,
-            gram=decided.gram,
-            squared_norm=found.squared_norm,
-            clip_factor=found.clip_factor,
-            nonfinite=decided.nonfinite,
-            absent=constant_tensor(absent, torch.bool, decided.weights.device).clone(),  # the report is the user's
-            nonfinite_counts=state.nonfinite_counts.clone(),
-            absent_counts=state.absent_counts.clone(),
-            optimality_gap=decided.gap,
-            status=decided.status,
-            correction=decided.correction,
-            correction_status=decided.correction_status,
-            age=state.held.age if step.held else 0,
-        )
 
     # What mogeo.optimizer_wrapper asks for.
 

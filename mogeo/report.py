@@ -49,6 +49,12 @@ class StepReport:
     #: `UNDECIDED`: some gradients balance out, and rounding hides which direction is nearest; d hurts nobody by more
     #: than rounding. `STALLED`: d hurts nobody by more than the Gram matrix lacks of being positive semi-definite.
     correction_status: Tensor | None = field(default=None)
+    #: Names of the P parameters that the Gram matrix counts, where `gram_by_parameter` was asked for: those that the
+    #: base optimizer was given (`model.named_parameters()`), or "group.position" without.
+    parameters: tuple[str, ...] = ()
+    #: ⟨g_i, g_j⟩ of each parameter alone, fp64 [P, K, K]; they sum to `gram`. None where it was not asked for, or the
+    #: step kept no rows.
+    gram_by_parameter: Tensor | None = field(default=None)
     #: Steps since these weights were solved for: 0 but in between the solves of `refresh_every`.
     age: int = 0
 
@@ -62,6 +68,17 @@ class StepReport:
         """cos(g_i, g_j), fp64 [K, K]; NaN beside a zero gradient."""
         norms = self.grad_norms
         return None if self.gram is None or norms is None else self.gram / torch.outer(norms, norms)
+
+    @property
+    def cosines_by_parameter(self) -> dict[str, Tensor]:
+        """cos(g_i, g_j) of each parameter alone, fp64 [K, K], by its name: where objectives conflict. NaN beside a zero
+        gradient; {} where `gram_by_parameter` is None.
+        """
+        if self.gram_by_parameter is None:
+            return {}
+        norms = self.gram_by_parameter.diagonal(dim1=1, dim2=2).sqrt()
+        cosines = self.gram_by_parameter / (norms[:, :, None] * norms[:, None, :])
+        return dict(zip(self.parameters, cosines, strict=True))
 
     @property
     def direction_norm(self) -> Tensor:

@@ -6,15 +6,16 @@ stay old in the copy. So an optimizer binds this object once, and everything tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mogeo.decide.harmless import Harmless
 from mogeo.decide.late_news import News
 from mogeo.decide.refresh import HeldWeights
-from mogeo.decide.rules import Decision, Rules
+from mogeo.decide.rules import Decision, Direction, Rules
 from mogeo.decide.steering import Steered, Steering
 from mogeo.geometry.constants import constant_tensor
 from mogeo.gradients.ranks import Group
@@ -109,7 +110,9 @@ class State:
             weighting = Steered(weighting, self._steering)
         if settings["guarantee_descent"]:
             weighting = Harmless(weighting)
-        return Rules(self.names, weighting, settings["nonfinite"], settings["max_grad_norm"])
+        return Rules(
+            self.names, weighting, settings["nonfinite"], settings["max_grad_norm"], settings["gram_by_parameter"]
+        )
 
     def _new_steering(self, before: Steering | None = None) -> Steering:
         preference, floor, smoothing = (self.settings[name] for name in ("preference", "min_weight", "smoothing"))
@@ -160,14 +163,41 @@ class State:
                 "weights than it asks for, or kept apart where it needs one sum. Change it after step() or zero_grad()"
             )
 
-    def go_on(self, step: Step, decided: Decision, absent: tuple[bool, ...]) -> None:
-        """Count who was left out of a step, and hold its weights if it solved for them.
+    def reported(self, step: Step, found: Direction, groups: Sequence[Mapping[str, Any]]) -> StepReport:
+        """The report of a step, with which counters and held weights go on.
 
         Args:
             step: as it was finished.
-            decided: what was decided of it.
-            absent: K flags.
+            found: what came of it.
+            groups: of the base optimizer.
         """
+        decided, absent = found.decision, step.absent(len(self.names))
+        self._go_on(step, decided, absent)
+        parameters: tuple[str, ...] = ()
+        if found.gram_by_parameter is not None:
+            parameters = _names_of(self.captures.direction.parameters, groups)
+        return StepReport(
+            objectives=self.names,
+            losses=decided.losses,
+            weights=decided.weights,
+            gram=decided.gram,
+            squared_norm=found.squared_norm,
+            clip_factor=found.clip_factor,
+            nonfinite=decided.nonfinite,
+            absent=constant_tensor(absent, torch.bool, decided.weights.device).clone(),  # the report is the user's
+            nonfinite_counts=self.nonfinite_counts.clone(),
+            absent_counts=self.absent_counts.clone(),
+            optimality_gap=decided.gap,
+            status=decided.status,
+            correction=decided.correction,
+            correction_status=decided.correction_status,
+            parameters=parameters,
+            gram_by_parameter=found.gram_by_parameter,
+            age=self.held.age if step.held else 0,
+        )
+
+    def _go_on(self, step: Step, decided: Decision, absent: tuple[bool, ...]) -> None:
+        """Count who was left out of a step, and hold its weights if it solved for them."""
         device = decided.weights.device
         flags = constant_tensor(absent, torch.bool, device)
         if step.held:
@@ -248,3 +278,12 @@ class State:
         vars(self).update(state)
         self.news = News()
         self.forget_step()
+
+
+def _names_of(parameters: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The names that groups give parameters (torch keeps them from `named_parameters`), or "group.position"."""
+    names: dict[int, str] = {}
+    for number, group in enumerate(groups):
+        given = group.get("param_names") or [f"{number}.{at}" for at in range(len(group["params"]))]
+        names |= {id(parameter): name for parameter, name in zip(group["params"], given, strict=True)}
+    return tuple(names.get(id(parameter), "removed") for parameter in parameters)

@@ -21,6 +21,8 @@ class Rules(NamedTuple):
     #: "skip", "raise" or "propagate".
     nonfinite: str
     max_grad_norm: float | None
+    #: Whether the Gram matrix of each parameter is wanted as well.
+    gram_by_parameter: bool = False
 
     def constant(self) -> tuple[float, ...] | None:
         """The weights, if they are known before any gradient is, so that gradients can be summed as they come."""
@@ -55,6 +57,8 @@ class Direction(NamedTuple):
     squared_norm: Tensor
     #: What d was multiplied by, fp64 [].
     clip_factor: Tensor
+    #: fp64 [P, K, K], where it is wanted and rows were kept.
+    gram_by_parameter: Tensor | None = None
 
 
 class NonFiniteError(RuntimeError):

@@ -58,6 +58,14 @@ class FlatLayout:
             views.append(_strided_like(by_kind[kind][start : start + local.numel()], local))
         return views
 
+    def boundaries(self, kind: Kind) -> tuple[list[int], list[int]]:
+        """Indices of the parameters of a kind, P of them, and the columns b_0 = 0 ≤ … ≤ b_P = n where they lie.
+
+        What lies between two parameters counts to the one before it.
+        """
+        indices = [i for i, each in enumerate(self.kinds) if each == kind]
+        return indices, [*(self._starts[i] for i in indices), self.columns[kind]]
+
     def padding(self) -> list[Tensor]:
         """For each kind, indices of what lies between parameters and behind the last one, int64, on its device."""
         ends = dict.fromkeys(self.columns, 0)

@@ -163,6 +163,26 @@ class RowStore(ComparableStore):
             return gram
         return gram_of([(block.rows_now, block.share) for block in self.flat.blocks], self.device)
 
+    def gram_by_parameter(self) -> Tensor:
+        """This rank's part of the Gram matrix of each parameter's gradients, fp64 [P, K, K], on `device`.
+
+        They sum to `gram`. One more pass over the rows.
+
+        Raises:
+            RuntimeError: rows are scattered over ranks in this window, so that pieces cut across parameters.
+        """
+        result = torch.zeros(len(self.parameters), self.n_rows, self.n_rows, dtype=torch.float64, device=self.device)
+        for kind, block in zip(self.flat.layout.columns, self.flat.blocks, strict=True):
+            if block.rows_now is not block.rows:
+                raise RuntimeError(
+                    "gram_by_parameter needs whole rows, and these are scattered over ranks: leave out "
+                    "Rows(scatter=True), and let DDP reduce gradients instead of calling backward in no_sync()"
+                )
+            indices, boundaries = self.flat.layout.boundaries(kind)
+            grams = torch.ops.mogeo.gram_by_segment(block.rows, boundaries)[:-1]
+            result[torch.tensor(indices, device=self.device)] = grams.to(self.device) * block.share
+        return result
+
     def combine(self, weights: Tensor) -> None:
         """Overwrite the direction with wᵀ rows, weights being fp64 [K]."""
         self._hand_on()

@@ -27,9 +27,10 @@ class KeepAndCombine(Step):
         losses, absent = self.losses(count, rows.device), self.absent(count)
         decider = decider_for(rows, captures, rules, absent)
         decided = decider.decide(rows, losses, absent, rules)
+        by_parameter = _gram_by_parameter(rows) if rules.gram_by_parameter else None
         self.intact = False
         found: Direction = decider.combined(rows, decided, absent, rules, captures.plain)
-        return found
+        return found._replace(gram_by_parameter=by_parameter)
 
     def _store(self, captures: Captures) -> RowStore:
         assert captures.rows is not None
@@ -44,3 +45,9 @@ class KeepAndCombine(Step):
     def _skips(self, index: int, loss: Tensor, value: Tensor, captures: Captures, rules: Rules) -> bool:
         # Only what a group with multi_objective=False takes of it is summed with others.
         return captures.plain is not None and spoils_a_sum(value, captures, rules)
+
+
+def _gram_by_parameter(rows: RowStore) -> Tensor:
+    """Over all ranks, fp64 [P, K, K]. A collective."""
+    grams = rows.gram_by_parameter()
+    return grams if rows.ranks is None else rows.ranks.sum_(grams)
