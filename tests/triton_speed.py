@@ -2,8 +2,7 @@
 
 - At every call of a jitted function it searches all of `triton.language` for what to replace by its own; here, once for
   each module of kernels. It takes its own out again after a launch, save for what inner calls put in; here all stays.
-- A reduction by a function of ours calls it for every element; here, for all pairs of neighbours at once, then for
-  pairs of what comes out, as threads of a GPU do.
+- A reduction by a function of ours calls it for every element; here, for a row or a column at once, in the same order.
 - It makes the numpy type of each Triton type, and the constants of a block's shape, for every operation; here, once.
 
 Knows nothing of mogeo.
@@ -42,15 +41,17 @@ def install() -> None:
 
 
 def _reduce(self: Any, operands: tuple[Any, ...]) -> list[Any]:
-    """What `generic_reduce` returns, for a length that is a power of two, as lengths of blocks are."""
+    """What `generic_reduce` returns."""
     tensors, axis = self.unravel(operands, self.axis)
     dtypes = [tensor.dtype for tensor in tensors]
     parts = [np.moveaxis(tensor.handle.data, axis, 0) for tensor in tensors]
-    while len(parts[0]) > 1:
-        pairs = [self.to_tensor(part[i::2], dtype) for i in (0, 1) for part, dtype in zip(parts, dtypes, strict=True)]
-        joined = self.combine_fn.fn(*pairs)
-        parts = [tensor.handle.data for tensor in (joined if isinstance(joined, tuple) else (joined,))]
+    length, *shape = parts[0].shape
     results = [part[0] for part in parts]
+    for i in range(1, length):
+        operands = [*results, *(part[i] for part in parts)]
+        both = self.combine_fn.fn(*map(self.to_tensor, operands, [*dtypes, *dtypes]))
+        joined = both if isinstance(both, tuple) else (both,)
+        results = [tensor.handle.data.reshape(shape) for tensor in joined]
     if self.keep_dims:
         everywhere = (1,) * tensors[0].handle.data.ndim
         results = [r.reshape(everywhere) if self.axis is None else np.expand_dims(r, axis) for r in results]
