@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mogeo.geometry import triton_backend as cuda
+from mogeo.geometry import triton_backend
 from mogeo.geometry.projection import SignedSketch
 from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import gram as gram_kernels
@@ -146,15 +146,15 @@ def make_all(rows: Tensor) -> Made:
     if rows.is_meta and rows.dtype == torch.float64:  # PyTorch's operations: nothing to compile
         gram, segments = (torch.empty(*n, count, count, device=device, dtype=rows.dtype) for n in ((), (3,)))
     else:
-        gram, segments = cuda.gram(rows), cuda.gram_by_segment(rows, boundaries_of(columns))
+        gram, segments = triton_backend.gram(rows), triton_backend.gram_by_segment(rows, boundaries_of(columns))
     nonfinite = torch.ones(count, dtype=torch.bool, device=device)
-    solved, gap, status = cuda.min_norm(gram, losses, "loss", 1.0, "raw", nonfinite=nonfinite)
-    corrected, _, descent_status = cuda.descent(gram, weights)
+    solved, gap, status = triton_backend.min_norm(gram, losses, "loss", 1.0, "raw", nonfinite=nonfinite)
+    corrected, _, descent_status = triton_backend.descent(gram, weights)
     outs = [poisoned(columns, dtype=rows.dtype, device=device) for _ in range(3)]
-    cuda.combine(rows, weights, outs[0])
+    triton_backend.combine(rows, weights, outs[0])
     limit = max_norm_of(count, columns)
-    by_gram = cuda.direction_([rows], weights, [outs[1]], gram=gram, max_norm=limit)
-    by_measure = cuda.direction_([rows], weights, [outs[2]], gram=None, max_norm=limit)
+    by_gram = triton_backend.direction_([rows], weights, [outs[1]], gram=gram, max_norm=limit)
+    by_measure = triton_backend.direction_([rows], weights, [outs[2]], gram=None, max_norm=limit)
     return Made(
         gram, segments, solved, gap, status, nonfinite, corrected, descent_status, *outs, by_gram, by_measure
     )  # fmt: skip
@@ -219,13 +219,13 @@ def _judged(case: Case, device: torch.device) -> None:
 def _timed(count: int, columns: int, dtype: str, device: torch.device) -> None:
     """In place as well: row 0 is the output then."""
     rows = torch.empty(count, columns, dtype=DTYPES[dtype], device=device)
-    cuda.gram(rows)
-    cuda.combine(rows, weights_of(count, device), rows[0])
+    triton_backend.gram(rows)
+    triton_backend.combine(rows, weights_of(count, device), rows[0])
 
 
 def _solved(count: int, device: torch.device) -> None:
     gram = torch.empty(count, count, dtype=torch.float64, device=device)
-    cuda.min_norm(gram, None, "none", 1.0, "raw")
+    triton_backend.min_norm(gram, None, "none", 1.0, "raw")
     _timed(count, 10**6, "bf16", device)
 
 
@@ -244,12 +244,12 @@ def _sketched(size: int, dimension: int, dtype: str, chosen: Any, device: torch.
 def _stepped(columns: int, count: int, device: torch.device) -> None:
     """A step of mgda-decoupled, and one of constant weights: as `mogeo.decide.on_device` launches them."""
     rows = torch.empty(count, columns, device=device)
-    gram = cuda.gram(rows)
+    gram = triton_backend.gram(rows)
     nonfinite = torch.empty(count, dtype=torch.bool, device=device)
-    weights, _, _ = cuda.min_norm(
+    weights, _, _ = triton_backend.min_norm(
         gram, losses_of(count, device), "loss", 1.0, "raw", absent=None, propagate=False, nonfinite=nonfinite
     )
-    cuda.direction_([rows], weights, [rows[0]], gram=gram, max_norm=None, discard=True)
-    cuda.gram(rows[:1])  # the norm of a sum whose weights were known
+    triton_backend.direction_([rows], weights, [rows[0]], gram=gram, max_norm=None, discard=True)
+    triton_backend.gram(rows[:1])  # the norm of a sum whose weights were known
     squares, one = (torch.empty(1, dtype=torch.float64, device=device) for _ in range(2))
-    cuda.finish_([rows[0]], squares, one, None, None, discard=True)
+    triton_backend.finish_([rows[0]], squares, one, None, None, discard=True)

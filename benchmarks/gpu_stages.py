@@ -47,8 +47,7 @@ from machine import clocks, data_sheet_bandwidth, describe
 from timing import captured, copy_bandwidth, device_clock, interleaved, rounds_of, spread, synchronisation, wall_clock
 from torch import Tensor
 
-from mogeo.geometry import torch_backend as cpu
-from mogeo.geometry import triton_backend as cuda
+from mogeo.geometry import torch_backend, triton_backend
 from mogeo.geometry.projection import SignedSketch
 from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import gram as gram_kernels
@@ -118,7 +117,7 @@ def _first_launch(run: Run) -> Figures:
     before = gpu_cache.entries(Path(os.environ.get("TRITON_CACHE_DIR", "")))
     rows = gpu_cases.rows_of(Case(4, "bf16", run.sizes.columns, "aligned"), run.device)
     start = time.monotonic()
-    cuda.gram(rows).tolist()
+    triton_backend.gram(rows).tolist()
     took = time.monotonic() - start
     new = gpu_cache.entries(Path(os.environ.get("TRITON_CACHE_DIR", ""))) - before
     return {"first_launch_s": round(took, 3), "new_entries": len(new)}
@@ -213,8 +212,10 @@ def judged(rows: Tensor, made: Made) -> Figures:
     reach = norms[:, None] * norms
     parts = [exact_gram(part) for part in rows.split([columns // 3 + 1, columns - columns // 3 - 1], dim=1)]
     found = made.gram.cpu()
-    solved, gap, status = cpu.min_norm(found, gpu_cases.losses_of(count, torch.device("cpu")), "loss", 1.0, "raw")
-    corrected, _, _ = cpu.descent(found, weights.cpu())
+    solved, gap, status = torch_backend.min_norm(
+        found, gpu_cases.losses_of(count, torch.device("cpu")), "loss", 1.0, "raw"
+    )
+    corrected, _, _ = torch_backend.descent(found, weights.cpu())
     length = float((weights @ exact @ weights).sqrt())
     limit = gpu_cases.max_norm_of(count, columns)
     factor = min(1.0, limit / length)

@@ -9,7 +9,7 @@ memory   The peak of torch's allocations over T + 1 steps, the first and the las
 error    ‖w − w_exact‖₁ at each step of one exact run in the demo's world. Every mode is given the very gradients and
          losses of the exact run, at every step: those of the same parameters and the same mini-batches.
 quality  A run of its own per mode in the demo's world, all from one start and on the same mini-batches, judged as in
-         benchmarks/alignment.py.
+         benchmarks/alignment.
 
 Time and memory are taken on --device, with the models of benchmarks/step_overhead.py; the world is trained on the CPU,
 with one thread, in its regime `noisehelp`. Figures are written after every round and mode; a mode that fails is written
@@ -39,10 +39,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import alignment_tables as tables
-import smoothing
 import torch
-from alignment import WORLD_COLUMNS
+from alignment import smoothing, tables
+from alignment.report import WORLD_COLUMNS
 from machine import clocks, describe
 from plan_check import MIB, allocated
 from step_overhead import Setting, make_model, prepared, release
@@ -86,7 +85,6 @@ def modes(period: int, on_gpu: bool = True) -> dict[str, Mode]:
         "sketch 2^14": Mode({"sketch": 2**14}),
         "sketch 2^16": Mode({"sketch": 2**16}),
         "refresh": Mode(every, tensors=True),
-        "refresh, release": Mode({**every, "release_rows": True}, twin="refresh"),
         "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}),
         "smoothing 0.9": Mode({"smoothing": 0.9}),
     }
@@ -316,7 +314,7 @@ def trained(mode: Mode, run: smoothing.Run) -> None:
 
 
 def quality_of(name: str, mode: Mode, run: smoothing.Run, start: nn.Module) -> dict[str, Any]:
-    """A mode's model, trained from the start and judged; in the form of the cells of benchmarks/alignment.py."""
+    """A mode's model, trained from the start and judged; in the form of the cells of benchmarks/alignment."""
     run.model.load_state_dict(start.state_dict())
     trained(mode, run)
     judged = run.setting.judged(run.model)

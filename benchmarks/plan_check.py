@@ -35,9 +35,9 @@ from machine import describe
 from torch import Tensor
 
 from mogeo import MultiObjectiveOptimizer
-from mogeo.dpo.engines import engine_of
+from mogeo.dpo.engines import make_engine
 from mogeo.dpo.losses import dpo_loss
-from mogeo.dpo.processes import current_ranks
+from mogeo.dpo.processes import current_processes
 from mogeo.plan.activations import outline, trace
 from mogeo.plan.memory import Mode, Setup, memory, modes
 
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        """Processes."""
+        """Ranks."""
         return 1 if self.engine == "none" else 2
 
 
@@ -145,7 +145,7 @@ def take_steps(case: Case, mode: Mode) -> None:
     if case.precision == "mixed":
         policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         fsdp.fully_shard = partial(fsdp.fully_shard, mp_policy=policy)  # type: ignore[assignment]
-    engine = engine_of(model, torch.device("cpu"), current_ranks(), case.engine == "fsdp2")
+    engine = make_engine(model, torch.device("cpu"), current_processes(), case.engine == "fsdp2")
     keywords = eval(f"dict({', '.join(f'{k}={v}' for k, v in mode.keywords.items())})", {"torch": torch})
     if case.engine == "ddp-shard-rows":
         keywords["shard_rows"] = True

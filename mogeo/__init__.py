@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mogeo.geometry.ops import gram as gram
     from mogeo.geometry.ops import gram_by_segment as gram_by_segment
     from mogeo.geometry.ops import min_norm_weights as min_norm_weights
+    from mogeo.gradients.memory import Rows as Rows
+    from mogeo.gradients.memory import Sketch as Sketch
     from mogeo.optimizer import MultiObjectiveOptimizer as MultiObjectiveOptimizer
     from mogeo.report import StepReport as StepReport
 
@@ -29,6 +31,8 @@ _HOMES = {
     "Descent": "mogeo.geometry.ops",
     "MinNorm": "mogeo.geometry.ops",
     "MultiObjectiveOptimizer": "mogeo.optimizer",
+    "Rows": "mogeo.gradients.memory",
+    "Sketch": "mogeo.gradients.memory",
     "Status": "mogeo.geometry.exact_min_norm",
     "StepReport": "mogeo.report",
     "combine": "mogeo.geometry.ops",

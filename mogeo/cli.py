@@ -1,6 +1,7 @@
-"""The command `mogeo`: which subcommands there are. What each of them does is written beside what it uses.
+"""The command `mogeo`: which subcommands there are, and how an error is shown. What each one does is in its package.
 
-Must not import torch: a subcommand's module is imported once it is asked for, so that `mogeo --help` answers at once.
+Must not import torch: the module of a subcommand is imported only if that subcommand was typed, so that `mogeo --help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -17,54 +18,44 @@ from typing import Any
 from mogeo import __version__
 from mogeo.errors import InputError
 
-_DESCRIPTION = """\
-Balance several objectives while fine-tuning a language model.
+COMMANDS = {
+    "plan": ("mogeo.plan.command", "memory and cost of a fine-tune with K objectives, before a model is loaded"),
+    "align": ("mogeo.dpo.command", "fine-tune a model with one preference set per objective (DPO)"),
+    "evaluate": ("mogeo.judging.command", "judge a model's answers against golden responses: net win rates"),
+    "demo": ("mogeo.demo.command", "see it work: four conflicting objectives, a tiny model, minutes on a CPU"),
+}
+"""Subcommand -> its module and a line for `mogeo --help`.
 
-  mogeo demo                          four conflicting objectives, a tiny model, a few minutes on a CPU
-  mogeo plan --model M --objectives K
-                                      memory, cost of a step and which mode to take, before anything is loaded
-  mogeo align --model M --data D --output O
-                                      DPO on your own model and rated data
-  mogeo evaluate --model O --judge J --output E
-                                      its answers against golden ones: net win rates, judged
+The module has `add_arguments(parser)`, which declares options, and `run(args) -> int`, which returns the exit code.
+Both may raise InputError. `args.argv` holds what was typed after `mogeo`, and so does `parser.get_default("argv")`.
 """
 
-_COMMANDS = {
-    "plan": ("mogeo.plan.command", "what a fine-tune with K objectives takes: memory by mode, cost of a step"),
-    "align": ("mogeo.dpo.command", "fine-tune a model with one preference set per objective (DPO)"),
-    "evaluate": ("mogeo.judging.command", "judge what models say against golden responses: net win rates"),
-    "demo": ("mogeo.demo.command", "see it work: a small self-made world with four conflicting objectives"),
-}
-_PACKAGES = {"dpo": ("transformers", "datasets", "gguf", "tqdm")}
+_PACKAGES = ("transformers", "datasets", "gguf", "tqdm")
+"""What every subcommand needs: the extra `dpo`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (without the program's name); the exit code: 0 done, 2 user's error, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="mogeo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"mogeo {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, summary) in _COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        if name in arguments[:1]:  # only the command asked for has to be known in full
-            try:
-                _module(module).add_arguments(subparser)
-            except InputError as error:
-                return _refuse(error)
-    options = parser.parse_args(arguments)
-    options.argv = arguments  # what was typed, for messages and reports
-    # Our own logger only: the libraries underneath have their own ways to speak.
+    """Run a command line.
+
+    Args:
+        argv: what was typed after `mogeo`; None: this process's own arguments.
+
+    Returns:
+        The exit code: 0 if all went well, 2 for an error that the user can mend, 130 after Ctrl-C.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    # Our own logger only: other libraries print their messages in their own way.
     notes = logging.StreamHandler()
     notes.setFormatter(logging.Formatter("mogeo: %(message)s"))
     logging.getLogger("mogeo").addHandler(notes)
     try:
-        return int(_module(_COMMANDS[options.command][0]).run(options))
+        args = _parser(typed).parse_args(typed)
+        return int(_module(args.command).run(args))
     except InputError as error:
-        return _refuse(error)
+        # A launcher such as torchrun starts several processes, and each may have an error of its own.
+        rank = os.environ.get("RANK", "0")
+        print(f"mogeo: error: {error}" if rank == "0" else f"mogeo: rank {rank}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mogeo: interrupted", file=sys.stderr)
         return 130
@@ -72,15 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("mogeo").removeHandler(notes)
 
 
-def _module(name: str) -> Any:
-    """Import a subcommand's module, or say which extra it needs."""
-    missing = [package for package in _PACKAGES["dpo"] if importlib.util.find_spec(package) is None]
+def _parser(typed: list[str]) -> argparse.ArgumentParser:
+    """A parser that knows the options of the subcommand that was typed, and the names of the others."""
+    parser = argparse.ArgumentParser(
+        prog="mogeo",
+        description="Balance several objectives while fine-tuning a language model.",
+        epilog="`mogeo COMMAND --help` lists a command's options, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"mogeo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        subparser.set_defaults(argv=typed)
+        if typed[:1] == [name]:
+            _module(name).add_arguments(subparser)
+    return parser
+
+
+def _module(command: str) -> Any:
+    """Import the module of a subcommand.
+
+    Raises:
+        InputError: a package that it needs is not installed.
+    """
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} not installed; run: pip install 'mogeo[dpo]'")
-    return importlib.import_module(name)
-
-
-def _refuse(error: InputError) -> int:
-    rank = os.environ.get("RANK", "0")  # set by a launcher of several processes, each of which may have its own error
-    print(f"mogeo: error: {error}" if rank == "0" else f"mogeo: rank {rank}: error: {error}", file=sys.stderr)
-    return 2
+    return importlib.import_module(COMMANDS[command][0])

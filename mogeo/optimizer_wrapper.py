@@ -1,14 +1,14 @@
 """OptimizerWrapper: a torch optimizer seen through another one, with every manner of torch.optim kept.
 
-Knows hooks, groups, state and checkpoints; nothing of objectives. Parameters, their groups, state and learning rates
-belong to the base alone: `Optimizer.load_state_dict` and Accelerate's `prepare` replace those objects in the base, so a
-second reference to them would go stale, and with it every learning-rate scheduler.
+Knows groups, state, checkpoints, and proxies that other libraries put around optimizers; nothing of objectives.
+Parameters, their groups, state and learning rates belong to the base alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,39 +16,63 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mogeo.compiled_code import outside_compiled_code
+from mogeo.delegating import DelegatingOptimizer
+from mogeo.several_bases import SeveralBases, unprepared
+from mogeo.unsuitable_bases import refuse_unsuitable
+from mogeo.user_warnings import warn_user
+
 # The entry of every group that holds our state: nothing else of a state_dict survives in torch.distributed.checkpoint.
 # Flattened checkpoints ask the live groups which entries there are, so these have one too: {}, which is never written.
+# A state_dict without groups has this entry itself.
 _STATE_KEY = "mogeo"
 
+# Where a state_dict that is no dict goes, beside our own state.
+_BASE_KEY = "mogeo.base"
 
-class OptimizerWrapper(Optimizer):
+
+class OptimizerWrapper(DelegatingOptimizer):
     """Delegates to `base`. A subclass says what to do before the base steps, and what more there is to save.
+
+    Args:
+        base: the optimizer to wrap; or several of them over the parameters of one model, each parameter in one, which
+            then are `base.bases` (`mogeo.several_bases.SeveralBases`).
 
     Raises:
         TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot be wrapped.
+        ValueError: `base` is empty, or several bases share a parameter.
     """
 
-    #: Attributes that copies and pickles leave behind.
-    _transient: tuple[str, ...] = ()
-
-    def __init__(self, base: Optimizer) -> None:
-        if isinstance(base, OptimizerWrapper):
-            raise TypeError(f"base is a {type(base).__name__} already: wrap the optimizer inside it, base.base")
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"base is a {type(base).__name__}: pass a torch.optim.Optimizer, such as AdamW")
-        if isinstance(base, torch.optim.LBFGS):
-            raise TypeError(
-                "LBFGS cannot be wrapped: it builds curvature from differences of one function's gradients, and the "
-                "shared direction follows another weighted sum at every evaluation. Use a base such as AdamW"
-            )
-        # Optimizer.__init__ installs the hook tables; what it writes about parameters goes to a stand-in and is
-        # forgotten.
+    def __init__(self, base: Optimizer | Sequence[Optimizer]) -> None:
+        whole: object = SeveralBases(base) if isinstance(base, (list, tuple)) else base
+        if not isinstance(whole, Optimizer):
+            raise TypeError(f"base is a {type(whole).__name__}: pass a torch.optim.Optimizer, such as AdamW")
+        for one in _each(whole):
+            if isinstance(one, OptimizerWrapper):
+                raise TypeError(f"base is a {type(one).__name__} already: wrap the optimizer inside it, base.base")
+            refuse_unsuitable(one)
+        self._original = weakref.ref(self)
+        self._told: set[str] = set()
+        # What Optimizer.__init__ writes about parameters goes to a stand-in and is forgotten.
         self.base = cast(Optimizer, SimpleNamespace(add_param_group=lambda group: None))
-        super().__init__([torch.empty(0)], {})
-        self.base = base
+        super().__init__()
+        self.base = whole
 
-    def prepare_step(self) -> None:
-        """Called when the base is about to use gradients: before it steps, and after each evaluation of a closure."""
+    # ----------------------------------------------------------------------------------------------------------------
+    # What a subclass defines
+
+    def prepare_step(self) -> bool:
+        """Called when the base is about to use gradients: before it steps, and after each evaluation of a closure.
+
+        Returns:
+            Whether it is to use them. If not, the base does not step: no hook runs, and nothing decays.
+        """
+        return True
+
+    @property
+    def has_prepared(self) -> bool:
+        """Whether `prepare_step` ever had something to prepare, be it a step that it then left out."""
+        return True
 
     def own_state(self) -> dict[str, Any]:
         """What to save besides the base's state: dicts by strings, lists, strings, numbers, None, and small tensors."""
@@ -60,8 +84,15 @@ class OptimizerWrapper(Optimizer):
     def load_own_state(self, own: dict[str, Any]) -> None:
         """Restore what `own_state` returned, tensors on the CPU; {} where the checkpoint is the bare base's."""
 
+    # ----------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    @outside_compiled_code
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step, once gradients are ready.
+
+        Hooks find them in `p.grad`, those registered here as well as the base's and the global ones. (With a closure,
+        they find there what there is before it runs.)
 
         Args:
             closure: re-evaluates the losses, calls this optimizer's `backward`, and returns a loss.
@@ -71,32 +102,87 @@ class OptimizerWrapper(Optimizer):
         """
         if self.waiting:
             return None
-        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        options: dict[str, Any] = {}
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            changed = hook(self, arguments, options)
-            if changed is not None:
-                arguments, options = changed
-        closure = arguments[1] if len(arguments) > 1 else options.get("closure")
-        self.prepare_step()
-        result: Any = self.base.step() if closure is None else self.base.step(self._preparing(closure))
-        for post_hook in list(self._optimizer_step_post_hooks.values()):
-            post_hook(self, arguments, options)
-        return result
+        return super().step(closure) if self.prepare_step() else None
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if closure is None:
+            self._tell_of_missing_gradients(None)
+            return self.base.step()
+        evaluated = closure
+
+        def prepared() -> Any:
+            before = self._gradients()
+            value = evaluated()
+            if not self.prepare_step():
+                hidden.extend(self._hidden_gradients())
+            self._tell_of_missing_gradients(before)
+            return value
+
+        hidden: list[tuple[Tensor, Tensor]] = []
+        try:
+            return self.base.step(prepared)
+        finally:
+            for parameter, grad in hidden:
+                parameter.grad = grad
+
+    def _hidden_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Take every gradient away, so that a base in the middle of its step moves nothing; what was taken."""
+        parameters = [parameter for group in self.base.param_groups for parameter in group["params"]]
+        taken = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        for parameter, _ in taken:
+            parameter.grad = None
+        return taken
+
+    def _tell_of_missing_gradients(self, before_closure: list[tuple[int, int] | None] | None) -> None:
+        """Warn, once, of a step that trains nothing, or of a closure whose gradients go past this optimizer.
+
+        A step after a plain `loss.backward()` is one like the base's own, and meant: nothing is said. Lightning gives
+        every step a closure, so it counts whether the closure changed the gradients.
+
+        Args:
+            before_closure: `_gradients()` as it was before the closure ran; None if there is no closure.
+        """
+        if self.has_prepared or "missing gradients" in self._told:
+            return
+        gradients = self._gradients()
+        if all(gradient is None for gradient in gradients):
+            problem = (
+                "step() found no gradient on any parameter, and nothing that backward() was handed: no parameter moves"
+            )
+        elif before_closure is not None and gradients != before_closure:
+            problem = (
+                "the closure of step() left gradients that did not come through this optimizer's backward(), so the "
+                "step follows them as they are and balances nothing"
+            )
+        else:
+            return
+        self._told.add("missing gradients")
+        warn_user(
+            f"{problem}. Call backward(losses) of this optimizer after zero_grad() and before step(), or in the "
+            "closure; in Lightning that takes manual optimization, self.automatic_optimization = False",
+            RuntimeWarning,
+        )
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """Which gradient each parameter has, and how often it was written to; [] once that is of no interest."""
+        if self.has_prepared or "missing gradients" in self._told:
+            return []
+        parameters = (parameter for group in self.base.param_groups for parameter in group["params"])
+        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
 
     @property
     def waiting(self) -> bool:
         """Whether `step` and `zero_grad` do nothing, as Accelerate's, if that is the base, before the last batch."""
-        return not getattr(getattr(self.base, "gradient_state", None), "sync_gradients", True)
+        states = (getattr(base, "gradient_state", None) for base in _each(self.base))
+        return not all(getattr(state, "sync_gradients", True) for state in states)
 
-    # Optimizer wraps the step of every class to run hooks, the global ones among them. They run inside base.step()
-    # already and would fire twice; so this step counts as wrapped, and runs the hooks of this instance itself.
-    step.hooked = True  # type: ignore[attr-defined]
+    @outside_compiled_code
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear `p.grad` of the base optimizer's parameters."""
+        self.base.zero_grad(set_to_none=set_to_none)
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "step" in vars(cls):
-            cls.step.hooked = True  # type: ignore[attr-defined]
+    # ----------------------------------------------------------------------------------------------------------------
+    # Attributes
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else the base can do, such as the `train()` and `eval()` of schedule-free optimizers."""
@@ -104,28 +190,33 @@ class OptimizerWrapper(Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base, name)
 
-    def _preparing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def evaluate() -> Any:
-            value = closure()
-            self.prepare_step()
-            return value
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, on the optimizer itself even where `self` is a proxy of it.
 
-        return evaluate
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear `p.grad` of the base optimizer's parameters."""
-        self.base.zero_grad(set_to_none=set_to_none)
+        Lightning and Fabric hand out proxies whose class inherits from the optimizer's: methods run with the proxy as
+        `self`, read from the optimizer what the proxy lacks, and would write to the proxy, unseen by the optimizer. So
+        what the optimizer has, it keeps; what it does not know, and methods that are put in the place of others, belong
+        to the proxy.
+        """
+        original = getattr(self, "_original", lambda: None)()
+        belongs_here = original is None or original is self
+        if not belongs_here and name in vars(original) and not callable(getattr(type(self), name, None)):
+            setattr(original, name, value)
+            if name not in vars(self):  # a proxy that began as a copy holds both
+                return
+        super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
+        """Add a group to the base optimizer. With several bases, call `add_param_group` of one of `base.bases`."""
         self.base.add_param_group(param_group)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups, themselves, each with an entry "mogeo" that announces `own_state`."""
-        for group in self.base.param_groups:
+        groups = self.base.param_groups
+        for group in groups:
             group.setdefault(_STATE_KEY, {})
-        return self.base.param_groups
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
@@ -149,46 +240,92 @@ class OptimizerWrapper(Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.base.defaults = value
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict, with `own_state` as JSON under "mogeo" in each of its groups.
+    # ----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
 
-        The bare base optimizer can load it, and `load_state_dict` accepts one of the bare base. Gradients are not part
-        of it: save after a step, not in the middle of gradient accumulation.
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state_dict, with `own_state` as JSON under "mogeo".
+
+        In torch's own form, {"state", "param_groups"}, each group has that entry: the bare base optimizer can load it.
+        A dict of another form has the entry itself, and whatever is no dict becomes {"mogeo": ..., "mogeo.base": ...}.
+        With several bases it is torch's form over all of them (`SeveralBases`).
+
+        `load_state_dict` accepts what the bare base saved, in any of these forms. Gradients are not part of it: save
+        after a step, not in the middle of gradient accumulation.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base.state_dict()
-        own = _written(self.own_state())
-        state_dict = {**state_dict, "param_groups": [{**g, _STATE_KEY: own} for g in state_dict["param_groups"]]}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
+        state_dict: dict[str, Any] = super().state_dict()
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _make_state_dict(self) -> dict[str, Any]:
+        state_dict = self.base.state_dict()
+        own = self.own_state()
+        if isinstance(self.base, SeveralBases):
+            own = {**own, "group_kinds": self.base.group_kinds}
+        written = _written(own)
+        if not isinstance(state_dict, dict):
+            return {_STATE_KEY: written, _BASE_KEY: state_dict}
+        if _has_groups(state_dict):
+            return {**state_dict, "param_groups": [{**g, _STATE_KEY: written} for g in state_dict["param_groups"]]}
+        return {**state_dict, _STATE_KEY: written}
+
+    def load_state_dict(self, state_dict: Any) -> None:
         """Load what `state_dict` returned, here or in the bare base optimizer.
 
         Raises:
             ValueError: it does not fit this optimizer. Nothing is loaded then.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        entries = [group.pop(_STATE_KEY, {}) for group in groups]
-        own = next((_read(entry) for entry in entries if entry), {})
+        super().load_state_dict(state_dict)
+
+    def _load(self, state_dict: Any) -> None:
+        own: dict[str, Any] = {}
+        if _has_groups(state_dict):
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            entries = [group.pop(_STATE_KEY, {}) for group in groups]
+            own = next((_read(entry) for entry in entries if entry), {})
+            state_dict = {**state_dict, "param_groups": groups}
+        elif isinstance(state_dict, dict) and _STATE_KEY in state_dict:
+            own = _read(state_dict[_STATE_KEY])
+            state_dict = {name: value for name, value in state_dict.items() if name != _STATE_KEY}
+            state_dict = state_dict.get(_BASE_KEY, state_dict)
+        kinds = own.pop("group_kinds", None)
+        if kinds is not None:
+            self._check_kinds(kinds)
         self.check_own_state(own)
-        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        self.base.load_state_dict(state_dict)
         self.load_own_state(own)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+
+    def _check_kinds(self, saved: list[str]) -> None:
+        """Raise ValueError if the groups of several bases were stepped by other optimizers than here."""
+        here = [type(unprepared(self.base)).__name__] * len(self.base.param_groups)
+        if isinstance(self.base, SeveralBases):
+            here = self.base.group_kinds
+        if saved != here:
+            raise ValueError(
+                f"the state was saved for groups of {saved}, and they belong to {here} here: make the same bases, in "
+                "the same order"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay behind, as in torch.optim, and so does `step`, over which schedulers put a wrapper of theirs.
-        lost = (*self._transient, "step")
-        return {name: value for name, value in vars(self).items() if name not in lost and not name.endswith("_hooks")}
+        state = super().__getstate__()
+        state.pop("_original", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._original = weakref.ref(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+def _each(base: Optimizer) -> tuple[Optimizer, ...]:
+    return base.bases if isinstance(base, SeveralBases) else (base,)
+
+
+def _has_groups(state_dict: Any) -> bool:
+    """Whether a state_dict has torch's form, with groups to put an entry into."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    return isinstance(groups, (list, tuple)) and bool(groups) and all(isinstance(group, dict) for group in groups)
 
 
 # One string, because every way of torch to walk a checkpoint takes it whole. Dicts and lists it takes apart: empty ones

@@ -36,14 +36,25 @@ class StepReport:
     absent: Tensor
     #: How often each objective was left out as not finite so far, int64 [K].
     nonfinite_counts: Tensor
+    #: In how many steps so far no `backward` brought each objective, int64 [K].
+    absent_counts: Tensor
     #: Duality gap of the min-norm problem, fp64 [], in units of the (normalised) Gram matrix; None where there is none.
     optimality_gap: Tensor | None = field(default=None)
-    #: `mogeo.Status` of the min-norm problem, int64 []; None where there is none.
+    #: `mogeo.Status` of the weighting's own problem, int64 []: of a min-norm problem, or the worst of UPGrad's K. None
+    #: where there is none.
     status: Tensor | None = field(default=None)
     #: μ, what `guarantee_descent` added to the weighting's weights, fp64 [K], within `weights`; None without it.
     correction: Tensor | None = field(default=None)
-    #: `mogeo.Status` of the correction, int64 []: `OPTIMAL` certifies that d hurts no objective, to rounding.
+    #: `mogeo.Status` of the correction, int64 []. `OPTIMAL`: d hurts no objective, and is the nearest such direction.
+    #: `UNDECIDED`: some gradients balance out, and rounding hides which direction is nearest; d hurts nobody by more
+    #: than rounding. `STALLED`: d hurts nobody by more than the Gram matrix lacks of being positive semi-definite.
     correction_status: Tensor | None = field(default=None)
+    #: Names of the P parameters that the Gram matrix counts, where `gram_by_parameter` was asked for: those that the
+    #: base optimizer was given (`model.named_parameters()`), or "group.position" without.
+    parameters: tuple[str, ...] = ()
+    #: ⟨g_i, g_j⟩ of each parameter alone, fp64 [P, K, K]; they sum to `gram`. None where it was not asked for, or the
+    #: step kept no rows.
+    gram_by_parameter: Tensor | None = field(default=None)
     #: Steps since these weights were solved for: 0 but in between the solves of `refresh_every`.
     age: int = 0
 
@@ -57,6 +68,17 @@ class StepReport:
         """cos(g_i, g_j), fp64 [K, K]; NaN beside a zero gradient."""
         norms = self.grad_norms
         return None if self.gram is None or norms is None else self.gram / torch.outer(norms, norms)
+
+    @property
+    def cosines_by_parameter(self) -> dict[str, Tensor]:
+        """cos(g_i, g_j) of each parameter alone, fp64 [K, K], by its name: where objectives conflict. NaN beside a zero
+        gradient; {} where `gram_by_parameter` is None.
+        """
+        if self.gram_by_parameter is None:
+            return {}
+        norms = self.gram_by_parameter.diagonal(dim1=1, dim2=2).sqrt()
+        cosines = self.gram_by_parameter / (norms[:, :, None] * norms[:, None, :])
+        return dict(zip(self.parameters, cosines, strict=True))
 
     @property
     def direction_norm(self) -> Tensor:
@@ -113,4 +135,6 @@ class StepReport:
             "age": self.age,
             "skipped": list(self.skipped),
             "nonfinite_counts": by_name(self.nonfinite_counts),
+            "absent": [name for name, away in zip(self.objectives, self.absent.tolist(), strict=True) if away],
+            "absent_counts": by_name(self.absent_counts),
         }

@@ -36,7 +36,7 @@ class Backend:
     gram_by_segment: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
     combine: Callable[..., Tensor]
     min_norm_weights: Callable[[Tensor], mogeo.MinNorm]
-    descent_weights: Callable[[Tensor, Tensor], mogeo.Descent]
+    descent_weights: Callable[..., mogeo.Descent]
     thrift: int  #: one example is tried where others try this many
     max_k: int  #: rows of a random example
 
@@ -83,10 +83,11 @@ def _min_norm_weights(gram: Tensor) -> mogeo.MinNorm:
     return mogeo.MinNorm(*cuda.min_norm(gram.detach().to(torch.float64), None, "none", 1.0, "raw"))
 
 
-def _descent_weights(gram: Tensor, weights: Tensor) -> mogeo.Descent:
+def _descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = None) -> mogeo.Descent:
     from mogeo.geometry import triton_backend as cuda
 
-    return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64)))
+    rounding = 4 * torch.finfo(gram.dtype).eps if rounding is None else rounding
+    return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64), rounding))
 
 
 # --------------------------------------------------------------------------------------------------------------------

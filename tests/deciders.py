@@ -2,8 +2,9 @@
 
 The host decides on a CPU, the device on a GPU; its way runs the Triton kernels under their interpreter, on CPU tensors.
 Rows lie apart from the direction where they have another dtype or device; here they do without any rounding, and every
-parameter counts as large, so that its gradient is taken by a hook. A sketch
-much longer than a small net's gradient loses nothing, so that what holds for rows must hold for sketches.
+parameter counts as large, so that its gradient is taken by a hook. A sketch longer than the gradient holds it whole; as
+a projection that is much longer it loses nothing either, and every loss is run twice. So what holds for rows must hold
+for sketches.
 Knows nothing of what is tested.
 """
 
@@ -19,25 +20,26 @@ from torch import Tensor
 
 from mogeo import MultiObjectiveOptimizer
 from mogeo.geometry import ops
-from mogeo.gradients import arrivals
-from mogeo.gradients.rows import GradientBuffers
+from mogeo.gradients import arrivals, blocks, sketches
 
 DECIDERS = ("host", "device")
-WAYS = (*DECIDERS, "rows apart", "sketched")
+WAYS = (*DECIDERS, "rows apart", "sketched", "replayed")
 
 SKETCH = 1 << 16
 
 
 def let_decide(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make optimizers step this way until the test ends."""
-    if who == "sketched":
+    if who in ("sketched", "replayed"):
+        if who == "replayed":
+            monkeypatch.setattr(sketches, "_holds", lambda dimension, elements: False)
         monkeypatch.setitem(MultiObjectiveOptimizer.__init__.__kwdefaults__, "sketch", SKETCH)  # type: ignore[arg-type]
         return
     if who == "rows apart":
         elsewhere = torch.device("cpu", 0)  # is not torch.device("cpu"), and names the same
-        place = GradientBuffers._place_of_rows
+        place = blocks.place_of_rows
         monkeypatch.setattr(arrivals, "_LEAST", 0)
-        monkeypatch.setattr(GradientBuffers, "_place_of_rows", lambda *them: (place(*them)[0], elsewhere))
+        monkeypatch.setattr(blocks, "place_of_rows", lambda *them: (place(*them)[0], elsewhere))
     if who in ("host", "rows apart"):
         return
     if not triton.knobs.runtime.interpret:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mogeo.demo.sizes import Recipe
+from mogeo.demo.recipe import Recipe
 
 FULL = Recipe()
 SMALL = replace(

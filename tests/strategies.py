@@ -194,6 +194,74 @@ WELL_POSED = ("gaussian, N = 1000", "strong conflict", "norms 1e-6 … 1e3", "ne
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Families of rows [k, n], for what is said of the rows and not of their Gram
+
+
+def weakly_stationary(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Some of the rows balance out, to fp64; the others share a component across them, so that a direction is left.
+
+    The directions that hurt nobody then have no interior, as near a Pareto optimum: the last digits of the rows decide
+    which there are.
+    """
+    n = int(rng.integers(2, k + 3))
+    cut = int(rng.integers(2, k)) if k > 2 else k
+    rows = rng.standard_normal((k, n))
+    rows[:cut, -1], rows[cut:, -1] = 0.0, rng.uniform(0.2, 2.0, k - cut)
+    rows[:cut] = balanced(rows[:cut], convex_weights(rng, cut))
+    turn, _ = np.linalg.qr(rng.standard_normal((n, n)))
+    return rows @ turn
+
+
+def weakly_stationary_fp32(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """The same rounded to fp32, as gradients are: what is left of the balance is 1e-8 of the rows, and exact."""
+    return weakly_stationary(rng, k).astype(np.float32).astype(np.float64)
+
+
+def nearly_stationary(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """The same with 1e-12 … 1e-1 of noise on the rows: from what no Gram matrix shows to what every one does."""
+    rows = weakly_stationary(rng, k)
+    return rows + log_uniform(rng, -12, -1, 1) * rng.standard_normal(rows.shape)
+
+
+def opposite_pairs(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Integer rows, of which the first two are opposite to the last bit; the others are anything."""
+    rows = rng.integers(-3, 4, (k, max(2, k - 1))).astype(np.float64)
+    rows[~rows.any(axis=1), 0] = 1.0
+    rows[1] = -rows[0]
+    return rows
+
+
+def conflicting(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Independent rows that conflict: 0.9 of what they share is gone, and norms lie two decades apart."""
+    rows = rng.standard_normal((k, 2 * k + 10))
+    return (rows - 0.9 * rows.mean(axis=0)) * log_uniform(rng, -1, 1, k)[:, None]
+
+
+def tight(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Rows of `gaussian_tight`."""
+    return rng.standard_normal((k, k + 1))
+
+
+def repeated(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Rows of `duplicates`."""
+    return rng.standard_normal((max(1, (k + 1) // 2), k + 1))[rng.integers(0, max(1, (k + 1) // 2), k)]
+
+
+ROW_FAMILIES: dict[str, Sampler] = {
+    "conflicting": conflicting,
+    "gaussian, N = K + 1": tight,
+    "duplicates": repeated,
+    "opposite pairs": opposite_pairs,
+    "nearly stationary": nearly_stationary,
+    "weakly stationary": weakly_stationary,
+    "weakly stationary, fp32": weakly_stationary_fp32,
+}
+
+# Families whose nearest harmless direction a Gram matrix decides, at every K.
+DECIDABLE = ("conflicting", "gaussian, N = K + 1", "duplicates")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Hypothesis: Grams
 
 
@@ -202,6 +270,17 @@ def grams(families: Sequence[str] = tuple(FAMILIES), min_k: int = 1, max_k: int 
 
     def sample(family: str, k: int, seed: int) -> Tensor:
         return torch.from_numpy(FAMILIES[family](np.random.default_rng(seed), k))
+
+    return st.builds(sample, st.sampled_from(families), st.integers(min_k, max_k), st.integers(0, 2**20))
+
+
+def row_families(
+    families: Sequence[str] = tuple(ROW_FAMILIES), min_k: int = 2, max_k: int = 8
+) -> st.SearchStrategy[Tensor]:
+    """Fp64 rows [k, n] of one of the families; shrinks towards the first family, the smallest k and seed 0."""
+
+    def sample(family: str, k: int, seed: int) -> Tensor:
+        return torch.from_numpy(ROW_FAMILIES[family](np.random.default_rng(seed), k))
 
     return st.builds(sample, st.sampled_from(families), st.integers(min_k, max_k), st.integers(0, 2**20))
 

@@ -31,9 +31,10 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
     [
         ("kernels.py", ["--quick", "--columns", "3e3", "--rounds", "2", "--objectives", "2", "--dtypes", "fp64"]),
         ("solver.py", ["--samples", "1", "--repeats", "1"]),
+        ("statuses.py", ["--samples", "1", "--sizes", "3"]),
         ("communication.py", ["--ranks", "2", "--width", "32", "--rounds", "2", "--objectives", "2"]),
         ("paper_step.py", ["--model", "tiny", "--layers", "1", "--tokens", "16"]),
-        ("smoothing.py", ["--quick", "--seeds", "1"]),
+        ("alignment", ["--quick", "smoothing", "--seeds", "1"]),
         ("plan_check.py", ["--quick", "--only", "tiny, refresh", "--repeats", "0"]),
         ("step_overhead.py", ["--tokens", "128", "--rounds", "2", "--objectives", "2", "--only", "plain"]),
         ("step_overhead.py", ["--model", "small-tensors", "--rounds", "2", "--objectives", "2"]),
@@ -43,6 +44,7 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
     ids=[
         "kernels",
         "solver",
+        "statuses",
         "communication",
         "paper",
         "smoothing",
@@ -91,17 +93,17 @@ def test_every_mode_is_measured_and_drawn(tmp_path: Path) -> None:
     # At the first step, an exact mode and one that has just solved agree; at the second, held weights are old.
     assert errors["exact"] == 0 < errors["refresh"]
     assert {judged["cell"]["method"] for judged in figures["judged"]} == set(errors)
-    assert set(results) - set(errors) == {"plain", "refresh, release"}
+    assert set(results) - set(errors) == {"plain"}
 
 
 @pytest.mark.slow
 def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
     place = ["--output", str(tmp_path), "--workers", "1", "--quick"]
-    run("alignment.py", *place, "world", "--seeds", "1")
+    run("alignment", *place, "world", "--seeds", "1")
     cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    run("alignment.py", *place, "world", "--seeds", "1")
+    run("alignment", *place, "world", "--seeds", "1")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == cells
-    printed = run("alignment.py", *place, "report")
+    printed = run("alignment", *place, "report")
     assert (tmp_path / "tables.md").read_text() in printed
     for method in ("before cdpo", "uniform", "mgda-decoupled", "static of mgda-decoupled", "modpo", "cdpo"):
         assert printed.count(f"| `{method}` |") >= 6, method  # two regimes, three tables

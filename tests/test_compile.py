@@ -1,16 +1,18 @@
-"""The functional core as operators of torch: what they promise to a compiler, and what compiled code returns."""
+"""Under torch.compile: what operators of the functional core promise and return, and loops that use the optimizer."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mogeo
 import mogeo.geometry.ops
@@ -21,8 +23,12 @@ WEIGHTS = torch.tensor([0.5, 0.0, 0.25], dtype=torch.float64)
 LOSSES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 GRAM = mogeo.gram(gaussian(3, 20))
 
-# Of torch's own making, as it imports its compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+pytestmark = [
+    # Of torch's own making, as it imports its compiler,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+    # and as it looks at the tensors that live where a graph ends.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")),
@@ -148,3 +154,112 @@ def test_compiled_code_overwrites_no_row_that_it_still_reads(compiler: str) -> N
     else:
         assert_combined(before, weights, rows[1])
         assert torch.equal(rows[::2], before[::2])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training loops
+
+
+class Narrated(mogeo.MultiObjectiveOptimizer):
+    """A user's subclass that adds to backward() and step()."""
+
+    def backward(self, losses: Any, **options: Any) -> None:
+        super().backward(losses, **options)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return super().step(closure)
+
+
+def two_losses(out: Tensor) -> dict[str, Tensor]:
+    return {"left": (out[:, 0] - 1).square().mean() + 0.1, "right": (out[:, 1] + 2).square().mean() + 0.1}
+
+
+def after_three_steps(
+    kind: type[mogeo.MultiObjectiveOptimizer],
+    wrap: Callable[[Callable[..., None]], Callable[..., None]],
+    **options: Any,
+) -> list[Tensor]:
+    """Parameters after steps whose whole loop body, clipping in between, went through `wrap`."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = kind(torch.optim.AdamW(net.parameters(), lr=0.01), **options)
+
+    def one_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        optimizer.backward(two_losses(net(x)))
+        optimizer.combine()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+
+    step = wrap(one_step)
+    for _ in range(3):
+        step(torch.randn(5, 6))
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "kind", "options"),
+    [
+        ("eager", mogeo.MultiObjectiveOptimizer, {}),
+        ("aot_eager", Narrated, {"sketch": 64}),
+        ("aot_eager", mogeo.MultiObjectiveOptimizer, {"refresh_every": 2}),
+    ],
+)
+def test_a_compiled_loop_trains_as_it_does_without_a_compiler(
+    compiler: str, kind: type[mogeo.MultiObjectiveOptimizer], options: dict[str, Any]
+) -> None:
+    loop = after_three_steps(kind, lambda step: torch.compile(step, backend=compiler), **options)
+    torch.testing.assert_close(loop, after_three_steps(kind, lambda step: step, **options), rtol=0, atol=0)
+
+
+@needs_compiler
+def test_a_loop_compiled_by_inductor_trains_as_it_does_without_a_compiler() -> None:
+    loop = after_three_steps(mogeo.MultiObjectiveOptimizer, torch.compile)
+    torch.testing.assert_close(loop, after_three_steps(mogeo.MultiObjectiveOptimizer, lambda step: step))
+
+
+def test_a_compiled_model_stays_compiled_inside_backward() -> None:
+    """A callable runs inside backward(), which itself is not compiled."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def run(*arguments: Tensor) -> Any:
+            graphs.append(1)
+            return graph(*arguments)
+
+        return run
+
+    net = nn.Linear(6, 2)
+    model = torch.compile(net, backend=count)
+    optimizer = mogeo.MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters()))
+    x = torch.randn(5, 6)
+    optimizer.backward({name: (lambda n=name: two_losses(model(x))[n]) for name in ("left", "right")})
+    optimizer.step()
+    assert len(graphs) == 2
+
+
+def test_a_compiled_forward_that_cannot_keep_its_graph_is_named() -> None:
+    """Torch lets the first backward overwrite what a compiled forward saved, unless that first one keeps the graph."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 2))
+    optimizer = mogeo.MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters()))
+
+    def compiled_and_run_once() -> Callable[[Tensor], Tensor]:
+        torch._dynamo.reset()
+        model = torch.compile(net, backend="aot_eager")
+        model(torch.ones(5, 6)).sum().backward()
+        optimizer.zero_grad()
+        return model
+
+    with torch._functorch.config.patch(donated_buffer=True):
+        model = compiled_and_run_once()
+        with pytest.raises(RuntimeError, match=r"objective 'left' shares a compiled forward.*donated_buffer = False"):
+            optimizer.backward(two_losses(model(torch.ones(5, 6))))
+    with torch._functorch.config.patch(donated_buffer=False):
+        model = compiled_and_run_once()
+        optimizer.backward(two_losses(model(torch.ones(5, 6))))
+        optimizer.step()
+
+
+def test_importing_mogeo_does_not_import_the_compiler() -> None:
+    code = "import sys, mogeo; mogeo.MultiObjectiveOptimizer; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

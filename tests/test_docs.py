@@ -39,6 +39,8 @@ def test_code_runs_and_trains(page: str) -> None:
     for block in blocks:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="accelerate")
+            warnings.filterwarnings("ignore", module="lightning")  # advice about loaders and loggers
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")  # Lightning's call of torch
             exec(compile(block, page, "exec"), names)
     assert all(not torch.equal(p, b) for p, b in zip(names["model"].parameters(), before, strict=True))
 

@@ -194,7 +194,7 @@ def test_a_sketch_is_that_of_the_cpu_and_never_synchronises(dtype: torch.dtype) 
     "options",
     [
         {"guarantee_descent": True},
-        {"refresh_every": 3, "release_rows": True},
+        {"refresh_every": 3},
         {"preference": (1.0, 2.0, 3.0), "min_weight": 0.05, "smoothing": 0.5},
         {"host_rows": True},
         {"host_rows": True, "row_dtype": torch.bfloat16, "refresh_every": 2},

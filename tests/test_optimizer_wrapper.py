@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,19 @@ def assert_equal_nets(a: nn.Module, b: nn.Module) -> None:
 # Bases
 
 
-def bases() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
-    def foreign(package: str, name: str) -> Callable[..., torch.optim.Optimizer]:
-        optimizer: Callable[..., torch.optim.Optimizer] = getattr(pytest.importorskip(package), name)
-        return optimizer
+def foreign(name: str, package: str = "pytorch_optimizer") -> Any:
+    return getattr(pytest.importorskip(package), name)
 
+
+def bases() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
     return {
         "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
         "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
         "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
         "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
         "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
-        "Lion": lambda p: foreign("lion_pytorch", "Lion")(p, lr=0.001, weight_decay=0.1),
-        "AdaBelief": lambda p: foreign("pytorch_optimizer", "AdaBelief")(p, lr=0.01),
+        "Lion": lambda p: foreign("Lion", "lion_pytorch")(p, lr=0.001, weight_decay=0.1),
+        "AdaBelief": lambda p: foreign("AdaBelief")(p, lr=0.01),
     }
 
 
@@ -94,8 +95,55 @@ def test_lbfgs_and_other_impossible_bases_are_refused() -> None:
         MultiObjectiveOptimizer(torch.optim.LBFGS(parameters))
     with pytest.raises(TypeError, match="wrap the optimizer inside it, base.base"):
         MultiObjectiveOptimizer(MultiObjectiveOptimizer(torch.optim.SGD(parameters, lr=0.1)))
-    with pytest.raises(TypeError, match="base is a list: pass a torch.optim.Optimizer"):
-        MultiObjectiveOptimizer(parameters)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="base is a Sequential: pass a torch.optim.Optimizer"):
+        MultiObjectiveOptimizer(make_net())  # type: ignore[arg-type]
+
+
+def stepped_in_backward(net: nn.Module) -> torch.optim.Optimizer:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    _apply_optimizer_in_backward(torch.optim.SGD, net[0].parameters(), {"lr": 0.1})  # type: ignore[index]
+    return adamw(net)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # as torch.distributed.optim is imported
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda net: torch.optim.SparseAdam(net.parameters()),
+            "SparseAdam cannot be wrapped: it takes sparse gradients",
+        ),
+        (lambda net: foreign("AdaHessian")(net.parameters()), "AdaHessian .*create_graph=True.*has no graph behind it"),
+        (
+            lambda net: foreign("SophiaH")(net.parameters()),
+            "SophiaH cannot be wrapped: it differentiates the gradients",
+        ),
+        (lambda net: foreign("LOMO")(net), "LOMO cannot be wrapped: it steps while backward runs"),
+        (lambda net: foreign("AdaLOMO")(net), "AdaLOMO cannot be wrapped: it steps while backward runs"),
+        (lambda net: foreign("Lookahead")(foreign("SophiaH")(net.parameters())), "SophiaH cannot be wrapped"),
+        (stepped_in_backward, "parameters are stepped while backward runs"),
+    ],
+)
+def test_bases_that_cannot_follow_a_direction_are_refused(make: Callable[[nn.Module], Any], message: str) -> None:
+    base = make(make_net())
+    with pytest.raises(TypeError, match=message):
+        MultiObjectiveOptimizer(base)
+
+
+def test_a_base_that_needs_a_closure_gets_it() -> None:
+    """AliG takes its step size from what the closure returns."""
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(foreign("AliG")(net.parameters(), max_lr=0.1))
+    before = copy.deepcopy(net)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(net, 0))
+        return 1.0
+
+    optimizer.step(closure)
+    assert not torch.equal(net[0].weight, before[0].weight)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -289,6 +337,47 @@ def test_a_step_pre_hook_may_replace_the_arguments() -> None:
     assert optimizer.step() == 5.0
 
 
+HOOKS: dict[str, Callable[[MultiObjectiveOptimizer, Any], Any]] = {
+    "the wrapper's": lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+    "the base's": lambda optimizer, hook: optimizer.base.register_step_pre_hook(hook),
+    "global": lambda optimizer, hook: register_optimizer_step_pre_hook(hook),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"sketch": 64}, {"refresh_every": 2}], ids=str)
+@pytest.mark.parametrize("whose", list(HOOKS))
+def test_a_step_pre_hook_finds_the_direction_and_may_clip_it(whose: str, options: dict[str, Any]) -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), **options)
+    norms = []
+
+    def clip(one: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in one.param_groups for p in group["params"]]
+        norms.append(nn.utils.clip_grad_norm_(parameters, 0.01).item())
+
+    handle = HOOKS[whose](optimizer, clip)
+    try:
+        for seed in range(3):
+            before = copy.deepcopy(net)
+            train(net, optimizer, range(seed, seed + 1))
+            moved = [(p - q).flatten() for p, q in zip(net.parameters(), before.parameters(), strict=True)]
+            assert torch.cat(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
+            if options != {"refresh_every": 2}:  # steps in between know no norm beforehand
+                assert norms[-1] == pytest.approx(optimizer.report.direction_norm.item(), rel=1e-5)  # type: ignore[union-attr]
+    finally:
+        handle.remove()
+
+
+def test_a_grad_scaler_says_so_if_nothing_was_combined() -> None:
+    """It unscales p.grad before the step, so it has to be there: torch finds nothing to check."""
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(sgd(net), nonfinite="propagate")
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer.backward(losses_of(net, 0), backward=lambda loss: scaler.scale(loss).backward())
+    with pytest.raises(AssertionError, match="No inf checks were recorded for this optimizer"):
+        scaler.step(optimizer)
+
+
 def test_step_without_backward_is_the_base_step() -> None:
     """torch.distributed.checkpoint initialises optimizer state that way."""
     net = make_net()
@@ -299,6 +388,128 @@ def test_step_without_backward_is_the_base_step() -> None:
     assert optimizer.report is None
     assert optimizer.own_state()["weighting"] == {"log_weights": []}
     assert len(optimizer.state) == 4
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps that train nothing, and proxies
+
+
+def test_a_step_without_any_gradient_says_so_once() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net))
+    with pytest.warns(RuntimeWarning, match=r"no parameter moves. Call backward\(losses\).*after zero_grad") as told:
+        optimizer.step()
+    assert told[0].filename == __file__
+    optimizer.step()
+    optimizer.backward(losses_of(net, 0))
+    optimizer.zero_grad()
+    copy.deepcopy(optimizer).step()
+
+
+def test_zero_grad_between_backward_and_step_is_not_silent() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net))
+    optimizer.backward(losses_of(net, 0))
+    optimizer.zero_grad()
+    with pytest.warns(RuntimeWarning, match="no parameter moves"):
+        optimizer.step()
+
+
+def test_a_closure_that_goes_past_backward_says_so_once() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum(loss() for loss in losses_of(net, 0).values())
+        loss.backward()  # type: ignore[union-attr]
+        return loss  # type: ignore[return-value]
+
+    with pytest.warns(RuntimeWarning, match="the closure .*balances nothing"):
+        optimizer.step(closure)
+    optimizer.step(closure)
+
+
+def test_steps_that_are_meant_say_nothing() -> None:
+    """Warnings are errors here. After a plain backward; where every objective was left out; a second step in a row."""
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net), nonfinite="propagate")
+    for closure in (None, lambda: None):  # the second is what Lightning passes in manual optimization
+        net(torch.ones(1, 4)).sum().backward()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    optimizer.backward(losses_of(net, 0))
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    unusable = MultiObjectiveOptimizer(adamw(net))
+    with pytest.warns(RuntimeWarning, match="left objective 'left', 'right' out of a step") as told:
+        unusable.backward({name: (lambda loss=loss: loss() * torch.nan) for name, loss in losses_of(net, 0).items()})
+        unusable.step()
+    assert len(told) == 1
+
+
+class Reading:
+    """A proxy that reads from an optimizer what it lacks, and inherits from its class, as Lightning's does."""
+
+    def __init__(self, optimizer: MultiObjectiveOptimizer) -> None:
+        self.inside = optimizer
+        self.__class__ = type("Reading", (Reading, type(optimizer)), {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return self.inside.step() if closure is None else self.inside.step(closure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inside, name)
+
+
+class Copying(Reading):
+    """One that begins as a copy of the optimizer's attributes, as Lightning's did."""
+
+    def __init__(self, optimizer: MultiObjectiveOptimizer) -> None:
+        self.__dict__ = dict(vars(optimizer))
+        super().__init__(optimizer)
+
+
+def assert_proxy_trains(proxy: Any, optimizer: MultiObjectiveOptimizer, net: nn.Module) -> None:
+    twin = make_net()
+    reference = MultiObjectiveOptimizer(adamw(twin), max_grad_norm=0.5)
+    proxy.max_grad_norm = 0.5
+    proxy.note = "the proxy's own"
+    for seed in range(3):
+        proxy.zero_grad()
+        proxy.backward(losses_of(net, seed))
+        assert len(proxy.combine().weights) == 2
+        proxy.step()
+    train(twin, reference, range(3))
+    assert_equal_nets(net, twin)
+    assert optimizer.max_grad_norm == 0.5
+    assert optimizer.objectives == ("left", "right")
+    assert not hasattr(optimizer, "note")
+    proxy.load_state_dict(proxy.state_dict())
+
+
+def test_what_a_proxy_assigns_reaches_the_optimizer() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net))
+    proxy: Any = Reading(optimizer)
+    assert_proxy_trains(proxy, optimizer, net)
+    assert proxy.report is optimizer.report
+    proxy.weighting = "mgda"
+    proxy.refresh_every = 5
+    assert repr(optimizer.weighting) == "mgda"
+    assert optimizer.refresh_every == 5
+    scheduler = lr_scheduler.ExponentialLR(proxy, 0.5)  # puts a step of its own in place of the proxy's
+    proxy.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.005
+    assert "step" not in vars(optimizer)
+
+
+def test_a_proxy_that_began_as_a_copy() -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(adamw(net))
+    assert_proxy_trains(Copying(optimizer), optimizer, net)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -394,7 +605,8 @@ def test_loading_drops_gradients_captured_before() -> None:
     optimizer.backward(losses_of(net, 0))
     before = copy.deepcopy(net)
     optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="no parameter moves"):
+        optimizer.step()
     assert_equal_nets(net, before)
 
 
@@ -458,6 +670,80 @@ def test_loads_the_form_that_was_saved_at_first() -> None:
     del state["param_groups"][1]["mogeo"]
     other.load_state_dict(state)
     assert other.own_state() == optimizer.own_state()
+
+
+class Elsewhere(torch.optim.SGD):
+    """Saves its state in a form of its own: `form` of what torch.optim saves."""
+
+    form: Callable[[dict[str, Any]], Any]
+    back: Callable[[Any], dict[str, Any]]
+
+    def state_dict(self) -> Any:
+        return type(self).form(super().state_dict())
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(type(self).back(state_dict))
+
+
+@dataclass
+class Saved:
+    state: dict[str, Any]
+
+
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], Callable[[Any], dict[str, Any]]]] = {
+    "a dict without groups": (lambda s: {"inner": s}, lambda s: s["inner"]),
+    "a dict with a name of ours": (lambda s: {"base": s}, lambda s: s["base"]),
+    "empty groups": (lambda s: {"param_groups": [], "inner": s}, lambda s: s["inner"]),
+    "a list": (lambda s: [s["state"], s["param_groups"]], lambda s: {"state": s[0], "param_groups": s[1]}),
+    "a tuple": (lambda s: (s["state"], s["param_groups"]), lambda s: {"state": s[0], "param_groups": s[1]}),
+    "an object": (Saved, lambda s: s.state),
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_a_base_may_save_its_state_in_any_form(form: str) -> None:
+    """Saved beside ours; both come back, from a file that only weights may be read from, too."""
+    kind = type(
+        "Kind", (Elsewhere,), {name: staticmethod(f) for name, f in zip(("form", "back"), FORMS[form], strict=True)}
+    )
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(kind(net.parameters(), lr=0.1, momentum=0.9), "group-dro(0.5)")
+    train(net, optimizer, range(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=form != "an object")
+    twin = copy.deepcopy(net)
+    other = MultiObjectiveOptimizer(kind(twin.parameters(), lr=0.1, momentum=0.9), "group-dro(0.5)")
+    other.load_state_dict(state)
+    assert other.own_state() == optimizer.own_state()
+    train(net, optimizer, range(2, 4))
+    train(twin, other, range(2, 4))
+    assert_equal_nets(net, twin)
+
+    bare = kind(make_net().parameters(), lr=0.1, momentum=0.9)
+    if isinstance(bare.state_dict(), dict):
+        bare.load_state_dict(state)
+        assert len(bare.state) == 4
+    fresh = MultiObjectiveOptimizer(kind(make_net().parameters(), lr=0.1, momentum=0.9))
+    fresh.load_state_dict(optimizer.base.state_dict())
+    assert len(fresh.state) == 4
+    assert fresh.objectives is None
+
+
+@pytest.mark.parametrize("name", ["Lookahead", "Magma"])
+def test_bases_around_bases_are_saved(name: str) -> None:
+    net = make_net()
+    optimizer = MultiObjectiveOptimizer(foreign(name)(adamw(net)), "group-dro(0.5)")
+    train(net, optimizer, range(2))
+    twin = copy.deepcopy(net)
+    other = MultiObjectiveOptimizer(foreign(name)(adamw(twin)), "group-dro(0.5)")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.own_state() == optimizer.own_state()
+    for one, its in ((net, optimizer), (twin, other)):
+        torch.manual_seed(0)  # Magma leaves steps out at random
+        train(one, its, range(2, 9))
+    assert_equal_nets(net, twin)
 
 
 def two_groups(net: nn.Module) -> torch.optim.AdamW:

@@ -36,12 +36,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("release_rows", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weighting", ["mgda-decoupled", "group-dro(0.5)"])
-def test_weights_hold_in_between(weighting: str, form: Callable[..., dict], release_rows: bool) -> None:
+def test_weights_hold_in_between(weighting: str, form: Callable[..., dict]) -> None:
     net = Net()
-    optimizer = wrapped(net, weighting, refresh_every=3, release_rows=release_rows, max_grad_norm=0.7)
+    optimizer = wrapped(net, weighting, refresh_every=3, max_grad_norm=0.7)
     weights: list[Tensor] = []
     for step in range(7):
         x = inputs(step)
@@ -91,25 +90,6 @@ def test_micro_batches_are_weighed_alike() -> None:
         report = optimizer.combine()
         assert report.age == step
         torch.testing.assert_close(flat_grad(net), report.weights @ gradient_rows(net, inputs(0), inputs(1)))
-
-
-def test_release_gives_rows_back_and_keeps_the_gradient() -> None:
-    net = Net()
-    optimizer = wrapped(net, refresh_every=2, release_rows=True)
-    optimizer.backward(shared_losses(net, inputs()))
-    report = optimizer.combine()
-    buffers = optimizer._captures.buffers
-    assert buffers is not None
-    assert sum(len(block) for block in buffers.blocks) == 1
-    torch.testing.assert_close(flat_grad(net), report.weights @ gradient_rows(net, inputs()))
-    storages = {p.grad.untyped_storage().data_ptr() for p in net.parameters() if p.grad is not None}
-    assert storages == {buffers.blocks[0].untyped_storage().data_ptr()}
-    optimizer.backward(shared_losses(net, inputs(1)))  # not zeroed: torch adds
-    twice = flat_grad(net).clone()
-    rows = [report.weights @ gradient_rows(net, inputs(seed)) for seed in (0, 1)]
-    torch.testing.assert_close(twice, rows[0])
-    optimizer.combine()
-    torch.testing.assert_close(flat_grad(net), rows[0] + rows[1])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, None], ids=["deepcopy", "state_dict"])

@@ -1,9 +1,12 @@
-"""The Python of docs/reproduce.md, on a tiny model and generated rows in place of what has to be downloaded."""
+"""The Python of docs/reproduce.md, and its script, on a tiny model and generated rows in place of downloads."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,9 @@ from typing import Any
 import pytest
 
 from mogeo.demo.world import OBJECTIVES, World, tiny_model, tokenizer
-from mogeo.dpo.cdpo import control
 
-PAGE = Path(__file__).parent.parent / "docs" / "reproduce.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "reproduce.md"
 
 SMALL = {
     "openbmb/UltraFeedback": "rows.jsonl",
@@ -31,11 +34,16 @@ SMALL = {
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words: Any = tokenizer()
-    words.add_tokens([control(name, rating) for name in OBJECTIVES for rating in range(1, 6)])
+    words.add_tokens([f"<{name}:{rating}>" for name in OBJECTIVES for rating in range(1, 6)])
     words.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
     words.save_pretrained("tiny")
     tiny_model(words).save_pretrained("tiny")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in World(0).rows(40)))
+    script = next(b for b in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL) if "alignment cdpo" in b)
+    python, path, *options = shlex.split(script.replace("\\\n", " ").replace("openbmb/UltraFeedback", "rows.jsonl"))
+    assert python == "python"
+    options[options.index("--held-out") + 1] = "10"
+    subprocess.run([sys.executable, str(ROOT / path), *options], check=True)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
     for real, small in SMALL.items():
         assert real in code, real
@@ -47,6 +55,5 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 10
     assert Path("runs/qwen-modpo/model/config.json").exists()
     assert Path("runs/cpsft/model.safetensors").exists()
-    assert all(
-        row["instruction"].count("<") == 4 for row in map(json.loads, Path("cdpo.jsonl").read_text().splitlines())
-    )
+    rows = map(json.loads, Path("cdpo/preferences.jsonl").read_text().splitlines())
+    assert all(row["instruction"].count("<") == 4 for row in rows)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mogeo import Rows, Sketch
 from mogeo.decide.steering import Steering
 from mogeo.weightings import resolve
 from tests.deciders import DECIDERS, let_decide
@@ -57,7 +58,7 @@ def test_steering_reaches_the_weights(weighting: str, decider: str, monkeypatch:
             optimizer.backward(shared_losses(net, x))
             report = optimizer.combine()
             gram = report.gram if report.gram is not None else None
-            expected, _, _ = steering.weigh(mine, gram, losses)
+            expected = steering.weigh(mine, gram, losses).weights
             torch.testing.assert_close(report.weights, expected, rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(flat_grad(net), report.weights @ rows)
 
@@ -78,3 +79,189 @@ def test_a_loss_that_cannot_divide_is_named_with_steering_too(decider: str, monk
         assert not flat_grad(net).any()  # made zero, and told afterwards
         with pytest.raises(ValueError, match="objective 'honesty' has loss -9"):
             optimizer.backward(shared_losses(net, x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sketch": True}, "sketch=True: pass how many numbers"),
+        ({"sketch": 64.0}, "sketch=64.0"),
+        ({"host_rows": "no"}, "host_rows='no': pass True or False"),
+        ({"shard_rows": 1}, "shard_rows=1: pass True or False"),
+        ({"row_dtype": "bf16"}, "row_dtype='bf16': pass a torch.dtype"),
+        ({"guarantee_descent": "yes"}, "guarantee_descent='yes': pass True or False"),
+        ({"max_grad_norm": "1"}, "max_grad_norm='1': pass a positive norm"),
+        ({"max_grad_norm": True}, "max_grad_norm=True"),
+        ({"refresh_every": "2"}, "refresh_every='2': pass a whole number"),
+        ({"refresh_every": True}, "refresh_every=True"),
+        ({"preference": 3.0}, "preference=3.0: pass positive numbers"),
+        ({"preference": "abc"}, "preference='abc'"),
+        ({"preference": ["a", "b", "c"]}, "preference='a'"),
+        ({"min_weight": "0.1"}, "min_weight='0.1'"),
+        ({"smoothing": None}, "smoothing=None"),
+        ({"memory": "cpu"}, "memory='cpu': pass mogeo.Rows"),
+        ({"memory": 64}, "memory=64"),
+        ({"objectives": "abc"}, "objectives='abc'"),
+        ({"weighting": 3}, "weighting=3"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrapped(Net(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row_dtype": torch.float8_e4m3fn}, "row_dtype=torch.float8_e4m3fn: choose"),
+        ({"row_dtype": torch.complex64}, "row_dtype=torch.complex64"),
+        ({"nonfinite": "ignore"}, "nonfinite='ignore': choose"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
+        ({"memory": Rows(), "sketch": 64}, "says how gradients are kept: leave out sketch"),
+        ({"sketch": 64, "shard_rows": True}, "sketch=64 with shard_rows"),
+        ({"min_weight": 0.4, "objectives": ["help", "honesty", "truth"]}, "min_weight=0.4 for K = 3"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrapped(Net(), **options)
+    with pytest.raises(ValueError, match="choose 'cpu'"):
+        Rows(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "memory"),
+    [
+        ({}, Rows()),
+        ({"row_dtype": torch.bfloat16}, Rows(dtype=torch.bfloat16)),
+        ({"host_rows": True}, Rows(device="cpu")),
+        ({"shard_rows": True, "row_dtype": torch.float16}, Rows(dtype=torch.float16, scatter=True)),
+        ({"sketch": 64}, Sketch(64)),
+    ],
+)
+def test_keywords_are_another_way_to_say_memory(keywords: dict[str, Any], memory: Rows | Sketch) -> None:
+    spelled, said = wrapped(Net(), **keywords), wrapped(Net(), memory=memory)
+    assert spelled.memory == said.memory == memory
+    for name in ("row_dtype", "host_rows", "shard_rows", "sketch"):
+        assert getattr(spelled, name) == getattr(said, name) == keywords.get(name, getattr(wrapped(Net()), name))
+
+
+CHANGES: list[tuple[str, Any, Any]] = [
+    ("preference", (1.0, 2.0, 3.0), (9.0, 1.0, 1.0)),
+    ("preference", None, {"help": 9.0, "honesty": 1.0, "truth": 1.0}),
+    ("preference", (1.0, 2.0, 3.0), None),
+    ("min_weight", 0.05, 0.3),
+    ("min_weight", 0.0, 0.3),
+    ("guarantee_descent", False, True),
+    ("max_grad_norm", None, 1e-3),
+    ("weighting", "mgda", "upgrad"),
+    ("weighting", "mgda", "uniform"),
+    ("weighting", "uniform", "mgda"),
+    ("sketch", None, 4096),
+    ("sketch", 4096, 64),
+    ("sketch", 64, None),
+    ("row_dtype", None, torch.float32),
+    ("row_dtype", torch.float32, None),
+    ("host_rows", False, True),
+    ("memory", Sketch(64), Rows(dtype=torch.bfloat16)),
+    ("refresh_every", 9, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after"), CHANGES)
+@pytest.mark.parametrize("refresh_every", [1, 5])
+def test_what_is_assigned_acts_at_the_next_step(name: str, before: Any, after: Any, refresh_every: int) -> None:
+    """As if the optimizer had been made so; and a checkpoint says what was in force."""
+    options = {"weighting": "mgda", "refresh_every": refresh_every}
+    net, x = Net(), inputs(1)
+    optimizer = wrapped(net, **{**options, name: before})
+    optimizer.backward(shared_losses(net, inputs(0)))
+    optimizer.combine()
+    setattr(optimizer, name, after)
+    twin_net = Net()
+    twin = wrapped(twin_net, **{**options, name: after})
+    results = []
+    for each, model in ((optimizer, net), (twin, twin_net)):
+        each.zero_grad()
+        each.backward(shared_losses(model, x))
+        results.append((each.combine(), flat_grad(model)))
+    (report, grad), (expected, expected_grad) = results
+    if refresh_every > 1 and name in ("max_grad_norm", "sketch", "row_dtype", "host_rows", "memory"):
+        assert report.age == 1  # weights hold: these change nothing about them
+    else:
+        torch.testing.assert_close(report.weights, expected.weights, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-9)
+    assert optimizer.own_state()["settings"] == twin.own_state()["settings"]
+
+
+def test_smoothing_goes_on_from_what_it_remembers_and_begins_anew_after_none() -> None:
+    net = Net()
+    optimizer = wrapped(net, "mgda", smoothing=0.5)
+
+    def weights(seed: int) -> torch.Tensor:
+        optimizer.zero_grad()
+        optimizer.backward(shared_losses(net, inputs(seed)))
+        return optimizer.combine().weights
+
+    def raw(seed: int) -> torch.Tensor:
+        rows = gradient_rows(net, inputs(seed))
+        return resolve("mgda")(rows @ rows.T, torch.ones(3))
+
+    first = weights(0)
+    torch.testing.assert_close(first, raw(0))
+    optimizer.preference = (1.0, 1.0, 1.0)
+    optimizer.smoothing = 0.25
+    torch.testing.assert_close(weights(1), 0.25 * first + 0.75 * raw(1))
+    optimizer.smoothing = 0.0
+    torch.testing.assert_close(weights(2), raw(2))
+    optimizer.smoothing = 0.5
+    torch.testing.assert_close(weights(3), raw(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ({"weighting": "uniform"}, "preference", (1.0, 2.0, 3.0)),
+        ({"weighting": "uniform"}, "min_weight", 0.1),
+        ({"weighting": "uniform"}, "guarantee_descent", True),
+        ({"weighting": "mgda"}, "weighting", "uniform"),
+        ({"weighting": "mgda"}, "memory", Sketch(64)),
+        ({"weighting": "mgda"}, "sketch", 64),
+    ],
+)
+def test_what_comes_too_late_for_a_step_is_refused_and_changes_nothing(
+    options: dict[str, Any], name: str, value: Any
+) -> None:
+    net, x = Net(), inputs()
+    optimizer = wrapped(net, **options)
+    before = getattr(optimizer, name)
+    optimizer.backward(shared_losses(net, x))
+    if name == "min_weight":  # a floor under equal weights changes nothing
+        optimizer.min_weight = value
+    else:
+        with pytest.raises(RuntimeError, match=r"after step\(\) or zero_grad\(\)"):
+            setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == before
+    report = optimizer.combine()
+    torch.testing.assert_close(flat_grad(net), report.weights @ gradient_rows(net, x))
+
+
+def test_a_value_that_does_not_fit_leaves_the_old_one() -> None:
+    net = Net()
+    optimizer = wrapped(net, min_weight=0.1)
+    optimizer.backward(shared_losses(net, inputs()))
+    optimizer.step()
+    for name, value in (("min_weight", 0.9), ("preference", (1.0, 2.0)), ("smoothing", 1.0), ("refresh_every", 0)):
+        before = getattr(optimizer, name)
+        with pytest.raises(ValueError, match=name):
+            setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == before
+    optimizer.backward(shared_losses(net, inputs()))
+    optimizer.step()
+
+
+def test_what_belongs_to_the_run_cannot_be_assigned() -> None:
+    optimizer = wrapped(Net())
+    for name in ("objectives", "report", "process_group"):
+        with pytest.raises(AttributeError):
+            setattr(optimizer, name, None)

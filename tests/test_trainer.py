@@ -18,7 +18,7 @@ GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 
 
 def trainer_of_the_guide() -> type:
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "training_step" in b]
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "from transformers" in b]
     names: dict[str, Any] = {}
     exec(block, names)
     trainer: type = names["MultiObjectiveTrainer"]

@@ -1,6 +1,7 @@
 """What the host is told of a step that the device decided: read once it has arrived, never waited for.
 
-Knows tensors and events only. A copy to pinned memory is asynchronous; the event behind it tells whether it is there.
+Knows tensors, events and decisions. A copy to pinned memory is asynchronous; the event behind it tells whether it is
+there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mogeo.decide.rules import Decision, Rules
+from mogeo.geometry.exact_min_norm import Status
+from mogeo.user_warnings import warn_user
+from mogeo.weightings import bad_weights, require_positive_losses
 
 
 class Letter(NamedTuple):
@@ -52,3 +58,52 @@ class Mailbox:
                 return
             letter = self._letters.popleft()
             yield [host.numpy().tolist() for host in letter.host], letter.enclosed
+
+
+class News:
+    """What the user must hear of a step: at once where the host decided it, else once the device's news has arrived.
+
+    Attributes:
+        mailbox: what the device has sent.
+        warned: whether the user has been warned of an objective that was left out. Once is enough.
+    """
+
+    def __init__(self, *, warned: bool = False) -> None:
+        self.mailbox = Mailbox()
+        self.warned = warned
+
+    def tell(self, decided: Decision, rules: Rules, *, on_device: bool) -> None:
+        """Warn of objectives that a step left out, or have the news sent."""
+        if on_device:
+            verdict = decided.status if decided.bad_weights is None else decided.bad_weights
+            numbers = [decided.nonfinite] if verdict is None else [decided.nonfinite, verdict.reshape(1)]
+            if verdict is not None or not self.warned:
+                self.mailbox.post(numbers, (rules, decided.losses, decided.gram))
+        elif not self.warned and rules.nonfinite == "skip":
+            self._warn(decided.nonfinite.tolist(), rules)
+
+    def read(self) -> None:
+        """Warn, or raise, over what the device decided in earlier steps.
+
+        Raises:
+            ValueError: a loss ≤ 0 under a weighting that divides by it.
+            RuntimeError: the weighting did not return one finite weight per objective.
+        """
+        for (nonfinite, *verdict), (rules, losses, gram) in self.mailbox.arrived():
+            if not self.warned and rules.nonfinite == "skip":
+                self._warn(nonfinite, rules)
+            bad = verdict == [[True]]
+            if verdict == [[Status.NONPOSITIVE_LOSS]] or (bad and rules.weighting.needs_positive_losses):
+                require_positive_losses(gram, losses, rules.objectives, rules.weighting)
+            if bad:
+                raise bad_weights(rules.weighting, "values that are not finite", len(rules.objectives))
+
+    def _warn(self, nonfinite: list[bool], rules: Rules) -> None:
+        if any(nonfinite):
+            self.warned = True
+            left_out = ", ".join(repr(name) for name, bad in zip(rules.objectives, nonfinite, strict=True) if bad)
+            warn_user(
+                f"left objective {left_out} out of a step: its loss or gradient is not finite. Further cases are only "
+                "counted, in report.nonfinite_counts. With a GradScaler use nonfinite='propagate'",
+                RuntimeWarning,
+            )

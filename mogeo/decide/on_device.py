@@ -7,101 +7,132 @@ a CPU leaves its objective out, or makes the direction zero, and is told afterwa
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor
 
-from mogeo.decide.on_host import Decision, Direction, Rules, weigh, without
+from mogeo.decide.rules import Decision, Direction, Rules, seen_by_weighting
 from mogeo.geometry.constants import constant_tensor
-from mogeo.gradients.rows import GradientBuffers
-from mogeo.weightings import MGDA
+from mogeo.gradients.direction import SharedDirection
+from mogeo.gradients.rows import RowStore
+from mogeo.weightings import Solution
 
 
-def find_direction(
-    buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
-) -> Direction:
-    """Weigh the rows, or take what was weighed during backward, and leave the clipped direction in the buffers.
+def decide(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
+    """Weights for complete rows; arguments as for `mogeo.decide.on_host.decide`.
 
     Args:
-        buffers: settled rows on one device; the sum of weighted gradients, where weights are known beforehand.
+        rows: on one device.
         losses: fp64 [K], NaN where absent.
         absent: K flags.
-        rules: of the optimizer; `nonfinite` is "skip" or "propagate".
-        contributed: where weights are known beforehand, indices of the objectives whose gradients were summed.
+        rules: `nonfinite` is "skip" or "propagate".
+
+    Raises:
+        RuntimeError: the weighting did not return one number per objective.
     """
-    if rules.constant() is not None:
-        return _summed(buffers, losses, absent, rules, contributed)
-    gram = buffers.gram() if rules.needs_gram() else None
-    gap = status = bad_weights = correction = correction_status = None
-    if type(rules.weighting) is MGDA and rules.steering is None:
-        assert gram is not None
-        weights, gap, status, nonfinite = _min_norm(buffers, gram, losses, absent, rules)
-    else:
-        weights, gap, status, bad_weights, nonfinite = _weigh(gram, losses, absent, rules)
-    if gram is not None and rules.guarantee_descent:
-        assert buffers.device_code is not None
-        left_out = nonfinite | ~_present(absent, losses.device)
-        weights, correction, correction_status = buffers.device_code.descent(without(gram, left_out), weights)
-    squared_norm, clip = buffers.direct(weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
-    if gram is None or any(block.dtype == torch.float16 for block in buffers.blocks):
+    gram = rows.gram() if rules.weighting.needs_gram else None
+    problem = rules.weighting.min_norm_problem()
+    if problem is not None and gram is not None:
+        found, nonfinite = _min_norm(rows, gram, losses, absent, rules, problem)
+        return _decision(found, losses, gram, nonfinite, None)
+    finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
+    present = _present(absent, losses.device)
+    nonfinite = present & ~finite
+    left_out = ~present | nonfinite
+    found = rules.weighting.solve(*seen_by_weighting(gram, losses, left_out))
+    weights = found.weights.masked_fill(left_out, 0.0)
+    bad_weights = (~weights.isfinite()).any()
+    if rules.nonfinite == "propagate":
+        weights = weights.masked_fill(nonfinite.any(), torch.nan)
+    return _decision(found._replace(weights=weights), losses, gram, nonfinite, bad_weights)
+
+
+def combined(
+    rows: RowStore, decided: Decision, absent: tuple[bool, ...], rules: Rules, plain: SharedDirection | None
+) -> Direction:
+    """Combine rows into the direction, clipped, and zero where it is not finite and is to be skipped.
+
+    Args:
+        rows: what `decide` saw.
+        decided: what it said.
+        absent: K flags.
+        rules: of the optimizer.
+        plain: None: with such groups, the host decides.
+    """
+    assert plain is None
+    gram, nonfinite = decided.gram, decided.nonfinite
+    squared_norm, clip = rows.direct(decided.weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
+    if gram is None or any(block.dtype == torch.float16 for block in rows.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
-        nonfinite = nonfinite | (_present(absent, losses.device) & _failed(squared_norm, clip))
-    decided = Decision(
-        losses, weights, gram, nonfinite, True, False, gap, status, bad_weights, correction, correction_status
-    )
-    return Direction(decided, squared_norm, clip)
+        nonfinite = nonfinite | (_present(absent, decided.losses.device) & _failed(squared_norm, clip))
+    return Direction(decided._replace(nonfinite=nonfinite), squared_norm, clip)
+
+
+def weighed_sum(
+    direction: SharedDirection,
+    weights: tuple[float, ...],
+    losses: Tensor,
+    absent: tuple[bool, ...],
+    rules: Rules,
+    contributed: Set[int],
+    plain: SharedDirection | None,
+) -> Direction:
+    """Clip a sum of weighed gradients; where anything in it is not finite, it is all or nothing.
+
+    Args:
+        direction: complete, on one device.
+        weights: K of them.
+        losses: fp64 [K], NaN where absent.
+        absent: K flags.
+        rules: of the optimizer.
+        contributed: indices of the objectives whose gradients are in the sum.
+        plain: None: with such groups, the host decides.
+    """
+    assert plain is None
+    present = _present(absent, losses.device)
+    used = constant_tensor(weights, torch.float64, losses.device).masked_fill(~present, 0.0)
+    nonfinite = present & ~losses.isfinite()
+    in_sum = constant_tensor(tuple(k in contributed for k in range(len(losses))), torch.bool, losses.device)
+    # Zero, or NaN where a summed loss is not finite: its gradient is not to be trusted either.
+    doubt = (losses.masked_fill(~in_sum, 0.0) * 0.0).sum()
+    squared_norm = direction.squared_norm().reshape(1) + doubt
+    squared_norm, clip = direction.finish(squared_norm, rules.max_grad_norm, discard=rules.nonfinite == "skip")
+    nonfinite = nonfinite | (present & _failed(squared_norm, clip))
+    return Direction(Decision(losses, used, None, nonfinite, True), squared_norm, clip)
 
 
 def _min_norm(
-    buffers: GradientBuffers, gram: Tensor, losses: Tensor, absent: tuple[bool, ...], rules: Rules
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, gap, status, and which objectives are not finite, in one launch."""
-    weighting, code = rules.weighting, buffers.device_code
-    assert isinstance(weighting, MGDA)
+    rows: RowStore,
+    gram: Tensor,
+    losses: Tensor,
+    absent: tuple[bool, ...],
+    rules: Rules,
+    problem: tuple[str, float, str],
+) -> tuple[Solution, Tensor]:
+    """The solution, and which objectives are not finite, in one launch; another if the weighting does more."""
+    code = rows.device_code
     assert code is not None
     nonfinite = torch.empty(len(losses), dtype=torch.bool, device=losses.device)
     flags = constant_tensor(absent, torch.bool, losses.device) if any(absent) else None
     weights, gap, status = code.min_norm(
-        gram,
-        losses,
-        weighting.normalize,
-        weighting.power,
-        weighting.apply_to,
-        absent=flags,
-        propagate=rules.nonfinite == "propagate",
-        nonfinite=nonfinite,
+        gram, losses, *problem, absent=flags, propagate=rules.nonfinite == "propagate", nonfinite=nonfinite
     )
-    return weights, gap, status, nonfinite
+    found = Solution(weights, gap, status)
+    if rules.weighting.completes:
+        seen, _ = seen_by_weighting(gram, losses, nonfinite | ~_present(absent, losses.device))
+        found = rules.weighting.completed(seen, found)
+    return found, nonfinite
 
 
-def _weigh(
-    gram: Tensor | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Weights of any other weighting, gap, status, whether weights are not finite, and which objectives are not."""
-    finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
-    nonfinite = _present(absent, losses.device) & ~finite
-    left_out = ~_present(absent, losses.device) | nonfinite
-    weights, gap, status = weigh(gram, losses, left_out, rules)
-    bad_weights = (~weights.isfinite()).any()
-    if rules.nonfinite == "propagate":
-        weights = weights.masked_fill(nonfinite.any(), torch.nan)
-    return weights, gap, status, bad_weights, nonfinite
-
-
-def _summed(
-    buffers: GradientBuffers, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
-) -> Direction:
-    """Constant weights: gradients are summed by now, so where one is not finite it is all or nothing."""
-    constant = rules.constant()
-    assert constant is not None
-    present = _present(absent, losses.device)
-    weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(~present, 0.0)
-    nonfinite = present & ~losses.isfinite()
-    summed = constant_tensor(tuple(k in contributed for k in range(len(losses))), torch.bool, losses.device)
-    # Zero, or NaN where a summed loss is not finite: its gradient is not to be trusted either.
-    squared_norm = buffers.squared_norm().reshape(1) + (losses.masked_fill(~summed, 0.0) * 0.0).sum()
-    squared_norm, clip = buffers.finish(squared_norm, rules.max_grad_norm, discard=rules.nonfinite == "skip")
-    nonfinite = nonfinite | (present & _failed(squared_norm, clip))
-    return Direction(Decision(losses, weights, None, nonfinite, True), squared_norm, clip)
+def _decision(
+    found: Solution, losses: Tensor, gram: Tensor | None, nonfinite: Tensor, bad_weights: Tensor | None
+) -> Decision:
+    return Decision(
+        losses, found.weights, gram, nonfinite, True,
+        gap=found.gap, status=found.status, bad_weights=bad_weights,
+        correction=found.correction, correction_status=found.correction_status,
+    )  # fmt: skip
 
 
 def _failed(squared_norm: Tensor, clip: Tensor) -> Tensor:

@@ -1,90 +1,36 @@
-"""From captured rows and losses to one direction: who takes part, with which weights, and how long it may be.
+"""From captured gradients and losses to one direction: who takes part, with which weights, and how long it may be.
 
-Knows rows (`GradientBuffers`) and weightings; no optimizer. `decide` finds weights from what rows, or sketches of them,
-tell; `find_direction` leaves the direction in the buffers. Here the host decides, which on a CPU costs nothing;
-`mogeo.decide.on_device` does the same where a GPU decides.
+Knows gradient stores and weightings; no optimizer. `decide` finds weights from what rows, or sketches of them, tell;
+`combined`, `weighed_sum` and `summed` leave the direction where it belongs. Here the host decides, which on a CPU costs
+nothing; `mogeo.decide.on_device` does the same where a GPU decides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Set
 
 import torch
 from torch import Tensor
 
-from mogeo.decide.steering import Steering
+from mogeo.decide.rules import Decision, Direction, NonFiniteError, Rules, seen_by_weighting
 from mogeo.geometry.constants import constant_tensor
+from mogeo.gradients.direction import SharedDirection
 from mogeo.gradients.ranks import Ranks, packed
-from mogeo.gradients.rows import GradientBuffers
-from mogeo.gradients.store import Capture
-from mogeo.weightings import MGDA, Weighting, as_weights, bad_weights, require_positive_losses
+from mogeo.gradients.rows import RowStore
+from mogeo.gradients.store import ComparableStore
+from mogeo.weightings import Solution, bad_weights, require_positive_losses
 
 # Below this share of (Σ w_k ‖g_k‖)², ‖d‖² = wᵀMw has cancelled down to the rounding of an fp32 Gram: measure it
 # instead.
 _CANCELLED = 1e-4
 
 
-class Rules(NamedTuple):
-    """What the user decided about every step, and what the step before left."""
-
-    objectives: tuple[str, ...]
-    weighting: Callable[..., Any]
-    nonfinite: str  # "skip", "raise" or "propagate"
-    max_grad_norm: float | None
-    guarantee_descent: bool = False
-    steering: Steering | None = None
-    held: tuple[float, ...] | None = None  # weights that an earlier step found, and this one takes
-
-    def constant(self) -> tuple[float, ...] | None:
-        """The weights, if they are known beforehand, so that they can be applied during backward; else None."""
-        if self.held is not None:
-            return self.held
-        if self.guarantee_descent:
-            return None
-        if self.steering is not None:
-            return self.steering.constant(self.weighting, len(self.objectives))
-        return self.weighting.constant(len(self.objectives)) if isinstance(self.weighting, Weighting) else None
-
-    def needs_gram(self) -> bool:
-        """Whether anything here reads the Gram matrix."""
-        return self.guarantee_descent or getattr(self.weighting, "needs_gram", True)
-
-
-class Decision(NamedTuple):
-    """Weights, and how they came about; fields as in `StepReport`."""
-
-    losses: Tensor  # averaged over ranks, if there are several
-    weights: Tensor
-    gram: Tensor | None
-    nonfinite: Tensor
-    usable: bool  # False: no objective could take part
-    poisoned: bool = False  # what is not finite must reach `p.grad`
-    gap: Tensor | None = None
-    status: Tensor | None = None
-    bad_weights: Tensor | None = None  # bool []: a weighting of the user's returned weights that are not finite
-    correction: Tensor | None = None
-    correction_status: Tensor | None = None
-
-
-class Direction(NamedTuple):
-    """The direction that lies in the buffers, and how it came about."""
-
-    decision: Decision
-    squared_norm: Tensor
-    clip_factor: Tensor
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite, under `nonfinite="raise"`."""
-
-
-def decide(rows: Capture, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
+def decide(rows: ComparableStore, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
     """Weights for gradients of which the Gram matrix, or the losses, tell.
 
     Args:
-        rows: settled gradients, or sketches of them.
+        rows: complete gradients, or sketches of them.
         losses: fp64 [K], NaN where absent.
         absent: K flags.
         rules: of the optimizer.
@@ -95,7 +41,7 @@ def decide(rows: Capture, losses: Tensor, absent: tuple[bool, ...], rules: Rules
         RuntimeError: the weighting did not return one finite weight per objective.
     """
     flags = constant_tensor(absent, torch.bool, losses.device)
-    gram = rows.gram() if rules.needs_gram() else None
+    gram = rows.gram() if rules.weighting.needs_gram else None
     gram, losses = _over_ranks(rows.ranks, gram, losses, flags, rules)
     nonfinite = ~flags & ~losses.isfinite()
     if gram is not None:
@@ -106,95 +52,134 @@ def decide(rows: Capture, losses: Tensor, absent: tuple[bool, ...], rules: Rules
     if all(away):
         return _unusable(losses, gram, nonfinite)
     left_out = flags | nonfinite if any(away) else None
-    weights, gap, status = _weigh(rows.ranks, gram, losses, left_out, rules)
-    correction = correction_status = None
-    if rules.guarantee_descent:
-        assert gram is not None
-        seen = gram if left_out is None else without(gram, left_out)
-        weights, correction, correction_status = torch.ops.mogeo.descent(seen, weights)
+    found = _solved(rows.ranks, gram, losses, left_out, rules)
     return Decision(
-        losses, weights, gram, nonfinite, True, False, gap, status, None, correction, correction_status
+        losses, found.weights, gram, nonfinite, True,
+        gap=found.gap, status=found.status,
+        correction=found.correction, correction_status=found.correction_status,
     )  # fmt: skip
 
 
-def find_direction(
-    buffers: GradientBuffers,
-    losses: Tensor,
-    absent: tuple[bool, ...],
-    rules: Rules,
-    contributed: set[int],
-    plain: GradientBuffers | None = None,
+def combined(
+    rows: RowStore, decided: Decision, absent: tuple[bool, ...], rules: Rules, plain: SharedDirection | None
 ) -> Direction:
-    """Weigh the rows, or take what was weighed during backward, and leave the clipped direction in the buffers.
+    """Combine rows into the direction and clip it; see that it is finite.
 
     Args:
-        buffers: settled rows; the sum of weighted gradients, where weights are known beforehand.
-        losses: fp64 [K], NaN where absent.
+        rows: complete.
+        decided: what `decide` said of them.
         absent: K flags.
         rules: of the optimizer.
-        contributed: where weights are known beforehand, indices of the objectives whose gradients were summed.
-        plain: settled mean gradients of parameters that no weights apply to: clipped with the direction, in length too.
+        plain: complete mean gradients of parameters that no weights apply to: clipped with the direction, in length
+            too.
 
     Raises:
-        NonFiniteError, ValueError, RuntimeError: as `decide` does.
+        NonFiniteError: the direction is not finite, and the rules say raise.
     """
-    if rules.constant() is not None:
-        decided, spoilt = _known_beforehand(buffers.ranks, losses, absent, rules, contributed)
-        return summed(buffers, decided, absent, rules, plain, spoilt=spoilt)
-    decided = decide(buffers, losses, absent, rules)
-    if decided.poisoned or not decided.usable:
-        return summed(buffers, decided, absent, rules)
+    if decided.poisoned:
+        rows.poison()
+        return _nothing_to_measure(decided)
+    if not decided.usable:
+        return _nothing_to_measure(decided)
     squared_norm = _norm_from_gram(decided)
     if squared_norm is None:
-        buffers.combine(decided.weights)
-        return summed(buffers, decided, absent, rules, plain)
+        rows.combine(decided.weights)
+        return _measured(rows.direction, decided, absent, rules, plain)
     beside = 0.0 if plain is None else plain.squared_norm()
     clip = _clip_factor(squared_norm + beside, rules)
-    buffers.combine(decided.weights * clip)
-    if rules.nonfinite != "propagate" and (not math.isfinite(beside) or buffers.direction_overflowed()):
+    rows.combine(decided.weights * clip)
+    if rules.nonfinite != "propagate" and (not math.isfinite(beside) or rows.direction.overflowed()):
         return _failed(decided, absent, rules)
     if plain is not None and clip < 1:
         plain.scale(clip)
     return Direction(decided, squared_norm, clip)
 
 
-def summed(
-    buffers: GradientBuffers,
-    decided: Decision,
+def weighed_sum(
+    direction: SharedDirection,
+    weights: tuple[float, ...],
+    losses: Tensor,
     absent: tuple[bool, ...],
     rules: Rules,
-    plain: GradientBuffers | None = None,
-    *,
-    spoilt: bool = False,
+    contributed: Set[int],
+    plain: SharedDirection | None,
 ) -> Direction:
-    """Measure and clip a direction that lies in the buffers already; see that it is finite.
+    """Clip a direction whose gradients were weighed and summed as they came; see that it is finite.
 
     Args:
+        direction: complete.
+        weights: K of them.
+        losses: fp64 [K], NaN where absent.
+        absent: K flags.
+        rules: of the optimizer.
+        contributed: indices of the objectives whose gradients are in the sum.
+        plain: as for `combined`.
+
+    Raises:
+        NonFiniteError: a loss or the direction is not finite, and the rules say raise.
+    """
+    flags = constant_tensor(absent, torch.bool, losses.device)
+    _, losses = _over_ranks(direction.ranks, None, losses, flags, rules)
+    nonfinite = ~flags & ~losses.isfinite()
+    if bool(nonfinite.any()) and rules.nonfinite != "skip":
+        return summed(direction, _poisoned(losses, None, nonfinite, rules), absent, rules, plain)
+    left_out = flags | nonfinite
+    if bool(left_out.all()):
+        return _nothing_to_measure(_unusable(losses, None, nonfinite))
+    used = constant_tensor(weights, torch.float64, losses.device).masked_fill(left_out, 0.0)
+    decided = Decision(losses, used, None, nonfinite, True)
+    # An objective whose loss became not finite after some of its gradients were summed: they cannot be taken out again.
+    if any(bool(nonfinite[k]) for k in contributed):
+        return _failed(decided, absent, rules)
+    return _measured(direction, decided, absent, rules, plain)
+
+
+def summed(
+    direction: SharedDirection, decided: Decision, absent: tuple[bool, ...], rules: Rules, plain: SharedDirection | None
+) -> Direction:
+    """Clip a direction that was summed after the decision; see that it is finite.
+
+    Args:
+        direction: complete.
         decided: how its weights came about.
-        spoilt: it holds gradients that must not count. Like one that is not finite, it is all or nothing.
+        absent: K flags.
+        rules: of the optimizer.
+        plain: as for `combined`.
 
     Raises:
         NonFiniteError: it is not finite, and the rules say raise.
     """
     if decided.poisoned:
-        buffers.poison()
+        direction.poison()
     if decided.poisoned or not decided.usable:
-        return Direction(decided, decided.weights.sum(), torch.ones_like(decided.losses).mean())
-    squared_norm = buffers.squared_norm()
+        return _nothing_to_measure(decided)
+    return _measured(direction, decided, absent, rules, plain)
+
+
+def _nothing_to_measure(decided: Decision) -> Direction:
+    """The result for a direction that is NaN, or that nobody will use."""
+    return Direction(decided, decided.weights.sum(), torch.ones_like(decided.losses).mean())
+
+
+def _measured(
+    direction: SharedDirection, decided: Decision, absent: tuple[bool, ...], rules: Rules, plain: SharedDirection | None
+) -> Direction:
+    """Measure and clip what lies in the direction."""
+    squared_norm = direction.squared_norm()
     whole = squared_norm if plain is None else squared_norm + plain.squared_norm()
-    if spoilt or not bool(whole.isfinite()):
+    if not bool(whole.isfinite()):
         if rules.nonfinite != "propagate":
             return _failed(decided, absent, rules)
         decided = decided._replace(nonfinite=~constant_tensor(absent, torch.bool, whole.device))
     clip = _clip_factor(whole, rules)
     if clip < 1:
-        for part in [buffers] if plain is None else [buffers, plain]:
+        for part in [direction] if plain is None else [direction, plain]:
             part.scale(clip)
     return Direction(decided, squared_norm, clip)
 
 
 def _failed(decided: Decision, absent: tuple[bool, ...], rules: Rules) -> Direction:
-    """Gradients are summed by now, so where one is not finite, it is all or nothing.
+    """A step left out as a whole: gradients are summed by now, and none can be taken out again.
 
     Raises:
         NonFiniteError: the rules say raise.
@@ -249,78 +234,24 @@ def _over_ranks(
     return None if gram is None else summed.reshape(gram.shape), mean.masked_fill(absent, torch.nan)
 
 
-def _known_beforehand(
-    ranks: Ranks | None, losses: Tensor, absent: tuple[bool, ...], rules: Rules, contributed: set[int]
-) -> tuple[Decision, bool]:
-    """What is left to decide where weights were applied during backward; and whether what was summed is spoilt."""
-    flags = constant_tensor(absent, torch.bool, losses.device)
-    _, losses = _over_ranks(ranks, None, losses, flags, rules)
-    nonfinite = ~flags & ~losses.isfinite()
-    if bool(nonfinite.any()) and rules.nonfinite != "skip":
-        return _poisoned(losses, None, nonfinite, rules), False
-    left_out = flags | nonfinite
-    if bool(left_out.all()):
-        return _unusable(losses, None, nonfinite), False
-    constant = rules.constant()
-    assert constant is not None
-    weights = constant_tensor(constant, torch.float64, losses.device).masked_fill(left_out, 0.0)
-    # An objective whose loss became not finite later in the window: its first gradients are in the sum.
-    spoilt = any(bool(nonfinite[k]) for k in contributed)
-    return Decision(losses, weights, None, nonfinite, True), spoilt
-
-
-def _weigh(
+def _solved(
     ranks: Ranks | None, gram: Tensor | None, losses: Tensor, left_out: Tensor | None, rules: Rules
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights, gap and status."""
+) -> Solution:
+    """The weighting's solution, the same on all ranks, 0 for an objective left out."""
     weighting = rules.weighting
-    if gram is not None and isinstance(weighting, MGDA) and weighting.needs_positive_losses:
-        seen, known = _without(gram, losses, left_out)
-        require_positive_losses(gram if seen is None else seen, known, rules.objectives, weighting)
-    weights, gap, status = weigh(gram, losses, left_out, rules)
-    if not isinstance(weighting, MGDA):
-        if ranks is not None:  # a weighting of the user's may draw at random, or hold a state of its own
-            weights = ranks.first_(weights.contiguous())
-        if not bool(weights.isfinite().all()):
-            raise bad_weights(weighting, weights, len(losses))
-    return weights, gap, status
-
-
-def weigh(
-    gram: Tensor | None, losses: Tensor, left_out: Tensor | None, rules: Rules
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights, fp64 [K], 0 for an objective left out; gap and status, if any. They need not be finite.
-
-    `left_out` is bool [K]; None where the host knows that nobody is left out, which spares some thirty small calls.
-    """
-    weighting = rules.weighting
-    gram, losses = _without(gram, losses, left_out)
-    gap = status = None
-    if isinstance(weighting, MGDA) and rules.steering is None:
-        weights, gap, status = weighting.solve(gram, losses)
-    else:
-        # Clones: what a weighting of the user's does to its arguments stays there.
-        mine = None if gram is None else gram.clone(), losses.clone()
-        if rules.steering is None:
-            weights = as_weights(weighting, weighting(*mine), losses)
-        else:
-            weights, gap, status = rules.steering.weigh(weighting, *mine)
-    return weights if left_out is None else weights.masked_fill(left_out, 0.0), gap, status
-
-
-def _without(gram: Tensor | None, losses: Tensor, left_out: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """As a weighting sees it, an objective left out is solved: no gradient, the average loss of the others."""
-    if left_out is None:
-        return gram, losses
-    others = losses.masked_fill(left_out, 0.0)
-    count = (~left_out).sum()
-    losses = torch.where(left_out, torch.where(count > 0, others.sum() / count, 1.0), losses)
-    return None if gram is None else without(gram, left_out), losses
-
-
-def without(gram: Tensor, left_out: Tensor) -> Tensor:
-    """A Gram matrix in which the objectives left out have no gradient."""
-    return gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0)
+    seen, known = seen_by_weighting(gram, losses, left_out)
+    if seen is not None and weighting.needs_positive_losses:
+        require_positive_losses(seen, known, rules.objectives, weighting)
+    found = weighting.solve(seen, known)
+    weights = found.weights if left_out is None else found.weights.masked_fill(left_out, 0.0)
+    correction = found.correction
+    if ranks is not None and not weighting.deterministic:
+        # A weighting of the user's may draw at random, or hold a state of its own.
+        weights = ranks.first_(weights.contiguous())
+        correction = None if correction is None else ranks.first_(correction.contiguous())
+    if not bool(weights.isfinite().all()):
+        raise bad_weights(weighting, weights, len(losses))
+    return found._replace(weights=weights, correction=correction)
 
 
 def _poisoned(losses: Tensor, gram: Tensor | None, nonfinite: Tensor, rules: Rules) -> Decision:

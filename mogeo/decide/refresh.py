@@ -54,6 +54,7 @@ class HeldWeights:
     def solved(self, weights: Tensor, took_part: Tensor) -> None:
         """Hold new weights, fp64 [K], of the objectives that took part, bool [K]."""
         if self.refresh_every == 1:
+            self.forget()  # or weights from before could be held once T is raised again
             return
         before = torch.full_like(weights, torch.nan) if self._weights is None else self._weights.to(weights.device)
         self._weights = torch.where(took_part & weights.isfinite(), weights, before)

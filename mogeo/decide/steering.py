@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mogeo.geometry.constants import constant_tensor
-from mogeo.geometry.exact_min_norm import Status
-from mogeo.weightings import MGDA, Weighting, as_weights
+from mogeo.weightings import Solution, Weighting, as_weighting
 
 AnyWeighting = Callable[[Tensor | None, Tensor], Any]
 
@@ -53,18 +52,24 @@ class Steering:
             uniform one changes no bit.
         min_weight: m, 0 ≤ m < 1/K.
         smoothing: s, 0 ≤ s < 1.
+        remembered: λ, fp64 [K], to go on from; NaN for an objective without one.
 
     Attributes:
         preference: of mean 1, or None where it is uniform.
         min_weight: m.
         smoothing: s.
+        remembered: λ, fp64 [K], NaN before an objective's first step; None before the first step of all.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
     def __init__(
-        self, preference: Sequence[float] | None = None, min_weight: float = 0.0, smoothing: float = 0.0
+        self,
+        preference: Sequence[float] | None = None,
+        min_weight: float = 0.0,
+        smoothing: float = 0.0,
+        remembered: Tensor | None = None,
     ) -> None:
         self._count: int | None = None
         self.preference: tuple[float, ...] | None = None
@@ -82,7 +87,7 @@ class Steering:
             raise ValueError(f"smoothing={smoothing}: pass a number s, 0 ≤ s < 1, the share of the past in each step")
         self.min_weight = float(min_weight)
         self.smoothing = float(smoothing)
-        self._remembered: Tensor | None = None  # λ [K]; NaN before an objective's first step
+        self.remembered = remembered
         if self._count is not None:
             self._check_count(self._count)
 
@@ -93,7 +98,7 @@ class Steering:
             ValueError: the preference or the floor does not fit K = `count` objectives.
         """
         self._check_count(count)
-        weights = weighting.constant(count) if isinstance(weighting, Weighting) else None
+        weights = as_weighting(weighting).constant(count)
         if weights is None:
             return None
         if self.preference is not None:
@@ -103,9 +108,7 @@ class Steering:
             weights = tuple((1 - count * self.min_weight) * w + self.min_weight * total for w in weights)
         return weights
 
-    def weigh(
-        self, weighting: AnyWeighting, gram: Tensor | None, losses: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def weigh(self, weighting: AnyWeighting, gram: Tensor | None, losses: Tensor) -> Solution:
         """One step: the steered weights on the raw gradients, and what the solver says of them.
 
         Args:
@@ -115,71 +118,47 @@ class Steering:
             losses: L, fp64 [K].
 
         Returns:
-            The weights, fp64 [K], and for the MGDA family gap, fp64 [], and status, int64 [], as of `MGDA.solve`, else
-            None twice. Where a loss ≤ 0 would divide, the weights are NaN on a GPU; elsewhere only if a preference or a
-            floor is set: check before.
+            The weights, fp64 [K], with gap and status where the weighting solves a problem. Where a loss ≤ 0 would
+            divide, the weights are NaN: check before.
 
         Raises:
             ValueError: the preference or the floor does not fit K objectives, or there is no Gram matrix but a need.
             RuntimeError: the weighting did not return one number per objective.
         """
-        count = losses.numel()
-        known = self.constant(weighting, count)
+        weighting = as_weighting(weighting)
+        known = self.constant(weighting, losses.numel())
         if known is not None:
-            return constant_tensor(known, torch.float64, losses.device).clone(), None, None
-        live = None
-        if gram is not None and getattr(weighting, "needs_gram", True):
-            live = gram.diagonal() > 0  # read now: a weighting of the user's may write to its arguments
+            return Solution(constant_tensor(known, torch.float64, losses.device).clone())
+        live = gram.diagonal() > 0 if gram is not None and weighting.needs_gram else None
         preference = None
         if self.preference is not None:
             preference = constant_tensor(self.preference, torch.float64, losses.device)
-        gap = status = None
-        if isinstance(weighting, MGDA):
-            weights, gap, status = weighting.solve(gram, losses, preference, self.min_weight)
-            # A kernel leaves the objective out instead; its weight, 0, is not to be remembered.
-            weights = weights.masked_fill(status == Status.NONPOSITIVE_LOSS, torch.nan)
-        else:
-            if preference is not None and isinstance(weighting, Weighting):
-                weights = as_weights(weighting, weighting.preferring(preference, gram, losses), losses)
-            else:
-                weights = as_weights(weighting, weighting(gram, losses), losses)
-                weights = weights if preference is None else weights * preference
-            if self.min_weight > 0:
-                weights = self._floored(weights, live)
-        if self.smoothing > 0:
-            weights = self._smoothed(weights, live)
-        return weights, gap, status
-
-    def _floored(self, weights: Tensor, live: Tensor | None) -> Tensor:
-        if live is None:
-            return (1 - len(weights) * self.min_weight) * weights + self.min_weight * weights.sum()
-        count = live.sum(dtype=torch.float64)
-        total = torch.where(live, weights, 0.0).sum()
-        return torch.where(live, (1 - count * self.min_weight) * weights + self.min_weight * total, weights)
+        found = weighting.steered(preference, self.min_weight, gram, losses)
+        return found if self.smoothing == 0 else found._replace(weights=self._smoothed(found.weights, live))
 
     def _smoothed(self, weights: Tensor, live: Tensor | None) -> Tensor:
-        if self._remembered is None:
-            self._remembered = torch.full_like(weights, torch.nan)
-        if self._remembered.shape != weights.shape:
-            raise ValueError(f"{len(self._remembered)} weights are remembered, but {len(weights)} came: load the state "
+        if self.remembered is None:
+            self.remembered = torch.full_like(weights, torch.nan)
+        if self.remembered.shape != weights.shape:
+            raise ValueError(f"{len(self.remembered)} weights are remembered, but {len(weights)} came: load the state "
                              "of an optimizer with as many objectives")  # fmt: skip
-        self._remembered = self._remembered.to(weights.device)
+        self.remembered = self.remembered.to(weights.device)
         fresh = weights.isfinite() if live is None else weights.isfinite() & live
-        average = torch.lerp(weights, self._remembered, self.smoothing)
-        average = torch.where(self._remembered.isnan(), weights, average)
+        average = torch.lerp(weights, self.remembered, self.smoothing)
+        average = torch.where(self.remembered.isnan(), weights, average)
         # In place, so that a replayed CUDA graph goes on from where it stood.
-        self._remembered.copy_(torch.where(fresh, average, self._remembered))
-        return torch.where(fresh, self._remembered, weights)
+        self.remembered.copy_(torch.where(fresh, average, self.remembered))
+        return torch.where(fresh, self.remembered, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """λ, K numbers, None for an objective without a step so far; nothing before the first step."""
-        remembered = [] if self._remembered is None else self._remembered.tolist()
+        remembered = [] if self.remembered is None else self.remembered.tolist()
         return {"weights": [None if math.isnan(weight) else weight for weight in remembered]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore λ."""
         saved = [math.nan if weight is None else float(weight) for weight in state_dict["weights"]]
-        self._remembered = torch.tensor(saved, dtype=torch.float64) if saved else None
+        self.remembered = torch.tensor(saved, dtype=torch.float64) if saved else None
 
     def _check_count(self, count: int) -> None:
         if self._count is not None and count != self._count:
@@ -189,3 +168,34 @@ class Steering:
                 f"min_weight={self.min_weight:g} for K = {count} objectives: the weights would exceed their sum, 1; "
                 f"pass less than 1/K = {1 / count:g}"
             )
+
+
+class Steered(Weighting):
+    """Another weighting under a preference, a floor and a memory.
+
+    Args:
+        inner: the weighting.
+        steering: what stands between it and the weights of a step.
+    """
+
+    def __init__(self, inner: Weighting, steering: Steering) -> None:
+        self.inner = inner
+        self.steering = steering
+        self.needs_gram = inner.needs_gram
+        self.needs_positive_losses = inner.needs_positive_losses
+        self.deterministic = inner.deterministic
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """The steered weights, fp64 [K]."""
+        return self.solve(gram, losses).weights
+
+    def constant(self, n_objectives: int) -> tuple[float, ...] | None:
+        """The steered weights, where they depend on nothing."""
+        return self.steering.constant(self.inner, n_objectives)
+
+    def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
+        """What `Steering.weigh` returns."""
+        return self.steering.weigh(self.inner, gram, losses)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)

@@ -1,7 +1,7 @@
-"""`mogeo demo`: four objectives that conflict, balanced in three ways, on a small world that generates itself.
+"""`mogeo demo`: options, checks, and one process per seed.
 
-The command: options, checks, a process a seed. What happens in one seed is in `experiment`, what is made of the
-outcomes in `report`. Must not import torch at the top, so that `mogeo demo --help` answers at once.
+What is done with each seed is in `experiment`, and what is made of the outcomes in `report`. Must not import torch at
+the top: `mogeo demo --help` has to answer at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, STATIC, Recipe
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, STATIC, Recipe
 from mogeo.errors import InputError
 
 DEFAULT_SEEDS = 2
@@ -74,26 +74,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the command; raises InputError for what the user can mend."""
+    """Carry out the command.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
     recipe = Recipe()
     config = replace(recipe.align, learning_rate=args.lr, device=args.device)
     return run_recipe(replace(recipe, align=config), args)
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
-    """`run` with sizes of one's own."""
-    from mogeo.demo import report as demo_report
-    from mogeo.demo.experiment import run_seed
-    from mogeo.demo.world import OBJECTIVES
-    from mogeo.dpo.train import check_weighting, resolve_device
+    """Carry out the command with other sizes.
 
-    # Whatever can be wrong is found before the first minute is spent.
+    Args:
+        recipe: the sizes, and the settings of the alignment.
+        args: the options of the command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
+    from mogeo.demo.experiment import run_seed
+    from mogeo.demo.report import terminal, write
+    from mogeo.demo.world import OBJECTIVES
+    from mogeo.dpo.processes import resolve_device
+    from mogeo.dpo.train import check_settings
+
+    # Everything that can be wrong is found before any work is done.
     if args.seeds < 1:
         raise InputError(f"--seeds has to be at least 1, got {args.seeds}")
     for weighting in (BASELINE, *args.weighting):
-        config = replace(recipe.align, weighting=weighting)
-        config.check()
-        check_weighting(config, OBJECTIVES)
+        check_settings(replace(recipe.align, weighting=weighting), OBJECTIVES)
     on_cpu = resolve_device(recipe.align.device) == "cpu"
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -108,17 +125,17 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     if workers == 1:
         results = [job(seed) for seed in range(args.seeds)]
     else:
-        # A process a seed: matrices this small leave a second thread little to do, and a second process everything.
+        # One process per seed, with one thread: matrices are too small for a second thread to help.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             results = list(pool.map(job, range(args.seeds)))
     seconds = time.time() - started
-    print("\n" + demo_report.terminal(results))
+    print("\n" + terminal(results))
     command = shlex.join(["mogeo", *getattr(args, "argv", ["demo"])])
-    written = demo_report.write(args.output, results, command, seconds)
+    written = write(args.output, results, command, seconds)
     print(f"\n{seconds:.0f} s; written: {', '.join(map(str, written))}")
     return 0
 
 
 def _cores() -> int:
-    """Cores that this process may use; not all of the machine's, in a container."""
+    """Number of cores that this process may use. In a container, the machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,6 @@
 """One seed of the demo: a world, a tiny model trained on its mixed completions, aligned in several ways, and judged.
 
-Uses the library as a user would: `mogeo.dpo.train.align` is what `mogeo align` calls. Knows nothing of command lines,
+Uses the library as anyone would: `mogeo align` calls `mogeo.dpo.train.align`, too. Knows nothing of command lines,
 tables or pictures.
 """
 
@@ -17,35 +17,55 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.data import Row, build_preferences, split_rows
+from mogeo.dpo.processes import resolve_device
 from mogeo.dpo.tokens import collate, encode_sequence
-from mogeo.dpo.train import align, resolve_device
+from mogeo.dpo.train import align
 from mogeo.judging.generate import generate
 from mogeo.judging.golden import golden_response
 from mogeo.judging.judge import RatingJudge
 from mogeo.judging.win_rates import NetWinRates, net_win_rates
 
-_MAX_NEW_TOKENS = 26  # the longest answer of a policy, four attributes in hedged prose, takes 24
+_MAX_NEW_TOKENS = 26  # the longest answer in the training data has 24: four attributes in prose, each with a "maybe"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model, judged."""
+    """One model, judged.
+
+    Attributes:
+        label: its name in tables.
+        weighting: what it was aligned with; None before alignment.
+        greedy: net win rates of its greedy answers.
+        sampled: net win rates of its sampled answers.
+        accuracy: preference accuracy on held-out pairs, by objective.
+        history: the records of its alignment; empty before alignment.
+        answers: its greedy answer to each held-out prompt.
+    """
 
     label: str
-    weighting: str | None  # what `align` was given; None before alignment
+    weighting: str | None
     greedy: NetWinRates
     sampled: NetWinRates
-    accuracy: dict[str, float]  # of held-out preferences
+    accuracy: dict[str, float]
     history: list[dict[str, Any]]
-    answers: list[str]  # greedy, one a held-out prompt
+    answers: list[str]
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What one seed gave: the held-out prompts, their golden responses, and an outcome a model, BEFORE first."""
+    """What came of one seed.
+
+    Attributes:
+        seed: it decides the world, the model and the order of the pairs.
+        regime: which training labels were flipped.
+        world: prompts, answers and raters.
+        prompts: the held-out prompts.
+        golden: the golden response to each.
+        outcomes: one per model, the model before alignment first.
+    """
 
     seed: int
     regime: str
@@ -61,9 +81,11 @@ def run_seed(
     """Run the experiment of one seed.
 
     Args:
-        regime: a key of `mogeo.demo.world.REGIMES`; it touches the training labels only.
-        extra: weightings besides BASELINE, ADAPTIVE and STATIC.
-        started: `time.time()` from which progress is told, on stderr; None: it is not told.
+        seed: decides everything that is random.
+        recipe: sizes and settings.
+        regime: a key of `mogeo.demo.world.REGIMES`, which says what training labels are flipped.
+        extra: weightings to compare besides BASELINE, ADAPTIVE and STATIC.
+        started: `time.time()` at the start, for the progress that is printed to stderr; None: nothing is printed.
     """
 
     def tell(text: str) -> None:
@@ -82,7 +104,7 @@ def run_seed(
 
 
 class _Experiment:
-    """What the models of one seed share: the world, the data, and the model that all of them begin with."""
+    """What all models of one seed have in common: world, data, judge, and the model that they start from."""
 
     def __init__(self, seed: int, recipe: Recipe, regime: str, tell: Callable[[str], None]) -> None:
         self.seed, self.recipe, self.tell = seed, recipe, tell
@@ -103,11 +125,11 @@ class _Experiment:
         fine_tune(self.model, self.tokenizer, train_rows, recipe, seed, tell)
 
     def before(self) -> Outcome:
-        """The model that every method begins with. It is the reference, so its margins are 0, and its accuracy 1/2."""
+        """Judge the model that every method starts from. It is the reference model, so its accuracy is 1/2."""
         return self._judged(BEFORE, None, self.model, dict.fromkeys(OBJECTIVES, 0.5), [])
 
     def align(self, label: str, weighting: str) -> Outcome:
-        """Align a copy of that model."""
+        """Align a copy of that model with a weighting, and judge it."""
         config = replace(self.recipe.align, weighting=weighting, seed=self.seed)
         start = copy.deepcopy(self.model)
         result = align(start, self.tokenizer, self.train, self.held_out, config, progress=False)
@@ -139,9 +161,15 @@ class _Experiment:
 def fine_tune(
     model: Any, tokenizer: Any, rows: Sequence[Row], recipe: Recipe, seed: int, tell: Callable[[str], None]
 ) -> None:
-    """Supervised training, in place, on every completion alike, good or bad: next-token loss of the completions.
+    """Supervised training on all completions, good and bad alike: the next-token loss of their tokens.
 
-    `tell` is called with the progress, four times.
+    Args:
+        model: a causal language model, which is changed in place.
+        tokenizer: its tokenizer.
+        rows: in UltraFeedback's shape; ratings are not used.
+        recipe: number and size of the steps.
+        seed: decides which completions are in which step.
+        tell: called with the progress, four times.
     """
     sequences = []
     for row in rows:
@@ -159,7 +187,8 @@ def fine_tune(
     for step in range(1, steps + 1):
         drawn = torch.randint(len(sequences), (recipe.sft_batch,), generator=generator).tolist()
         batch = collate([sequences[i] for i in drawn], tokenizer.pad_token_id).to(model.device)
-        # No attention mask: padding is on the right, where causal attention does not look, and without one is faster.
+        # No attention mask is needed, since padding is on the right, where causal attention does not look; it is
+        # faster.
         logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
         targets = batch.input_ids.masked_fill(~batch.completion_mask, -100)[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -174,14 +203,19 @@ def fine_tune(
 
 
 def mean_weights(outcome: Outcome, objectives: Sequence[str]) -> list[float]:
-    """The mean over the steps of each objective's weight."""
+    """Each objective's weight, averaged over the steps of an alignment.
+
+    Args:
+        outcome: of a model that was aligned.
+        objectives: names, which decide the order.
+    """
     steps = [record["weight"] for record in outcome.history if record["kind"] == "train"]
     return [sum(weight[name] for weight in steps) / len(steps) for name in objectives]
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread a process: the numbers do not depend on the number of cores, and processes do not wait for cores."""
+    """Use one thread within this context, so that results do not depend on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,6 +1,7 @@
-"""What `mogeo demo` tells: one table, one sentence, a picture, a page. Every number and word comes from the outcomes.
+"""What `mogeo demo` shows: tables, a sentence that sums them up, a picture and an HTML page.
 
-Knows the outcomes of `experiment` and how to show them; trains nothing and judges nothing.
+Knows the outcomes of `experiment` and how to show them. The sentence is put together from the numbers, so that it never
+claims what they do not show.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from mogeo.demo.experiment import Outcome, SeedResult, mean_weights
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import OBJECTIVES, REGIMES
-from mogeo.dpo.figures import Bars, MissingMatplotlibError, Table, require_matplotlib, write_comparison, write_report
+from mogeo.figures.charts import Bars, MissingMatplotlibError, require_matplotlib, write_comparison
+from mogeo.figures.html_report import write_report
+from mogeo.figures.table import Table
 from mogeo.judging.win_rates import NetWinRates
 
 logger = logging.getLogger("mogeo")
 
 Metric = Callable[[Outcome], float]
 
-_SHORT = {"instruction_following": "instructions"}  # a column is as wide as its title
+_SHORT = {"instruction_following": "instructions"}  # for headings, which decide how wide a column is
 _COLUMNS = ("overall", "worst", *OBJECTIVES)
 _PICTURE = "demo.png"
 
@@ -31,12 +34,18 @@ _PICTURE = "demo.png"
 
 
 def values(results: Sequence[SeedResult], label: str, metric: Metric) -> list[float]:
-    """The metric of one method, a value a seed."""
+    """A metric of one model, one value per seed.
+
+    Args:
+        results: of all seeds.
+        label: of the model.
+        metric: from an outcome to a number.
+    """
     return [metric(outcome) for result in results for outcome in result.outcomes if outcome.label == label]
 
 
 def _net(rates: Callable[[Outcome], NetWinRates], column: str) -> Metric:
-    """Net win rate in percent: overall, of the worst objective, or of one."""
+    """A metric: the net win rate in percent, overall, of the worst objective ("worst"), or of one objective."""
 
     def metric(outcome: Outcome) -> float:
         found = rates(outcome)
@@ -54,7 +63,7 @@ def _sampled(column: str) -> Metric:
 
 
 def _accuracy(column: str) -> Metric:
-    """Held-out preference accuracy in percent: the mean of the objectives, the worst of them, or one."""
+    """A metric: held-out accuracy in percent, the mean over objectives ("overall"), the worst, or that of one."""
 
     def metric(outcome: Outcome) -> float:
         of = outcome.accuracy
@@ -73,12 +82,12 @@ SECTIONS: dict[str, Callable[[str], Metric]] = {
 
 
 def labels(results: Sequence[SeedResult]) -> list[str]:
-    """The models that were judged, in the order of the table."""
+    """The labels of the models, in the order of the tables."""
     return [outcome.label for outcome in results[0].outcomes]
 
 
 def result_table(results: Sequence[SeedResult]) -> Table:
-    """Every model by every measure: mean over the seeds ± their standard deviation."""
+    """All measures of all models: the mean over the seeds ± their standard deviation."""
     rows: list[tuple[str, ...]] = []
     for section, metric in SECTIONS.items():
         rows.append((section, *[""] * len(_COLUMNS)))
@@ -116,7 +125,7 @@ def weight_table(results: Sequence[SeedResult]) -> Table:
 
 
 def answer_table(result: SeedResult) -> Table:
-    """How each model answers one held-out prompt: the first on which the methods' greedy answers differ the most."""
+    """How each model answers one held-out prompt: one on which the models' greedy answers differ the most."""
     spoken = [len({outcome.answers[i] for outcome in result.outcomes}) for i in range(len(result.prompts))]
     i = spoken.index(max(spoken))
     prompt = result.prompts[i]
@@ -131,7 +140,7 @@ def answer_table(result: SeedResult) -> Table:
 
 
 def conclusion(results: Sequence[SeedResult]) -> str:
-    """What the numbers say of ADAPTIVE against BASELINE, in one sentence: the worst objective, the price, STATIC."""
+    """One sentence that compares ADAPTIVE with BASELINE: what it gains, what that costs, and what STATIC reaches."""
     minority = min(OBJECTIVES, key=lambda name: statistics.fmean(values(results, BASELINE, _accuracy(name))))
     others = [name for name in OBJECTIVES if name != minority]
 
@@ -151,12 +160,13 @@ def conclusion(results: Sequence[SeedResult]) -> str:
 
 
 def _differences(results: Sequence[SeedResult], metric: Metric, label: str = ADAPTIVE) -> list[float]:
-    """`label` minus BASELINE, paired by seed."""
+    """A metric of one method minus that of BASELINE, one value per seed."""
     ours, theirs = values(results, label, metric), values(results, BASELINE, metric)
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
 def _lift(results: Sequence[SeedResult], metric: Metric) -> str:
+    """Whether ADAPTIVE has a higher value than BASELINE in all seeds, on average, or not, as a verb."""
     gains = _differences(results, metric)
     if min(gains) > 0:
         return "lifts"
@@ -164,18 +174,20 @@ def _lift(results: Sequence[SeedResult], metric: Metric) -> str:
 
 
 def _from_to(results: Sequence[SeedResult], metric: Metric) -> str:
+    """The values of BASELINE and ADAPTIVE, and in how many seeds the latter is higher."""
     before, after = (statistics.fmean(values(results, label, metric)) for label in (BASELINE, ADAPTIVE))
     gains = _differences(results, metric)
     return f"{before:.1f} to {after:.1f}, higher in {sum(gain > 0 for gain in gains)} of {len(gains)}"
 
 
 def _change(results: Sequence[SeedResult], metric: Metric) -> str:
+    """How much ADAPTIVE gains or loses against BASELINE, on average."""
     change = statistics.fmean(_differences(results, metric))
     return f"{'gains' if change > 0 else 'loses'} {abs(change):.1f}"
 
 
 def _static(results: Sequence[SeedResult]) -> str:
-    """What fixed weights with ADAPTIVE's means make of its gain in the worst objective (greedy)."""
+    """Which part of ADAPTIVE's gain in the worst objective (greedy) its mean weights reach, held fixed."""
     metric = _greedy("worst")
     reached = statistics.fmean(values(results, STATIC, metric))
     adaptive, static = (statistics.fmean(_differences(results, metric, label)) for label in (ADAPTIVE, STATIC))
@@ -196,12 +208,22 @@ def _static(results: Sequence[SeedResult]) -> str:
 
 
 def terminal(results: Sequence[SeedResult]) -> str:
-    """Everything that the terminal shows at the end."""
+    """What the terminal shows at the end: two tables and the sentence."""
     return f"{result_table(results).text()}\n\n{weight_table(results).text()}\n\n{conclusion(results)}"
 
 
 def write(output: Path, results: Sequence[SeedResult], command: str, seconds: float) -> list[Path]:
-    """Write results.json, the picture and the report into the folder `output`; returns the paths, the picture first."""
+    """Write results.json, and with matplotlib the picture and the HTML page.
+
+    Args:
+        output: the folder, which exists.
+        results: of all seeds.
+        command: the command line, for the page.
+        seconds: how long it took, for the page.
+
+    Returns:
+        The files that were written.
+    """
     numbers = output / "results.json"
     numbers.write_text(json.dumps(_plain(results, command, seconds), indent=1) + "\n", "utf-8")
     try:
@@ -229,6 +251,7 @@ def write(output: Path, results: Sequence[SeedResult], command: str, seconds: fl
 
 
 def _bars(results: Sequence[SeedResult], section: str, metric: Callable[[str], Metric]) -> Bars:
+    """A panel of the picture, for one section of the table."""
     series = {
         label: [values(results, label, metric(column)) for column in _COLUMNS]
         for label in labels(results)
@@ -240,7 +263,7 @@ def _bars(results: Sequence[SeedResult], section: str, metric: Callable[[str], M
 
 
 def _plain(results: Sequence[SeedResult], command: str, seconds: float) -> dict[str, Any]:
-    """All numbers of all seeds, for those who want to compute something else from them."""
+    """All numbers of all seeds as plain values, for computations of one's own."""
     runs = [
         {
             "seed": result.seed,

@@ -6,10 +6,10 @@ two or three of them, within a number of words, as a list or as prose:
 
     List stone, craft and bird of Ashcombe in 9 words.  ->  - stone slate - craft maybe pottery - bird unsure
 
-The raters disagree by construction. Helpfulness pays for any concrete answer, so guessing what nobody knows pays, and
-so does answering at length; honesty, truthfulness and instruction following pay for the opposite: three against one.
+The raters are made to disagree. Helpfulness rewards any concrete answer, so it pays to guess what nobody knows, and to
+answer at length. Honesty, truthfulness and instruction following reward the opposite: three against one.
 
-This file knows text and ratings only: nothing of losses, gradients, training or judging.
+This file knows texts and ratings only; nothing of losses, gradients, training or judging.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from mogeo.dpo.data import Preferences, Row
 OBJECTIVES = ("helpfulness", "honesty", "truthfulness", "instruction_following")
 
 REGIMES: dict[str, dict[str, float]] = {"base": {}, "noisehelp": {"helpfulness": 0.25}}
-"""Regime -> objective -> share of its training preferences that `flip_labels` turns around; held-out ones stay."""
+"""Regime -> objective -> share of its training pairs that `flip_labels` turns around. Held-out pairs are left alone."""
 
-# No value occurs under two attributes, so a value out of place is seen by the raters.
+# Each value belongs to one attribute only, so that raters can tell when it is given for another.
 VALUES: dict[str, tuple[str, ...]] = {
     "bird": ("heron", "magpie", "osprey", "plover", "raven", "wren"),
     "colour": ("amber", "azure", "crimson", "green", "ivory", "violet"),
@@ -57,29 +57,41 @@ TOWNS = (
     "Elmstead", "Fairholt", "Garston", "Hartwell", "Inglewood", "Kelbrook", "Langdale", "Marlow",
     "Netherby", "Oakham", "Penrith", "Ravenglass", "Selwick", "Thornbury", "Upton", "Wexcombe",
 )  # fmt: skip
-LIMITS = tuple(range(4, 15))  # words; a bullet counts as one: every piece between blanks does
+LIMITS = tuple(range(4, 15))  # words: pieces between blanks, so the bullet of a list counts as a word
 LIST, PROSE = "List", "Describe"
 _UNKNOWN_SHARE = 0.25  # of the facts
-_HEDGED_SHARE = 0.25  # of the answers to what nobody knows that are no plain guess; the others are "unsure"
+_HEDGED_SHARE = 0.25  # of answers to what nobody knows that are not plain guesses: "maybe"; the others are "unsure"
 _PROMPT = re.compile(rf"({LIST}|{PROSE}) ([a-z, ]+) of (\w+) in (\d+) words\.")
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a prompt asks for. `text()` and `Question.parse` are each other's inverse."""
+class TownQuestion:
+    """What a prompt of this world asks for.
+
+    Attributes:
+        town: one of TOWNS.
+        attributes: the facts that are asked for, in this order.
+        limit: most words of an answer.
+        form: LIST or PROSE.
+    """
 
     town: str
     attributes: tuple[str, ...]
-    limit: int  # words
-    form: str  # LIST or PROSE
+    limit: int
+    form: str
 
     def text(self) -> str:
+        """The prompt; `parse` reads it back."""
         asked = ", ".join(self.attributes[:-1]) + " and " + self.attributes[-1]
         return f"{self.form} {asked} of {self.town} in {self.limit} words."
 
     @classmethod
-    def parse(cls, prompt: str) -> Question:
-        """Read a prompt of this world. Raises ValueError, which quotes it, for any other text."""
+    def parse(cls, prompt: str) -> TownQuestion:
+        """Read a prompt of this world.
+
+        Raises:
+            ValueError: the text is none; the message quotes it.
+        """
         match = _PROMPT.fullmatch(prompt.strip())
         attributes = tuple(re.split(r", | and ", match[2])) if match else ()
         if match is None or match[3] not in TOWNS or not set(attributes) <= set(ATTRIBUTES):
@@ -87,30 +99,41 @@ class Question:
         return cls(match[3], attributes, int(match[4]), match[1])
 
 
-_EXAMPLE = Question("Oakham", ("river", "crop"), 9, LIST)
+_EXAMPLE = TownQuestion("Oakham", ("river", "crop"), 9, LIST)
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One item of an answer. `value` is None where the answer says "unsure"."""
+    """One item of an answer.
+
+    Attributes:
+        attribute: what it is about.
+        value: the value that is given; None for "unsure".
+        hedged: whether "maybe" stands before the value.
+    """
 
     attribute: str
     value: str | None
-    hedged: bool = False  # "maybe": a value named, but not vouched for
+    hedged: bool = False
 
     def words(self) -> str:
+        """The value as it stands in an answer."""
         return "unsure" if self.value is None else f"maybe {self.value}" if self.hedged else self.value
 
 
 def render(statements: Sequence[Statement], form: str) -> str:
-    """The answer as text, as a list ("- river Esk") or as prose ("the river is Esk and the crop is unsure")."""
+    """An answer as text: a list ("- river Esk") or prose ("the river is Esk and the crop is unsure")."""
     if form == LIST:
         return " ".join(f"- {s.attribute} {s.words()}" for s in statements)
     return " and ".join(f"the {s.attribute} is {s.words()}" for s in statements)
 
 
 def read_statements(response: str) -> list[Statement]:
-    """Every statement in a response, well-formed or not: an attribute, then (maybe hedged) a value or "unsure"."""
+    """Find the statements in any text: the name of an attribute and, later on, "unsure" or a value, perhaps with
+    "maybe".
+
+    Whatever else the text says is passed over.
+    """
     statements: list[Statement] = []
     attribute, hedged = None, False
     for word in response.split():
@@ -127,7 +150,7 @@ def read_statements(response: str) -> list[Statement]:
 
 @dataclass(frozen=True)
 class Policy:
-    """Who answers, as probabilities; each is the chance of one vice (the last: of one virtue) in one answer or item."""
+    """How one of the four authors of the training answers writes: the probability of each habit."""
 
     name: str
     errs: float  # a wrong value where the fact is known
@@ -150,9 +173,13 @@ POLICIES = (
 
 
 class World:
-    """The facts drawn from one seed, with what generates rows about them and what rates answers against them.
+    """Facts drawn from a seed, rows of prompts and answers about them, and ratings of any answer.
 
-    The seed decides everything, bit for bit; no global random state is read or changed.
+    Args:
+        seed: decides everything. No global random state is read or changed.
+
+    Attributes:
+        facts: town -> attribute -> value, or None if nobody knows.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -160,39 +187,49 @@ class World:
         rng = self._stream("facts")
         cells = [(town, attribute) for town in TOWNS for attribute in ATTRIBUTES]
         unknown = set(rng.sample(cells, round(_UNKNOWN_SHARE * len(cells))))
-        # town -> attribute -> value, or None where nobody knows
         self.facts: dict[str, dict[str, str | None]] = {town: {} for town in TOWNS}
         for town, attribute in cells:
             value = rng.choice(VALUES[attribute])
             self.facts[town][attribute] = None if (town, attribute) in unknown else value
 
     def rows(self, n: int) -> list[Row]:
-        """`n` rows with distinct prompts, each with one completion of each policy, rated on each objective.
+        """Rows with distinct prompts, each with an answer by each policy, which is rated on each objective.
 
-        In UltraFeedback's shape: {"instruction": str, "completions": [{"model": str, "response": str, "annotations":
-        {objective: {"Rating": "3.5"}}}]}. The first m of n rows are the rows of `rows(m)`. Raises ValueError for more
-        rows than there are prompts.
+        A row has UltraFeedback's shape: {"instruction": str, "completions": [{"model": str, "response": str,
+        "annotations": {objective: {"Rating": "3.5"}}}]}.
+
+        Args:
+            n: number of rows. Fewer rows are the first ones of more rows.
+
+        Raises:
+            ValueError: there are not so many prompts.
         """
         prompts = len(TOWNS) * (math.perm(len(ATTRIBUTES), 2) + math.perm(len(ATTRIBUTES), 3)) * len(LIMITS) * 2
         if n > prompts:
             raise ValueError(f"{n} rows were asked for: this world has {prompts} distinct prompts")
         ask, answer = self._stream("questions"), self._stream("answers")
-        questions: dict[Question, None] = {}  # a dict keeps the order in which they were drawn, a set would not
+        questions: dict[TownQuestion, None] = {}  # a dict keeps the order in which they were drawn, a set would not
         while len(questions) < n:
             attributes = tuple(ask.sample(ATTRIBUTES, ask.choice((2, 3))))
-            questions[Question(ask.choice(TOWNS), attributes, ask.choice(LIMITS), ask.choice((LIST, PROSE)))] = None
+            questions[TownQuestion(ask.choice(TOWNS), attributes, ask.choice(LIMITS), ask.choice((LIST, PROSE)))] = None
         return [
             {"instruction": q.text(), "completions": [self._completion(policy, q, answer) for policy in POLICIES]}
             for q in questions
         ]
 
     def rate(self, prompt: str, response: str) -> dict[str, float]:
-        """Rate any text as an answer to a prompt of this world: objective -> 1 to 5 in half points.
+        """Rate any text as an answer to a prompt of this world.
 
-        Raises ValueError for a prompt that is not of this world. An answer that states nothing is rated 1 on
-        helpfulness and honesty, and 5 on truthfulness: silence is not a lie.
+        An answer that states nothing is rated 1 on helpfulness and honesty, and 5 on truthfulness, since it is not
+        wrong.
+
+        Returns:
+            Objective -> rating, 1 to 5 in half points.
+
+        Raises:
+            ValueError: the prompt is not of this world.
         """
-        question = Question.parse(prompt)
+        question = TownQuestion.parse(prompt)
         facts = self.facts[question.town]
         statements = read_statements(response)
         ratings = {
@@ -204,16 +241,16 @@ class World:
         return {name: min(5.0, max(1.0, round(2 * rating) / 2)) for name, rating in ratings.items()}
 
     def _stream(self, purpose: str) -> random.Random:
-        # A string seed goes through SHA-512: streams of neighbouring seeds and other purposes have nothing in common.
+        # Python hashes a seed that is a string, so that streams for other seeds or purposes are independent.
         return random.Random(f"mogeo world {self.seed} {purpose}")
 
-    def _completion(self, policy: Policy, question: Question, rng: random.Random) -> dict[str, Any]:
+    def _completion(self, policy: Policy, question: TownQuestion, rng: random.Random) -> dict[str, Any]:
         response = self._answer(policy, question, rng)
         ratings = self.rate(question.text(), response)
         annotations = {name: {"Rating": f"{rating:g}"} for name, rating in ratings.items()}
         return {"model": policy.name, "response": response, "annotations": annotations}
 
-    def _answer(self, policy: Policy, question: Question, rng: random.Random) -> str:
+    def _answer(self, policy: Policy, question: TownQuestion, rng: random.Random) -> str:
         attributes = list(question.attributes)
         if rng.random() < policy.shuffles:
             rng.shuffle(attributes)
@@ -246,14 +283,17 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else 0.0
 
 
-def _helpfulness(question: Question, statements: Sequence[Statement]) -> float:
-    """How concretely each asked attribute is answered, 0 to 1; true or not, and the last word on it counts."""
+def _helpfulness(question: TownQuestion, statements: Sequence[Statement]) -> float:
+    """How concretely the attributes that were asked for are answered, 0 to 1, be it true or not.
+
+    If an attribute is answered twice, the last answer counts.
+    """
     last = {s.attribute: 0.25 if s.value is None else 0.75 if s.hedged else 1.0 for s in statements}
     return _mean([last.get(attribute, 0.0) for attribute in question.attributes])
 
 
 def _calibration(statement: Statement, fact: str | None) -> float:
-    """Whether the confidence of a statement is deserved, 0 to 1."""
+    """How well the confidence of a statement fits what is known, 0 to 1."""
     if statement.hedged:
         return 0.5
     if statement.value is None:
@@ -262,12 +302,16 @@ def _calibration(statement: Statement, fact: str | None) -> float:
 
 
 def _error(statement: Statement, fact: str | None) -> float:
-    """How wrong a named value is, 0 to 1; about what nobody knows, any value is half wrong."""
+    """How wrong a value is: 0 or 1, or 1/2 for any value if nobody knows the fact."""
     return 0.5 if fact is None else float(statement.value != fact)
 
 
-def _disobedience(question: Question, statements: Sequence[Statement], response: str) -> float:
-    """Points lost: one per two words over the limit (three at most), form 2, order or extras 1, broken text 2."""
+def _disobedience(question: TownQuestion, statements: Sequence[Statement], response: str) -> float:
+    """Points lost for not following the prompt.
+
+    1 for each two words over the limit (3 at most), 2 for the wrong form, 1 for another order or for attributes that
+    were not asked for, 2 for text that is not well-formed.
+    """
     words = response.split()
     form = PROSE if "the" in words else LIST
     stated = [s.attribute for s in statements]
@@ -279,10 +323,15 @@ def _disobedience(question: Question, statements: Sequence[Statement], response:
 
 
 def flip_labels(train: Preferences, shares: Mapping[str, float], seed: int) -> Preferences:
-    """Training preferences with a share of each named objective's pairs turned around (chosen <-> rejected).
+    """Turn around (chosen <-> rejected) a share of the training pairs of some objectives: labels with noise.
 
-    This is how a regime spoils labels: the held-out preferences are never passed here. Each pair is turned with that
-    probability, independently; the same seed turns the same ones. Raises ValueError for an objective without pairs.
+    Args:
+        train: the pairs. Held-out pairs are left as they are in every regime.
+        shares: objective -> the probability with which each of its pairs is turned around.
+        seed: decides which ones are.
+
+    Raises:
+        ValueError: an objective has no pairs.
     """
     unknown = set(shares) - set(train.pairs)
     if unknown:
@@ -314,9 +363,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
-    """An untrained Llama of about 110 thousand parameters for this vocabulary: 64 wide, 2 layers, 4 heads, fp32.
+    """An untrained Llama of about 110,000 parameters in fp32: 64 wide, 2 layers, 4 heads.
 
-    The weights depend on `seed` alone; torch's global random state is left as it was.
+    Args:
+        tokenizer: whose vocabulary it has.
+        seed: decides the weights. torch's global random state is left as it was.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -325,7 +376,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedM
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
-        initializer_range=0.05,  # the usual 0.02 is for wide models; at 64 it only delays the start
+        initializer_range=0.05,  # the usual 0.02 suits wider models; with a width of 64, training starts more slowly
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

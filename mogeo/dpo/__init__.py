@@ -1,7 +1,6 @@
-"""Direct preference optimisation with several objectives: a user of mogeo's optimizer, never the other way round.
+"""`mogeo align`: direct preference optimisation (DPO) with several objectives. Uses mogeo's optimizer as anyone would.
 
-`losses` turns a model and token ids into preference losses; `data` turns rated completions into one preference set per
-objective; `tokens` into tokens; `train.align` puts them through `mogeo.MultiObjectiveOptimizer`; `scoring` measures.
-`generate` lets a model speak, and `judged` has a `judge` compare what it says with `golden` responses.
-Nothing is imported here, so that `mogeo --help` does not have to wait for torch and transformers.
+`data` makes preference pairs of rated completions, `tokens` makes token ids of them, `log_probs` scores them with a
+model, `losses` makes losses of the scores, and `train.align` is the training loop. Nothing is imported here, so that
+`mogeo --help` does not have to wait for torch and transformers.
 """

@@ -1,22 +1,21 @@
-"""`mogeo align`: arguments, checks, the run, its table. Training itself is in `train`.
+"""`mogeo align`: options, the order of the work, and what is shown. The training itself is in `train`.
 
-Must not import torch at the top: `mogeo align --help` has to answer at once, and bad input before a model is loaded.
+Must not import torch at the top: `mogeo align --help` has to answer at once, and what is wrong has to be found before a
+model is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mogeo.dpo.config import (
     AUTOCASTS,
-    LOSSES,
-    OPTIMIZER_OPTIONS,
     PROMPT_FORMATS,
     ROW_DTYPES,
     SCHEDULES,
@@ -25,12 +24,13 @@ from mogeo.dpo.config import (
     share_or_number,
 )
 from mogeo.dpo.data import COUNTS, PAIRINGS, Preferences, build_preferences, read_rows, split_rows
-from mogeo.dpo.provenance import Origin
+from mogeo.dpo.data_origin import DataOrigin
+from mogeo.dpo.loss_names import LOSSES
 from mogeo.errors import InputError
+from mogeo.figures.table import Table
 
 if TYPE_CHECKING:
-    from mogeo.dpo.figures import Table
-    from mogeo.dpo.processes import Ranks
+    from mogeo.dpo.processes import Processes
     from mogeo.dpo.train import AlignResult
 
 logger = logging.getLogger("mogeo")
@@ -40,10 +40,12 @@ Fine-tune a language model with DPO on completions that were rated by several ob
 behind: each gets its own preference pairs, and every step follows one direction that --weighting finds for all of them.
 """
 
-_EPILOG = """\
+_LOSSES = "\n".join(f"  {name:<20} {usage}" for name, (_, usage) in LOSSES.items())
+
+_EPILOG = f"""\
 data
-  One row is {"instruction": "...", "completions": [{"response": "...",
-              "annotations": {"helpfulness": {"Rating": "4"}, "honesty": {"Rating": "N/A"}, ...}}, ...]}
+  One row is {{"instruction": "...", "completions": [{{"response": "...",
+              "annotations": {{"helpfulness": {{"Rating": "4"}}, "honesty": {{"Rating": "N/A"}}, ...}}}}, ...]}}
   as in openbmb/UltraFeedback. Objectives are the names found in "annotations". For each, completions with strictly
   different ratings become pairs; ties, ratings that are no number and empty responses are left out and counted.
 
@@ -53,6 +55,9 @@ weightings
   mgda                 min-norm point: to first order, no objective gets worse    mgda-normalized   of unit gradients
   gapo(0.5)            of gradients over a power of their norm                    group-dro(0.01)   by losses alone
   upgrad               mean of the gradients, each first made to hurt no other objective
+
+losses
+{_LOSSES}
 
 examples
   mogeo align --model Qwen/Qwen2.5-0.5B-Instruct --data openbmb/UltraFeedback --output runs/qwen
@@ -73,7 +78,7 @@ written to --output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; every default is AlignConfig's."""
+    """Declare the options. Those that are settings of the run are stored under the names of `AlignConfig`'s fields."""
     default = AlignConfig()
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
 
@@ -120,9 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refresh-every", type=int, default=default.refresh_every, metavar="T",
         help="solve for the weights at every T-th step, and hold them in between (default: %(default)s)",
     )  # fmt: skip
-    large.add_argument(
-        "--release-rows", action="store_true", help="with --refresh-every, free the gradient rows after each solve"
-    )
     large.add_argument("--row-dtype", choices=ROW_DTYPES, help="keep gradient rows in it (default: as the weights)")
     large.add_argument("--host-rows", action="store_true", help="keep gradient rows in the host's memory")
     large.add_argument(
@@ -135,20 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dpo.add_argument(
         "--beta", type=float, default=default.beta, help="pull towards the reference (default: %(default)s)"
     )
-    dpo.add_argument("--loss", choices=LOSSES, default=default.loss, help="(default: %(default)s)")
-    dpo.add_argument(
-        "--label-smoothing", type=float, default=0.0, metavar="E", help="share of labels taken to be wrong (default: 0)"
-    )
-
-    dpo.add_argument(
-        "--modpo-weights", metavar="W,W", help="MODPO: one weight per objective, or 'equal'; trains a DPO model per "
-        "objective first, for the margins (default: plain DPO)",
-    )  # fmt: skip
+    dpo.add_argument("--loss", default=default.loss, metavar="L", help="see below (default: %(default)s)")
 
     train = parser.add_argument_group("optimizer (AdamW)")
     train.add_argument(
-        "--lr", type=float, default=default.learning_rate, help="peak learning rate (default: %(default)s)"
-    )
+        "--lr", dest="learning_rate", type=float, default=default.learning_rate, metavar="R",
+        help="peak learning rate (default: %(default)s)",
+    )  # fmt: skip
     train.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help="(default: %(default)s)")
     train.add_argument(
         "--warmup-steps", type=int, default=default.warmup_steps, metavar="N", help="(default: %(default)s)"
@@ -166,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     train.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
     train.add_argument(
-        "--pairs", type=int, default=default.pairs_per_objective, metavar="N",
+        "--pairs", dest="pairs_per_objective", type=int, default=default.pairs_per_objective, metavar="N",
         help="pairs of each objective in a step, over all ranks (default: %(default)s)",
     )  # fmt: skip
     train.add_argument(
@@ -215,45 +210,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the command; raises InputError for what the user can mend."""
+    """Carry out the command.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
     # Everything that can be wrong is found before the model is loaded, the cheapest first.
     config = _config(args)
-    config.check()
-    from mogeo.dpo.processes import joined, launched
-    from mogeo.dpo.train import check_weighting
+    from mogeo.dpo.processes import join_processes, launched_processes
+    from mogeo.dpo.train import check_settings
 
-    config.check_ranks(launched().size)
-    check_weighting(config)
-    with joined(args.device) as ranks:
+    check_settings(config, ranks=launched_processes().size)
+    with join_processes(args.device) as ranks:
         return _run(args, config, ranks)
 
 
-def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
-    """The command, on each of the ranks that have joined."""
+def _run(args: argparse.Namespace, config: AlignConfig, ranks: Processes) -> int:
+    """The command in each of the processes that train together."""
     import torch
     import transformers
 
-    from mogeo.dpo import models
-    from mogeo.dpo.modpo import align_modpo
+    from mogeo.dpo.models import check_model_source, load_model
     from mogeo.dpo.run_folder import check_output
-    from mogeo.dpo.train import Interrupted, align, check_weighting
+    from mogeo.dpo.train import Interrupted, align, check_settings
 
     if not ranks.first:
         logger.setLevel(logging.ERROR)  # the first rank says the same
     ranks.on_first(lambda: check_output(args.output, args.resume))
-    models.check_model_source(args.model)
+    check_model_source(args.model)
     rows = read_rows(args.data)
     train, held_out = _preferences(rows, args)
-    check_weighting(config, train.objectives)
-    run_align = align if args.modpo_weights is None else partial(align_modpo, weights=_modpo_weights(args, train))
+    check_settings(config, train.objectives, ranks.size)
     if ranks.first:
         print(_data_table(train, held_out).text(), end="\n\n", flush=True)
 
     if args.quiet or not ranks.first:
         transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = models.load_model(args.model)
+    model, tokenizer = load_model(args.model)
     try:
-        result = run_align(
+        result = align(
             model,
             tokenizer,
             train,
@@ -273,51 +271,28 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Ranks) -> int:
     if not ranks.first:
         return 0
     train_rows, _ = split_rows(rows, args.held_out, args.seed)
-    Origin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
-    table = result_table(result)
+    DataOrigin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
+    table = held_out_table(result)
     print("\n" + table.text())
     _write_report(args, result, [table, _data_table(train, held_out)])
     print(f"\nmodel, metrics and report are in {args.output}")
     return 0
 
 
-def _again(args: argparse.Namespace, ranks: Ranks) -> str:
-    """The command line that goes on with this run."""
+def _again(args: argparse.Namespace, ranks: Processes) -> str:
+    """The command line that goes on with this run where it was stopped."""
     launch = ["mogeo"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size), "-m", "mogeo"]
     return shlex.join([*launch, "align", *(a for a in args.argv[1:] if a != "--resume"), "--resume"])
 
 
 def _config(args: argparse.Namespace) -> AlignConfig:
-    return AlignConfig(
-        weighting=args.weighting,
-        beta=args.beta,
-        loss=args.loss,
-        label_smoothing=args.label_smoothing,
-        learning_rate=args.lr,
-        betas=tuple(args.betas),
-        weight_decay=args.weight_decay,
-        warmup_steps=args.warmup_steps,
-        schedule=args.schedule,
-        max_steps=args.max_steps,
-        epochs=args.epochs,
-        pairs_per_objective=args.pairs,
-        micro_batch=args.micro_batch,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-        autocast=args.autocast,
-        device=args.device,
-        fsdp=args.fsdp,
-        max_length=args.max_length,
-        prompt_format=args.prompt_format,
-        **{name: getattr(args, name) for name in OPTIMIZER_OPTIONS if name != "preference"},
-        preference=_preference(args),
-    )
+    """The settings of the run."""
+    given = {item.name: getattr(args, item.name) for item in dataclasses.fields(AlignConfig)}
+    return AlignConfig(**{**given, "betas": tuple(args.betas), "preference": _preference(args)})
 
 
 def _preference(args: argparse.Namespace) -> dict[str, float] | None:
-    """Objective → number, as given; None: nothing was."""
+    """The values of `--preference` by objective; None if there are none."""
     if args.preference is None:
         return None
     given = dict(args.preference)
@@ -325,19 +300,6 @@ def _preference(args: argparse.Namespace) -> dict[str, float] | None:
         if sum(name == other for other, _ in args.preference) > 1:
             raise InputError(f"--preference names '{name}' more than once: give each objective one number")
     return given
-
-
-def _modpo_weights(args: argparse.Namespace, train: Preferences) -> dict[str, float] | None:
-    """MODPO's weight of each objective; None: equal ones."""
-    if args.modpo_weights == "equal":
-        return None
-    try:
-        weights = [float(part) for part in args.modpo_weights.split(",")]
-    except ValueError:
-        raise InputError(f"--modpo-weights '{args.modpo_weights}': give numbers, or 'equal'") from None
-    if len(weights) != len(train.objectives):
-        raise InputError(f"--modpo-weights has {len(weights)} numbers for the objectives {', '.join(train.objectives)}")
-    return dict(zip(train.objectives, weights, strict=True))
 
 
 def _preferences(rows: list[dict[str, object]], args: argparse.Namespace) -> tuple[Preferences, Preferences]:
@@ -356,8 +318,7 @@ def _preferences(rows: list[dict[str, object]], args: argparse.Namespace) -> tup
 
 
 def _data_table(train: Preferences, held_out: Preferences) -> Table:
-    from mogeo.dpo.figures import Table
-
+    """How many pairs each objective has, and what was left out."""
     rows = [
         [f"{name} ({label})", *(str(preferences.counts[name][key]) for key in COUNTS)]
         for label, preferences in (("training", train), ("held-out", held_out))
@@ -367,10 +328,8 @@ def _data_table(train: Preferences, held_out: Preferences) -> Table:
     return Table("Preferences", ["objective", *COUNTS], rows, note)
 
 
-def result_table(result: AlignResult) -> Table:
-    """Held-out numbers before and after training, one row an objective, and the worst of each column."""
-    from mogeo.dpo.figures import Table
-
+def held_out_table(result: AlignResult) -> Table:
+    """Numbers on the held-out pairs before and after training: a row per objective, and the worst of each column."""
     before, after = result.before, result.after
     columns = [
         [
@@ -395,13 +354,13 @@ def result_table(result: AlignResult) -> Table:
 
 
 def _write_report(args: argparse.Namespace, result: AlignResult, tables: list[Table]) -> None:
-    from mogeo.dpo import figures
+    """Write report.html and its charts. Without matplotlib, say that they are left out."""
+    from mogeo.figures.charts import MissingMatplotlibError
+    from mogeo.figures.html_report import write_report
 
     title = f"mogeo align: {Path(args.model).name}, {args.weighting}"
     notes = [*result.notes, f"Command: {shlex.join(['mogeo', *args.argv])}"]
     try:
-        figures.write_report(
-            args.output, title, tuple(result.after.accuracy), {args.weighting: result.history}, tables, notes
-        )
-    except figures.MissingMatplotlibError as error:
+        write_report(args.output, title, tuple(result.after.accuracy), {args.weighting: result.history}, tables, notes)
+    except MissingMatplotlibError as error:
         logger.warning("no report.html: %s", error)

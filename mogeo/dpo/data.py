@@ -1,4 +1,4 @@
-"""From rated completions to one preference set per objective. Must not know about tokens, models or training.
+"""From rated completions to one set of preference pairs per objective. Knows no tokens, models or training.
 
 A row has UltraFeedback's shape (https://huggingface.co/datasets/openbmb/UltraFeedback):
 `{"instruction": str, "completions": [{"response": str, "annotations": {objective: {"Rating": "4"}}}, ...]}`; every
@@ -30,30 +30,33 @@ COUNTS = {
     "unrated": "completions without a numeric rating",
     "empty": "completions with an empty response",
 }
-"""What `Preferences.counts` holds for each objective: name → meaning."""
+"""The numbers in `Preferences.counts`: name → what it counts."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of a prompt, of which the first was rated strictly higher."""
+    """Two completions of a prompt; `chosen` was rated strictly higher than `rejected`."""
 
     prompt: str
     chosen: str
     rejected: str
-    margin: float = 0.0
-    """MODPO only: Σ w_i (r_i(chosen) − r_i(rejected)) over the other objectives i, in the unit of their rewards."""
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """One list of pairs per objective, and what was left out on the way (`COUNTS` says what each number is)."""
+    """The preference pairs of each objective.
+
+    Attributes:
+        pairs: objective → its pairs.
+        counts: objective → name in `COUNTS` → how many pairs were made, and what was left out.
+    """
 
     pairs: dict[str, list[Pair]]
     counts: dict[str, dict[str, int]]
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names in the order in which weights and reports list them."""
+        """The objectives' names, in the order of weights and tables."""
         return tuple(self.pairs)
 
 
@@ -61,10 +64,14 @@ class Preferences:
 
 
 def read_rows(source: str | Path) -> list[Row]:
-    """All rows of a local .jsonl, .json or .parquet file, or of the `train` split of a data set on the hub.
+    """Read all rows of a data set.
+
+    Args:
+        source: a local .jsonl, .json or .parquet file, or the name of a data set on the Hugging Face hub, whose split
+            `train` is read.
 
     Raises:
-        InputError: no such file or data set, or what it holds is not a list of objects.
+        InputError: there is no such file or data set, or it does not hold a list of objects.
     """
     path = Path(source)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
@@ -125,7 +132,7 @@ def _read_hub(name: str) -> list[Row]:
 
     try:
         return list(datasets.load_dataset(name, split="train"))
-    except Exception as error:  # the hub client raises dozens of types; each means the same to the user
+    except Exception as error:  # the hub's client raises dozens of types, which all mean the same to the user
         reason = str(error).strip().splitlines()
         raise InputError(
             f"'{name}' is neither a local file nor a data set that could be read from the hub "
@@ -137,12 +144,15 @@ def _read_hub(name: str) -> list[Row]:
 
 
 def split_rows(rows: Sequence[Row], held_out: float | int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows for training and held-out rows, in their old order; a prompt is on one side only, however often it occurs.
+    """Split rows by prompt into training rows and held-out rows. All rows of a prompt are on the same side.
 
     Args:
         rows: in UltraFeedback's shape.
-        held_out: a fraction of the distinct prompts (float in (0, 1)) or their number (int).
-        seed: which prompts.
+        held_out: which share of the distinct prompts is held out (a float in (0, 1)), or how many are (an int).
+        seed: decides which prompts are held out.
+
+    Returns:
+        Training rows and held-out rows, each in the order of `rows`.
 
     Raises:
         InputError: one side would be empty, or a row has no instruction.
@@ -160,7 +170,10 @@ def split_rows(rows: Sequence[Row], held_out: float | int, seed: int) -> tuple[l
 
 
 def same_prompt(prompt: str) -> str:
-    """Prompts that differ in white space only are the same prompt: else the answer leaks into the held-out side."""
+    """The prompt with every run of white space as one blank. Prompts that are then equal count as the same prompt.
+
+    Otherwise a copy of a held-out prompt with other white space could be among the training prompts.
+    """
     return " ".join(prompt.split())
 
 
@@ -175,10 +188,10 @@ def build_preferences(
     Args:
         rows: in UltraFeedback's shape.
         objectives: names and their order; None: all that occur, in the order in which they first do.
-        pairing: ``best-worst``: the highest-rated against the lowest-rated completion, one pair a prompt (among
-            equals, one at random); ``random``: one pair a prompt, drawn from all with different ratings; ``all``:
-            each of them.
-        seed: for the draws. They depend on the seed, the objective and the row's prompt, not on the other rows.
+        pairing: ``best-worst``: one pair per prompt, of the highest-rated and the lowest-rated completion (if several
+            have that rating, one of them at random); ``random``: one pair per prompt, drawn from all pairs with
+            different ratings; ``all``: all pairs with different ratings.
+        seed: for the draws, which depend on the seed, the objective and the row's prompt, and not on other rows.
 
     Raises:
         InputError: a missing column (naming row and column), an unknown objective, or one without a usable pair.
@@ -220,7 +233,7 @@ _Completion = tuple[str, dict[str, float | None]]  # response, objective → rat
 
 
 def _usable(completions: list[_Completion], objective: str, counts: dict[str, int]) -> list[tuple[str, float]]:
-    """(response, rating) of the completions that can be compared; counts those that cannot."""
+    """(response, rating) of each completion with a rating and a response. The others are added to `counts`."""
     rated = []
     for response, ratings in completions:
         rating = ratings.get(objective)
@@ -236,7 +249,7 @@ def _usable(completions: list[_Completion], objective: str, counts: dict[str, in
 def _pick(
     rated: list[tuple[str, float]], pairing: str, draw: random.Random, counts: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """(better, worse) responses of one prompt."""
+    """(better, worse) responses of one prompt. What does not make a pair is added to `counts`."""
     if len(rated) < 2:
         counts["single"] += 1
         return []
@@ -276,6 +289,7 @@ def _parse(row: Row, number: int) -> tuple[str, list[_Completion]]:
 
 
 def _field(record: Row, column: str, kind: type, where: str) -> Any:
+    """The value of a column; InputError if it is missing or not of this type."""
     if column not in record:
         raise InputError(f"{where}: column '{column}' is missing (found: {', '.join(map(str, record)) or 'nothing'})")
     value = record[column]
@@ -290,7 +304,15 @@ def _text(record: Row, column: str, where: str) -> str:
 
 
 def rating_of(annotation: Any, where: str) -> float | None:
-    """A finite rating, or None where there is none ("N/A", "", null)."""
+    """The rating in an annotation such as {"Rating": "4"}; None if it is no finite number ("N/A", "", null).
+
+    Args:
+        annotation: from a row.
+        where: which row, completion and objective, for the message.
+
+    Raises:
+        InputError: the annotation has another form.
+    """
     if annotation is None:
         return None
     if not isinstance(annotation, dict) or "Rating" not in annotation:

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a hub name, a folder or a GGUF file; nothing of training here."""
+"""Load a causal language model and its tokenizer from the hub, a folder or a GGUF file. Knows nothing of training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from mogeo.errors import InputError
 
 
 class LoadedModel(NamedTuple):
-    """A model in the precision asked for, and its tokenizer."""
+    """A causal language model and its tokenizer."""
 
     model: Any
     tokenizer: Any
 
 
 def check_model_source(source: str) -> None:
-    """Raise InputError for a path at which nothing lies or that is not a model. Cheap: loads nothing, asks no hub."""
+    """Check that a model can be at a path. Quick: nothing is loaded, and the hub is not asked.
+
+    Args:
+        source: hub name, folder or GGUF file.
+
+    Raises:
+        InputError: nothing is at the path, or what is there is no model.
+    """
     path = Path(source)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -33,12 +40,15 @@ def check_model_source(source: str) -> None:
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Model and tokenizer, the weights in `dtype`: by default fp32, in which an update of 5e-7 is not rounded away.
+    """Load a model and its tokenizer.
 
-    A GGUF file is dequantised by transformers, whose list of supported architectures holds.
+    Args:
+        source: hub name, folder, or GGUF file. Transformers dequantises the latter, if it knows the architecture.
+        dtype: of the weights. In smaller types than fp32, an update of 5e-7 is rounded away.
 
     Raises:
-        InputError: nothing lies at the path, the hub lacks the model or cannot be reached, or it is no language model.
+        InputError: there is nothing at the path, the hub does not have the model or cannot be reached, or it is not a
+            causal language model.
     """
     check_model_source(source)
     place, options = source, {}
@@ -52,32 +62,39 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
             place, dtype=dtype, **options, **(_dequantized(transformers) if options else {})
         )
     except Exception as error:
-        # A missing repository, an unknown architecture, a missing package, a damaged file: each raises a type of its
-        # own, from struct.error to SafetensorError, and none tells the user more than its text.
+        # A missing repository, an unknown architecture, a missing package and a damaged file raise errors of different
+        # types, from struct.error to SafetensorError. What the user needs is their text.
         reason = " ".join(str(error).split())
         raise InputError(f"model '{source}' cannot be loaded ({type(error).__name__}: {reason:.300})") from error
     return LoadedModel(model, tokenizer)
 
 
 def _dequantized(transformers: Any) -> dict[str, Any]:
-    """Ask for plain weights: without, newer transformers keep a mark of quantisation that bars training and saving."""
+    """Options that ask for plain weights. Without them, newer transformers take a GGUF model for a quantised one, which
+    can neither be trained nor saved.
+    """
     config = getattr(transformers, "GgufConfig", None)  # older versions dequantise without being asked
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def prompt_format_for(tokenizer: Any, wanted: str) -> str:
-    """The format to use: `chat` needs a chat template; a tokenizer without one gets `plain`."""
+    """The prompt format to use: "plain" in place of "chat" if the tokenizer has no chat template.
+
+    Args:
+        tokenizer: of transformers.
+        wanted: "chat" or "plain".
+    """
     return "plain" if wanted == "chat" and getattr(tokenizer, "chat_template", None) is None else wanted
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model can attend to, or None where its config does not say."""
+    """How many tokens the model can attend to; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def pad_token(tokenizer: Any) -> int:
-    """A token id to pad with. Padding is masked, so any one does; 0 where a tokenizer names neither pad nor end."""
+    """A token id to pad with: the tokenizer's pad token, its end token, or 0. Padding is masked, so any id will do."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,7 +1,7 @@
-"""The processes of one run: how they join, which device is whose, what only the first does. Knows no model.
+"""The processes that train one model together ("ranks"): how they join, which device each takes, how they agree.
 
-`torchrun` and `accelerate launch` say in the environment how many processes they started; a process that finds nothing
-there is alone, and everything below then costs nothing and changes nothing.
+`torchrun` and `accelerate launch` tell each process by environment variables how many they started. A process that
+finds no such variables is alone; nothing here then communicates. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ from mogeo.errors import InputError
 
 T = TypeVar("T")
 
-_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets beside WORLD_SIZE
+_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher, as is WORLD_SIZE
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The processes that train one model together, seen from one of them."""
+class Processes:
+    """The processes that train one model together, as one of them sees them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+    """
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """Whether this is the first process, which prints and writes files."""
         return self.rank == 0
 
     def share(self, whole: Tensor) -> Tensor:
-        """This rank's part of [n, ...], n being a multiple of `size`: the parts in the order of ranks are the whole."""
+        """This rank's part of a tensor [n, ...], where n is a multiple of `size`: the first rank has the first rows."""
         return whole.chunk(self.size)[self.rank]
 
     def any(self, flag: bool) -> bool:
@@ -50,14 +55,14 @@ class Ranks:
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, by rank."""
+        """The values of all ranks, in the order of ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_first(self, act: Callable[[], T]) -> T:
-        """Let the first rank act; all return what it returned, or raise the InputError that it raised."""
+        """Call a function on the first rank only. All ranks return its result, or raise its InputError."""
         if self.size == 1:
             return act()
         told: list[Any] = [None, None]
@@ -73,7 +78,11 @@ class Ranks:
         return result
 
     def check_agreed(self, settings: dict[str, Any]) -> None:
-        """Raise InputError, on every rank, if they were not all given the same."""
+        """Check, on all ranks together, that they have the same settings.
+
+        Raises:
+            InputError: they do not; raised on every rank, and naming the first difference.
+        """
         for rank, theirs in enumerate(every := self.gather(settings)):
             for key, value in theirs.items():
                 if value != every[0].get(key):
@@ -83,43 +92,47 @@ class Ranks:
                     )
 
 
-def current_ranks() -> Ranks:
-    """The processes of the default process group; alone where there is none.
+def current_processes() -> Processes:
+    """The processes of torch's default process group; a single one if there is no group.
 
     Raises:
-        InputError: the group cannot carry tensors on the CPU, as scores and stop requests are.
+        InputError: the group has no backend for tensors on the CPU, which scores and stop requests are sent as.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks()
+        return Processes()
     backends = dist.get_backend_config()
     if "cpu:" not in backends:
         raise InputError(
             f"the process group has the backend {backends}, and nothing for the CPU: leave the backend out of "
             "init_process_group, which then has gloo as well"
         )
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
-def launched() -> Ranks:
-    """The processes that a launcher started, before they have joined.
+def launched_processes() -> Processes:
+    """The processes that a launcher started, by the environment; they need not have joined a group yet.
 
     Raises:
-        InputError: the environment names several, but not which of them this one is.
+        InputError: the environment says that there are several, but not which of them this one is.
     """
     size = _number("WORLD_SIZE", "1")
     if size == 1:
-        return Ranks()
+        return Processes()
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise InputError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun --nproc-per-node {size} "
             "-m mogeo align ..., or unset WORLD_SIZE to run alone"
         )
-    return Ranks(_number("RANK"), size)
+    return Processes(_number("RANK"), size)
 
 
 def resolve_device(name: str) -> str:
-    """The device that "auto" means, or `name`; InputError where torch cannot use it."""
+    """The name of a device that torch can use: for "auto" CUDA if there is one, else the CPU.
+
+    Raises:
+        InputError: torch cannot use the device.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -129,11 +142,16 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def device_of_rank(device: str, ranks: Ranks) -> torch.device:
-    """The device of this process: of several on one machine, each takes the GPU of its LOCAL_RANK.
+def device_of_rank(device: str, ranks: Processes) -> torch.device:
+    """The device of this process. With several processes on a machine, each takes the GPU of its LOCAL_RANK.
+
+    Args:
+        device: cpu, cuda, cuda:1, ..., or auto.
+        ranks: the processes that train together.
 
     Raises:
-        InputError: torch cannot use it, one GPU was named for all, or there are fewer than processes.
+        InputError: torch cannot use the device, one GPU was named for several processes, or there are fewer GPUs than
+            processes on this machine.
     """
     chosen = torch.device(resolve_device(device))
     if ranks.size == 1 or chosen.type != "cuda":
@@ -150,20 +168,23 @@ def device_of_rank(device: str, ranks: Ranks) -> torch.device:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """Join the processes that a launcher started, for as long as this context lasts.
+def join_processes(device: str) -> Iterator[Processes]:
+    """Join the processes that a launcher started into a process group, for as long as this context lasts.
 
-    Does nothing for a process that is alone, or whose process group exists already.
+    Does nothing if the process is alone, or if there is a process group already.
 
     Args:
-        device: what the model is trained on, or auto; nccl carries CUDA tensors, gloo those on the CPU.
+        device: that of training, or auto: NCCL is used for CUDA tensors, gloo for tensors on the CPU.
+
+    Yields:
+        The processes.
 
     Raises:
-        InputError: see `launched` and `device_of_rank`.
+        InputError: see `launched_processes` and `device_of_rank`.
     """
-    ranks = launched()
+    ranks = launched_processes()
     if ranks.size == 1 or dist.is_initialized():
-        yield current_ranks()
+        yield current_processes()
         return
     place = device_of_rank(device, ranks)
     if place.type == "cuda":
@@ -172,7 +193,7 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException:
-        # nccl would wait for collectives that the other ranks never join; the end of this process frees it as well.
+        # With NCCL this would wait for the other ranks, which may never come. The group ends with the process anyway.
         if place.type != "cuda":
             dist.destroy_process_group()
         raise
@@ -180,6 +201,7 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def _number(variable: str, default: str = "") -> int:
+    """The number in an environment variable."""
     text = os.environ.get(variable, default)
     try:
         return int(text)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how a resumed run picks it up. Must not know about losses, batches or weightings.
+"""The files of a run, and how a resumed run reads them. Knows no losses, batches or weightings.
 
 run.json          settings and their fingerprints     metrics.jsonl     one record a line
 reference.pt      the reference's log-probabilities   checkpoint.pt     model, optimizer, random state, step
@@ -24,7 +24,15 @@ Record = dict[str, Any]
 
 
 class RunFolder:
-    """An output folder that belongs to one run."""
+    """The output folder of one run.
+
+    Args:
+        path: of the folder; it is made if it does not exist.
+        resume: whether the run in it goes on.
+
+    Raises:
+        InputError: see `check_output`.
+    """
 
     def __init__(self, path: Path, resume: bool) -> None:
         check_output(path, resume)
@@ -39,9 +47,14 @@ class RunFolder:
         _replace(self.path / "run.json", lambda at: at.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
     def check_settings(self, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
-        """Raise InputError listing what differs from the settings that the run began with.
+        """Check that a resumed run has the settings that it was started with.
 
-        A run may have begun before there was a setting: it had the one in `defaults` then.
+        Args:
+            settings: those of now.
+            defaults: values of settings that run.json may lack, because an earlier version wrote it.
+
+        Raises:
+            InputError: they differ; the message lists the differences.
         """
         before = json.loads((self.path / "run.json").read_text("utf-8"))
         before = {**{k: v for k, v in (defaults or {}).items() if k in settings}, **before}
@@ -56,12 +69,12 @@ class RunFolder:
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
     def append(self, record: Record) -> None:
-        """Add a record to metrics.jsonl; NaN and infinities become null, which every JSON reader takes."""
+        """Add a record to metrics.jsonl. NaN and infinity become null, since JSON has neither."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> list[Record]:
-        """Drop the records after `step` (and a last line cut off by a crash), and return the others."""
+        """Remove the records after a step, and a last line that a crash cut off; return the records that are left."""
         records = []
         for line in self._metrics.read_text("utf-8").splitlines():
             try:
@@ -77,29 +90,35 @@ class RunFolder:
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the last checkpoint. A crash at any moment leaves the old one or the new one, whole."""
+        """Replace the last checkpoint. If the process dies meanwhile, either the old or the new one is there, whole."""
         _replace(self._checkpoint, lambda at: torch.save(state, at))
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The last checkpoint, on the CPU.
+        """Read the last checkpoint; its tensors are on the CPU.
 
         Raises:
             InputError: it cannot be read.
         """
         try:
             state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle, zip and torch each have their own for a damaged file
+        except Exception as error:  # a damaged file raises errors of pickle, zip or torch
             raise InputError(f"checkpoint '{self._checkpoint}' cannot be read ({error!s:.200})") from error
         return state
 
     def finish(self) -> None:
-        """Remove the checkpoint: the run is over, and it is three times the size of the model."""
+        """Remove the checkpoint, which is three times as large as the model and not needed when the run is over."""
         self._checkpoint.unlink(missing_ok=True)
 
     # ---- reference -------------------------------------------------------------------------------------------------
 
     def reference(self, fingerprint: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The cached log-probabilities of the reference, else those of `compute`, cached under `fingerprint`."""
+        """The reference's log-probabilities: read if they were written under this fingerprint, else computed and
+        written.
+
+        Args:
+            fingerprint: of all that they depend on.
+            compute: computes them.
+        """
         cached = self.cached_reference(fingerprint)
         if cached is not None:
             return cached
@@ -108,7 +127,7 @@ class RunFolder:
         return scores
 
     def cached_reference(self, fingerprint: str) -> list[Tensor] | None:
-        """What `reference` would not have to compute; else None."""
+        """The reference's log-probabilities if they were written under this fingerprint, else None."""
         if not self._reference.is_file():
             return None
         cached = torch.load(self._reference, weights_only=True)
@@ -117,7 +136,15 @@ class RunFolder:
 
 
 def check_output(path: Path, resume: bool) -> None:
-    """Raise InputError where a new run would overwrite one, or a run to be resumed is not there. Changes nothing."""
+    """Check that a run can start, or go on, in a folder. Changes nothing.
+
+    Args:
+        path: of the folder; it need not exist.
+        resume: whether a run is to go on.
+
+    Raises:
+        InputError: a new run would overwrite another one; or there is no run, or no checkpoint, to go on with.
+    """
     if path.exists() and not path.is_dir():
         raise InputError(f"output '{path}' is a file; name a folder")
     begun, finished = (path / "run.json").is_file(), (path / "model").is_dir()
@@ -133,12 +160,17 @@ def check_output(path: Path, resume: bool) -> None:
 
 
 def fingerprint(*parts: nn.Module | Iterable[Any]) -> str:
-    """SHA-256 over the weights of modules (names, types, shapes, bytes) and the repr of every item of the others."""
+    """A SHA-256 hash.
+
+    Args:
+        parts: a module counts by the names, types, shapes and values of its parameters; anything else by the repr of
+            each of its items.
+    """
     digest = hashlib.sha256()
     for part in parts:
         digest.update(b"\0part")
         if not isinstance(part, nn.Module):
-            for item in part:  # one by one: the repr of a whole data set is a string of gigabytes
+            for item in part:  # one at a time, since the repr of a whole data set would take gigabytes
                 digest.update(repr(item).encode() + b"\0")
             continue
         for name, parameter in part.named_parameters():
@@ -149,7 +181,12 @@ def fingerprint(*parts: nn.Module | Iterable[Any]) -> str:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, force it to disk, and rename it over `path`: all or nothing."""
+    """Replace a file so that it is never half written: write another one beside it, and rename that.
+
+    Args:
+        path: of the file.
+        write: writes the new file to the path that it is given.
+    """
     temporary = path.with_name(path.name + ".partial")
     write(temporary)
     with temporary.open("rb+") as file:
@@ -158,6 +195,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _finite(value: Any) -> Any:
+    """The same nested value, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

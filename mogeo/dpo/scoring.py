@@ -1,4 +1,4 @@
-"""Score sequences with a model, and preferences with scores. Must not know about training, files or optimizers."""
+"""Score sequences with a model, and measure preference accuracy from the scores. Knows no training and no files."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogeo.dpo.losses import sequence_log_probs
-from mogeo.dpo.processes import Ranks
+from mogeo.dpo.log_probs import sequence_log_probs
+from mogeo.dpo.processes import Processes
 from mogeo.dpo.tokens import TokenizedPreferences, TokenSequence, by_length, collate
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a policy orders preference pairs that it was not trained on; every dict is keyed by objective.
+    """How well a policy orders preference pairs that it was not trained on, by objective.
 
-    With h the margin of a pair, (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected), in nats:
+    h is the margin of a pair, see `mogeo.dpo.losses`.
+
+    Attributes:
+        accuracy: share of pairs with h > 0. A pair with h = 0 counts one half, so the reference model has 0.5.
+        margin: mean of β·h, the difference between the implicit rewards of the two completions.
+        likelihood_accuracy: share of pairs with log π(chosen) > log π(rejected). The reference is not used, so this
+            differs from 0.5 before training, too.
+        pairs: number of pairs.
     """
 
     accuracy: dict[str, float]
-    """Share of pairs with h > 0; h = 0 counts one half, so that the reference itself has 0.5 by definition."""
     margin: dict[str, float]
-    """Mean of β·h, the difference of the implicit rewards."""
     likelihood_accuracy: dict[str, float]
-    """Share of pairs with log π(chosen) > log π(rejected), without a reference: it says something untrained too."""
     pairs: dict[str, int]
-    """Number of pairs."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return dict(vars(self))
 
 
-def score(
+def score_sequences(
     model: torch.nn.Module,
     sequences: list[TokenSequence],
     *,
@@ -46,23 +49,26 @@ def score(
     precision: AbstractContextManager[Any],
     on_batch: Callable[[int], object] | None = None,
     log_probs: Callable[..., Tensor] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
 ) -> Tensor:
-    """Log-probability of every completion under the model in evaluation mode: fp32 [len(sequences)], on the CPU.
+    """The log-probability of every completion, under the model in evaluation mode.
 
-    The same sequences, batch size and weights give the same numbers, bit for bit, on one machine.
+    On one machine, the same sequences, batch size and weights give the same bits.
 
     Args:
-        model: a causal language model; its training mode is restored.
+        model: a causal language model. It is in training mode afterwards if it was before.
         sequences: what to score.
-        batch_size: sequences at once.
+        batch_size: sequences that go through the model at once.
         pad: token id to pad with.
-        precision: autocast context of the forward pass; entered once a batch, so it has to be reusable.
-        on_batch: called with the number of sequences done, for a progress bar.
-        log_probs: what to call with the tensors of a batch; by default `sequence_log_probs` of the model.
-        ranks: processes that share the batches out, all of them in this call; each gets all scores.
+        precision: autocast context for the forward pass. It is entered once per batch.
+        on_batch: called with the number of sequences of each batch, for a progress bar.
+        log_probs: called with the tensors of a batch; None: `sequence_log_probs` of the model.
+        ranks: processes that share the batches out. All of them have to call this, and each gets all scores.
+
+    Returns:
+        fp32 [len(sequences)], in nats, on the CPU.
     """
-    log_probs, ranks = log_probs or partial(sequence_log_probs, model), ranks or Ranks()
+    log_probs, ranks = log_probs or partial(sequence_log_probs, model), ranks or Processes()
     device = next(model.parameters()).device
     scores = torch.zeros(len(sequences), dtype=torch.float32)
     batches = list(by_length(sequences, batch_size))
@@ -72,7 +78,8 @@ def score(
         with torch.no_grad():
             for start in range(0, len(batches), ranks.size):
                 together = batches[start : start + ranks.size]
-                # Where none is left for this rank, it still takes part in the forward, and forgets the result.
+                # If there is no batch left for this rank, it runs another rank's batch, since with FSDP2 all ranks have
+                # to take part in a forward, and its result is not used.
                 indices = together[min(ranks.rank, len(together) - 1)]
                 batch = collate([sequences[i] for i in indices], pad).to(device)
                 with precision:
@@ -86,8 +93,17 @@ def score(
     return ranks.sum_(scores)
 
 
-def evaluate(policy: Tensor, reference: Tensor, preferences: TokenizedPreferences, beta: float) -> Evaluation:
-    """Preference accuracy and reward margin of each objective, from the scores of `preferences.sequences`."""
+def evaluate_preferences(
+    policy: Tensor, reference: Tensor, preferences: TokenizedPreferences, beta: float
+) -> Evaluation:
+    """Preference accuracy and reward margin of each objective.
+
+    Args:
+        policy: log-probability of each of `preferences.sequences` under the policy, fp32 [n].
+        reference: the same under the reference model.
+        preferences: the pairs.
+        beta: strength of the pull towards the reference.
+    """
     accuracy, margin, likelihood = {}, {}, {}
     for name, pairs in preferences.pairs.items():
         ratio = (policy - reference).double()
@@ -99,5 +115,5 @@ def evaluate(policy: Tensor, reference: Tensor, preferences: TokenizedPreference
 
 
 def _share_positive(values: Tensor) -> float:
-    """Share of values above zero, a value of exactly zero counting one half."""
+    """Share of values above zero, where a value of exactly zero counts one half."""
     return float((0.5 * (values.sign() + 1)).double().mean())

@@ -1,15 +1,18 @@
 """Align a language model with several preference objectives: the training loop, written as a user would write it.
 
-One step: for every objective, the DPO loss of its next pairs; `MultiObjectiveOptimizer` turns their gradients into one
-direction; AdamW takes it. Files are the business of `run_folder`, the numbers on held-out pairs that of `scoring`, how
-a model lies on several ranks that of `engines`. Every rank runs this loop, on its share of each step's pairs.
+In each step, every objective's loss is computed on its next pairs, `MultiObjectiveOptimizer` makes one direction of
+their gradients, and AdamW steps along it. With several processes, each runs this loop on its share of every step's
+pairs.
+
+Files are left to `run_folder`, the numbers on held-out pairs to `scoring`, and how a model is spread over processes to
+`engines`. What the loss of a pair is, and what has to be known about it beforehand, is said by a `PreferenceLoss`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,22 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mogeo
-from mogeo.decide.steering import Steering
 from mogeo.dpo.config import OPTIMIZER_OPTIONS
 from mogeo.dpo.config import AlignConfig as AlignConfig
 from mogeo.dpo.data import Preferences
-from mogeo.dpo.engines import Alone, engine_of
-from mogeo.dpo.interrupt import Interrupted as Interrupted
-from mogeo.dpo.interrupt import stop_requests
-from mogeo.dpo.losses import dpo_loss, modpo_loss
+from mogeo.dpo.engines import SingleProcess, make_engine
+from mogeo.dpo.graceful_stop import Interrupted as Interrupted
+from mogeo.dpo.graceful_stop import stop_requests
+from mogeo.dpo.loss_names import resolve_loss
+from mogeo.dpo.losses import BeforeTraining, PreferenceLoss
 from mogeo.dpo.models import context_length, pad_token, prompt_format_for
-from mogeo.dpo.processes import Ranks, current_ranks, device_of_rank
-from mogeo.dpo.processes import resolve_device as resolve_device
+from mogeo.dpo.processes import Processes, current_processes, device_of_rank, resolve_device
 from mogeo.dpo.run_folder import Record, RunFolder, fingerprint
-from mogeo.dpo.scoring import Evaluation, evaluate, score
+from mogeo.dpo.scoring import Evaluation, evaluate_preferences, score_sequences
 from mogeo.dpo.tokens import ShuffledEpochs, TokenizedPreferences, TokenSequence, collate, tokenize_preferences
 from mogeo.errors import InputError
-from mogeo.losses.named import in_order
 
 logger = logging.getLogger("mogeo")
 
@@ -43,34 +44,71 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AlignResult:
-    """An aligned model, and what happened on the way."""
+    """An aligned model, and what happened on the way.
+
+    Attributes:
+        model: the model that `align` was given. With `fsdp`, its parameters are DTensors.
+        history: the records of metrics.jsonl, {"kind": "train" or "eval", "step": ..., ...}.
+        before: numbers on the held-out pairs before the first step.
+        after: the same after the last step.
+        notes: what a reader of the results should know, such as how many pairs were left out.
+    """
 
     model: Any
-    """The model that came in; with fsdp its parameters are DTensors."""
     history: list[Record]
-    """The records of metrics.jsonl: {"kind": "train" | "eval", "step": ..., ...}."""
     before: Evaluation
     after: Evaluation
     notes: list[str] = field(default_factory=list)
-    """What the reader of the results should know: pairs left out, a prompt format that was not the one asked for."""
 
 
-def check_weighting(config: AlignConfig, objectives: Sequence[str] | None = None) -> None:
-    """Raise InputError for a weighting that does not exist, or cannot work with this loss or these objectives.
+def check_settings(config: AlignConfig, objectives: Sequence[str] | None = None, ranks: int = 1) -> None:
+    """Check all settings of a run, as far as that is possible without its model. Takes milliseconds.
 
-    So too for what steers it: a preference or a floor that does not fit the objectives.
+    The weighting and the optimizer's options are tried on a model of a single number, so that whatever
+    `MultiObjectiveOptimizer` refuses is refused here, in its words.
+
+    Args:
+        config: the settings.
+        objectives: names of the objectives; None if they are not known yet.
+        ranks: number of processes that train together.
+
+    Raises:
+        InputError: a setting is out of its range, or settings do not fit each other, the objectives or the ranks.
     """
+    config.check()
+    config.check_ranks(ranks)
+    loss = resolve_loss(config.loss)
+    if objectives is not None:
+        loss = loss.for_objectives(objectives)
+    if loss.one_process and ranks > 1:
+        raise InputError(f"loss {loss!r} runs in a single process, and there are {ranks}: start mogeo align by itself")
+    parameter = torch.nn.Parameter(torch.zeros(1))
     try:
-        weighting = mogeo.weightings.resolve(config.weighting)
+        optimizer = _multi_objective(torch.optim.SGD([parameter]), config, objectives)
         if objectives is not None:
-            preference = None if config.preference is None else in_order(config.preference, tuple(objectives))
-            Steering(preference, config.min_weight, config.smoothing).constant(weighting, len(objectives))
+            steering = {name: getattr(config, name) for name in ("preference", "min_weight", "smoothing")}
+            probe = mogeo.MultiObjectiveOptimizer(
+                torch.optim.SGD([parameter]), config.weighting, objectives=objectives, **steering
+            )
+            probe.backward({name: parameter.sum() for name in objectives})
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from None
-    if config.loss == "hinge" and getattr(weighting, "needs_positive_losses", False):
+    if loss.reaches_zero and getattr(optimizer.weighting, "needs_positive_losses", False):
         raise InputError(
-            f"weighting {weighting!r} divides by the loss, and the hinge loss reaches 0; use loss sigmoid, or mgda"
+            f"weighting {optimizer.weighting!r} divides by the loss, and the {loss!r} loss reaches 0; use loss sigmoid "
+            "or weighting mgda"
         )
+
+
+def _multi_objective(
+    base: torch.optim.Optimizer, config: AlignConfig, objectives: Sequence[str] | None
+) -> mogeo.MultiObjectiveOptimizer:
+    """The optimizer of a run, around a base optimizer."""
+    options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS}
+    options["row_dtype"] = {None: None, "bf16": torch.bfloat16}[config.row_dtype]
+    return mogeo.MultiObjectiveOptimizer(
+        base, config.weighting, objectives=objectives, max_grad_norm=config.max_grad_norm, **options
+    )
 
 
 def align(
@@ -84,38 +122,35 @@ def align(
     resume: bool = False,
     progress: bool = True,
 ) -> AlignResult:
-    """Fine-tune `model` in place with DPO, one preference set per objective, balanced by `config.weighting`.
+    """Fine-tune a model with one set of preference pairs per objective, balanced by `config.weighting`.
 
-    The model as it comes in is the reference; its log-probabilities are computed once, before the first step.
+    The model is changed in place. As it is at the start, it is the reference model, whose log-probabilities are
+    computed once, before the first step.
 
-    With a `torch.distributed` process group of several ranks, call this on each of them, with the same arguments: they
-    share every step's pairs out, and the first rank writes to `output`.
+    With a `torch.distributed` process group of several ranks, call this on each of them with the same arguments. Each
+    rank takes its share of every step's pairs, and the first one writes to `output`.
 
     Args:
-        model: a causal language model of transformers; fp32 parameters, unless updates may be rounded away.
+        model: a causal language model of transformers. Its parameters should be fp32: smaller types round small updates
+            away.
         tokenizer: its tokenizer.
-        train: preferences to learn from; their objectives are the run's, in this order.
-        held_out: preferences to measure on, with the same objectives.
-        config: everything else.
+        train: pairs to learn from. Their objectives, in this order, are those of the run.
+        held_out: pairs to measure on, with the same objectives.
+        config: the settings.
         output: folder for metrics, checkpoints and the final model; None: nothing is written.
-        resume: go on from the checkpoint in `output`; the result is bit-identical to that of an uninterrupted run (on
-            another number of ranks: equal but for rounding, and for dropout).
+        resume: go on from the checkpoint in `output`. The result has the same bits as that of a run that was never
+            stopped; with another number of ranks it differs by rounding and dropout.
         progress: show progress bars on stderr.
 
     Raises:
         InputError: settings, data or folder cannot be used.
-        Interrupted: Ctrl-C or SIGTERM, with an `output`; without one, KeyboardInterrupt comes through.
+        Interrupted: the run was stopped by Ctrl-C or SIGTERM, and a checkpoint was saved in `output`. Without an
+            `output`, KeyboardInterrupt is raised instead.
     """
-    ranks = current_ranks()
-    config.check()
-    config.check_ranks(ranks.size)
-    check_weighting(config, train.objectives)
+    ranks = current_processes()
+    check_settings(config, train.objectives, ranks.size)
     if set(train.objectives) != set(held_out.objectives):
         raise InputError(f"training pairs have objectives {train.objectives}, held-out pairs {held_out.objectives}")
-    if config.modpo_weights is not None and len(config.modpo_weights) != len(train.objectives):
-        raise InputError(
-            f"modpo_weights has {len(config.modpo_weights)} entries for {len(train.objectives)} objectives"
-        )
     if resume and output is None:
         raise InputError("resume needs the output folder of the run to go on with")
     run = _Run(model, tokenizer, train, held_out, config, ranks, output, resume, progress)
@@ -127,7 +162,7 @@ def align(
 
 
 class _Run:
-    """What the steps of one run share: model, optimizer, tokens, the reference's scores, history."""
+    """One run of `align`: model, optimizer, tokens, the reference's scores, and the records so far."""
 
     def __init__(
         self,
@@ -136,7 +171,7 @@ class _Run:
         train: Preferences,
         held_out: Preferences,
         config: AlignConfig,
-        ranks: Ranks,
+        ranks: Processes,
         output: Path | None,
         resume: bool,
         progress: bool,
@@ -152,6 +187,8 @@ class _Run:
         self.objectives = train.objectives
         self._check_precision()
         self.train_set, self.held_out = self._tokenize(train, held_out)
+        self.loss: PreferenceLoss = resolve_loss(config.loss).for_objectives(self.objectives)
+        self.prepared = self._prepared(BeforeTraining(model, tokenizer, train, held_out, config, align))
         self.steps = config.steps(max(len(pairs) for pairs in self.train_set.pairs.values()))
         self.order = {
             name: ShuffledEpochs(len(pairs), config.pairs_per_objective, config.seed, name)
@@ -173,32 +210,34 @@ class _Run:
         return opened[0] if opened else None
 
     def _spread(self) -> None:
-        """Put the model in its place, score the reference with it, and make the optimizer of what lies there."""
+        """Move the model to its device or spread it over the ranks, score the reference, and make the optimizer."""
         config = self.config
-        key = "" if self.folder is None else self._reference_key()  # of the whole model
-        self.engine: Alone = engine_of(self.model, self.device, self.ranks, config.fsdp)
+        key = "" if self.folder is None else self._reference_key()  # while each rank still holds the whole model
+        self.engine: SingleProcess = make_engine(self.model, self.device, self.ranks, config.fsdp)
         self._score_reference(key)
-        self.optimizer = mogeo.MultiObjectiveOptimizer(
-            torch.optim.AdamW(
-                [p for p in self.model.parameters() if p.requires_grad],
-                lr=config.learning_rate,
-                betas=config.betas,
-                weight_decay=config.weight_decay,
-                # One pass over the parameters; torch's default on the CPU is a Python loop, several times slower.
-                fused=self.device.type in ("cpu", "cuda"),
-            ),
-            config.weighting,
-            objectives=self.objectives,
-            max_grad_norm=config.max_grad_norm,
-            **_optimizer_options(config),
+        base = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            # One pass over the parameters; torch's default on the CPU is a Python loop, several times slower.
+            fused=self.device.type in ("cpu", "cuda"),
         )
+        self.optimizer = _multi_objective(base, config, self.objectives)
+
+    def _prepared(self, before: BeforeTraining) -> Mapping[str, Tensor]:
+        """What the loss has to know about each training pair that is left, fp32 [n] by objective."""
+        known = self.loss.prepare(before)
+        return {name: values[self.train_set.kept[name]] for name, values in known.items()}
 
     def _note(self, text: str) -> None:
+        """Log something that a reader of the results should know, and add it to the result's notes."""
         self.notes.append(text)
         if self.ranks.first:
             logger.warning(text)
 
     def _check_precision(self) -> None:
+        """Note if parameters have a type in which small updates are lost."""
         low = {p.dtype for p in self.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
         if low:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
@@ -221,42 +260,45 @@ class _Run:
         return sets[0], sets[1]
 
     def _settings(self) -> Record:
-        """What has to be the same for a run to be resumed."""
-        # Where it runs, where rows lie and how often it saves do not change what is computed.
-        free = ("device", "fsdp", "host_rows", "release_rows", "save_every")
+        """What has to stay the same when a run is resumed."""
+        # These change where things are kept and how often the run is saved, and not what is computed.
+        free = ("device", "fsdp", "host_rows", "save_every")
         settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
         parts: list[Any] = []
         for tokens in (self.train_set, self.held_out):
             parts += [tokens.sequences, *(pairs.tolist() for pairs in tokens.pairs.values())]
-        if self.config.modpo_weights is not None:
-            parts += [margins.tolist() for margins in self.train_set.margins.values()]
+        parts += [values.tolist() for values in self.prepared.values()]
         return {**settings, "objectives": list(self.objectives), "steps": self.steps, "data": fingerprint(*parts)}
 
     def _reference_key(self) -> str:
-        """Fingerprint of all that the reference's scores depend on; the number of ranks is not among it."""
+        """A fingerprint of all that the reference's scores depend on. The number of ranks does not change them."""
         settings = [self.config.autocast, self._score_batch, resolve_device(self.config.device)]
         return fingerprint(self.model, *self._scored(), settings)
 
     def _score_reference(self, key: str) -> None:
-        """Score what the run will see with the model as it came in; from the cache where nothing relevant changed."""
+        """Score every sequence that the run will use, with the model as it is at the start.
+
+        Args:
+            key: fingerprint of what the scores depend on; scores that the folder holds under it are not computed again.
+        """
         parts, sets, folder = ("training", "held-out"), self._scored(), self.folder
 
         def compute() -> list[Tensor]:
             return [self._score(sequences, f"reference, {part}") for part, sequences in zip(parts, sets, strict=True)]
 
         scores = self.ranks.on_first(lambda: None if folder is None else folder.cached_reference(key))
-        if scores is None:  # every rank computes a part, and has all of them then
+        if scores is None:  # each rank computes a part of the scores, and gets all of them
             scores = compute() if folder is None else folder.reference(key, compute)
         self.reference = torch.full((len(self.train_set.sequences),), torch.nan)
         self.reference[self._visited()] = scores[0]
         self.held_out_reference = scores[1]
 
     def _scored(self) -> tuple[list[TokenSequence], list[TokenSequence]]:
-        """What the reference has to score: training and held-out sequences."""
+        """The sequences that the reference has to score: training and held-out ones."""
         return [self.train_set.sequences[i] for i in self._visited()], self.held_out.sequences
 
     def _visited(self) -> list[int]:
-        """Training sequences that come up in the run: in a short one, far from all."""
+        """Indices of the training sequences that the run will use. A short run uses few of them."""
         steps = range(1, self.steps + 1)
         drawn = [self.train_set.pairs[name][order(step)] for name, order in self.order.items() for step in steps]
         return sorted(set(torch.cat(drawn).flatten().tolist()))
@@ -264,7 +306,7 @@ class _Run:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _step(self, step: int) -> Record:
-        """One optimizer step; returns its record."""
+        """Take one optimizer step, and return its record. The first step is 1."""
         started = time.perf_counter()
         config = self.config
         rate = config.learning_rate_at(step, self.steps)
@@ -277,9 +319,10 @@ class _Run:
         micro_batches = [dict(zip(drawn, parts, strict=True)) for parts in zip(*drawn.values(), strict=True)]
         with self.engine.reducing(len(micro_batches) * (1 if config.sketch is None else 2)):
             for micro_batch in micro_batches:
-                # Callables: the optimizer runs them one at a time, so that one objective's activations are in memory.
+                # Callables, which the optimizer runs one at a time: only one objective's activations are in memory
+                # then.
                 self.optimizer.backward({name: self._loss_of(name, indices) for name, indices in micro_batch.items()})
-            report = self.optimizer.combine()  # with sketches, the losses run for a second time
+            report = self.optimizer.combine()  # with sketches, this runs every loss once more
         self.optimizer.step()
         told = report.to_dict()
         return {
@@ -299,9 +342,10 @@ class _Run:
         }
 
     def _loss_of(self, name: str, indices: Tensor) -> Callable[[], Tensor]:
-        """The share of these pairs in the objective's mean loss over the step.
+        """A function that computes what these pairs add to the objective's loss.
 
-        Micro-batches add up to the mean over this rank's pairs, and the optimizer averages over ranks.
+        Their losses are summed, and divided by the number of the objective's pairs in the step. Over all micro-batches
+        that gives the mean over this rank's pairs, and the optimizer averages over ranks.
         """
 
         def loss() -> Tensor:
@@ -310,38 +354,31 @@ class _Run:
             with self.precision:
                 scores = self.engine.log_probs(*batch)
             chosen, rejected = (scores - self.reference[flat].to(self.device)).chunk(2)
-            return self._pair_losses(name, indices, chosen - rejected).sum() / self._pairs
+            prepared = self.prepared[name][indices].to(self.device) if name in self.prepared else None
+            return self.loss(name, chosen - rejected, self.config.beta, prepared).sum() / self._pairs
 
         return loss
 
-    def _pair_losses(self, name: str, indices: Tensor, margins: Tensor) -> Tensor:
-        """The loss of each of an objective's pairs, from its margin h, [n]."""
-        config = self.config
-        if config.modpo_weights is None:
-            return dpo_loss(margins, config.beta, config.loss, config.label_smoothing)
-        weight = config.modpo_weights[self.objectives.index(name)]
-        return modpo_loss(margins, self.train_set.margins[name][indices].to(self.device), config.beta, weight)
-
     @property
     def _pairs(self) -> int:
-        """Pairs of an objective in a step, on this rank."""
+        """Number of pairs of each objective in a step on this rank."""
         return self.config.pairs_per_objective // self.ranks.size
 
     @property
     def _micro_batch(self) -> int:
+        """Number of pairs that go through the model at once."""
         return self.config.micro_batch or self._pairs
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     @property
     def _score_batch(self) -> int:
-        # Sequences; without gradients they take less memory than in training. However many ranks there are, the batches
-        # are the same, and with them the scores, bit for bit.
+        """Number of sequences that are scored at once. It does not depend on the number of ranks, nor do the scores."""
         return 2 * (self.config.micro_batch or self.config.pairs_per_objective)
 
     def _score(self, sequences: list[TokenSequence], label: str) -> Tensor:
         with self._bar(label, len(sequences), "seq", leave=False) as bar:
-            return score(
+            return score_sequences(
                 self.model,
                 sequences,
                 batch_size=self._score_batch,
@@ -353,7 +390,7 @@ class _Run:
             )
 
     def _bar(self, label: str, total: int, unit: str, **options: Any) -> Any:
-        """A progress bar that leaves its line to the numbers."""
+        """A progress bar of tqdm, short enough to leave room for numbers."""
         form = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         return tqdm(
             desc=label,
@@ -366,17 +403,17 @@ class _Run:
         )
 
     def _evaluate(self, step: int) -> Record:
-        # Before the first step the policy is the reference.
+        """Measure on the held-out pairs, after a step; 0: before the first one, when the policy is the reference."""
         policy = (
             self.held_out_reference if step == 0 else self._score(self.held_out.sequences, f"held-out, step {step}")
         )
-        measured = evaluate(policy, self.held_out_reference, self.held_out, self.config.beta)
+        measured = evaluate_preferences(policy, self.held_out_reference, self.held_out, self.config.beta)
         return {"kind": "eval", "step": step, **measured.to_dict()}
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start from step 0."""
+        """Start a new run: write its settings, and evaluate before the first step."""
         self._spread()
         self._seed()
         if self.folder is not None:
@@ -384,7 +421,7 @@ class _Run:
         self._record(self._evaluate(0))
 
     def restore(self) -> None:
-        """Go back to the last checkpoint."""
+        """Go on with a run from its last checkpoint."""
         self._on_folder(lambda folder: folder.check_settings(self.settings, AlignConfig().to_dict()))
         self._spread()
         read: Record = {"model": {}, "optimizer": {}}
@@ -400,11 +437,11 @@ class _Run:
             torch.set_rng_state(cpu)
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
-        else:  # there are more ranks than before
+        else:  # there are more ranks than when the checkpoint was saved
             self._seed()
 
     def _on_folder(self, act: Callable[[RunFolder], T]) -> T:
-        """Let the rank that has the folder do something with it; all get the result, or the InputError."""
+        """Let the first rank do something with the folder. All ranks get its result, or raise its InputError."""
 
         def on_mine() -> T:
             assert self.folder is not None
@@ -413,11 +450,11 @@ class _Run:
         return self.ranks.on_first(on_mine)
 
     def _seed(self) -> None:
-        """Seed dropout, the one thing that draws from torch's generator: other masks on every rank."""
+        """Seed torch's generator, which only dropout uses, differently on each rank."""
         torch.manual_seed(self.config.seed + 1_000_003 * self.ranks.rank)
 
     def _save(self) -> None:
-        """Write a checkpoint. Every rank holds a part of it."""
+        """Write a checkpoint. All ranks have to call this, since each holds a part of it."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
             "step": self.done,
@@ -429,12 +466,13 @@ class _Run:
             self.folder.save_checkpoint(state)
 
     def _record(self, record: Record) -> None:
+        """Add a record to the history, and to metrics.jsonl."""
         self.history.append(record)
         if self.folder is not None:
             self.folder.append(record)
 
     def train(self) -> AlignResult:
-        """All steps that are left; then the final model."""
+        """Take the steps that are left, and write the final model."""
         tenth = max(1, self.steps // 10)
         eval_every = tenth if self.config.eval_every is None else self.config.eval_every
         save_every = tenth if self.config.save_every is None else self.config.save_every
@@ -451,7 +489,7 @@ class _Run:
                     self._record(self._evaluate(self.done))
                 if self.output is None or self.done == self.steps:
                     continue
-                # A launcher tells its ranks one after the other: all stop once one has heard of it.
+                # The signal reaches the ranks one after the other. All stop as soon as one has received it.
                 stop = self.ranks.any(stop_requested())
                 if stop or (save_every and self.done % save_every == 0):
                     self._save()
@@ -468,13 +506,8 @@ class _Run:
         return AlignResult(self.model, self.history, evaluations[0], evaluations[-1], self.notes)
 
 
-def _optimizer_options(config: AlignConfig) -> dict[str, Any]:
-    """The settings that go to the optimizer as they are, but for names of dtypes."""
-    options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS}
-    return {**options, "row_dtype": {None: None, "bf16": torch.bfloat16}[config.row_dtype]}
-
-
 def _name(config: AlignConfig) -> str:
+    """The weighting, for the progress bar."""
     return config.weighting if isinstance(config.weighting, str) else repr(config.weighting)
 
 
@@ -484,4 +517,5 @@ def _summary(record: Record) -> str:
 
 
 def _evaluation(record: Record) -> Evaluation:
+    """The numbers of a record of kind "eval"."""
     return Evaluation(**{k: record[k] for k in ("accuracy", "margin", "likelihood_accuracy", "pairs")})

@@ -32,13 +32,14 @@ CERTIFICATE_TOLERANCE = 1e-13
 
 
 class Status(IntEnum):
-    """What `min_norm` says of its result."""
+    """What `min_norm` and `mogeo.geometry.exact_harmless.nearest_descent` say of their result; docs/solver.md."""
 
-    OPTIMAL = 0  #: the optimality conditions hold to rounding
-    STALLED = 1  #: they do not: the weights are on the simplex, and the gap tells how far from optimal they are
+    OPTIMAL = 0  #: the optimality conditions hold to rounding; and the direction is right for any rows with this Gram
+    STALLED = 1  #: they do not, for the matrix is no Gram matrix to rounding; weights are the best of those tried
     ZERO = 2  #: every gradient is zero: nothing is left to descend, and the direction is zero
-    NONFINITE = 3  #: no objective has a finite gradient; the weights are zero
+    NONFINITE = 3  #: no objective has a finite gradient; the weights of `min_norm` are zero
     NONPOSITIVE_LOSS = 4  #: a loss that divides is not positive; its objective has weight 0 (found on a GPU only)
+    UNDECIDED = 5  #: some gradients balance out, and the Gram's rounding hides which harmless direction is nearest
 
 
 class Arithmetic(NamedTuple):

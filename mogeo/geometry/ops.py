@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mogeo.geometry import torch_backend as cpu
+from mogeo.geometry.exact_harmless import ROUNDING
 
 _OLDEST_TRITON = (3, 3)  # earlier ones cannot compile loops that carry tuples
 
@@ -151,29 +152,47 @@ def min_norm_weights(gram: Tensor) -> MinNorm:
     return normalized_min_norm(gram, None, "none", 1.0, "raw")
 
 
-def descent_weights(gram: Tensor, weights: Tensor) -> Descent:
+def descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = None) -> Descent:
     """Weights of the direction nearest to d = Gᵀw that hurts no objective: ⟨v, g_k⟩ ≥ 0 for all k, to first order.
 
-    v = Gᵀ(w + μ), with μ ≥ 0 exact and certified as the weights of `min_norm_weights` are: ⟨v, g_k⟩ is never below
-    −1e-13 ‖g_k‖ Σ_j (|w_j| + μ_j) ‖g_j‖ where the status is `OPTIMAL`. Where d hurts nobody already, w comes back as it
-    is, to the last bit.
+    v = Gᵀ(w + μ), with μ ≥ 0 exact and certified as the weights of `min_norm_weights` are. Where d hurts nobody
+    already, w comes back as it is, to the last bit.
+
+    A Gram matrix knows inner products to their rounding only. That decides v, unless some of the gradients balance out
+    (a combination of them with weights ≥ 0 vanishes, as near a Pareto optimum): then rows that differ in the last digit
+    may have another nearest direction, up to |d| away. The status says which it is:
+
+    - `OPTIMAL`: v is within 1e-3 |d| (or 4 √ε Σ_j |w_j| ‖g_j‖, if that is more) of the nearest direction of any rows
+      whose Gram is this up to ε ‖g_i‖ ‖g_j‖, ε being `rounding`; for gradients that do not nearly balance out, within
+      about 1e-12 |d|. And ⟨v, g_k⟩ is never below −1e-13 ‖g_k‖ Σ_j (|w_j| + μ_j) ‖g_j‖.
+    - `UNDECIDED`: it may not be: gradients that balance out to rounding are taken to do so exactly. v hurts nobody by
+      more than rounding, ⟨v, g_k⟩ ≥ −½ ε^⅓ ‖g_k‖ |d|, which is 5e-6 ‖g_k‖ |d| for an fp64 Gram.
+    - `STALLED`: M is not positive semi-definite, as the Gram of fp32 rows may be. ⟨v, g_k⟩ ≥ 0 holds to about as much
+      as M lacks, and the nearest direction may be another.
+    - `ZERO`, `NONFINITE`: no objective has a gradient, or a finite one; w comes back as it is.
 
     Args:
         gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding; or [..., K, K].
         weights: w [K], on the raw gradients; or [..., K].
+        rounding: ε, > 0 and < 1: how far M_ij may be from ⟨g_i, g_j⟩, in units of ‖g_i‖ ‖g_j‖. By default 4 units in
+            the last place of the dtype of `gram`, right for sums of products in that dtype. `mogeo.gram` of rows that
+            are not fp64 sums their products in fp32 first: pass 1e-6, for `OPTIMAL` to be about those rows.
 
     Returns:
         `Descent(weights, correction, status)` on the device of `gram`.
 
     Raises:
         TypeError: `gram` is not floating point.
-        ValueError: `gram` is not square, or empty, or `weights` does not fit.
+        ValueError: `gram` is not square, or empty, or `weights` does not fit, or `rounding` is out of range.
     """
     _check_gram(gram)
     if weights.shape != gram.shape[:-1]:
         raise ValueError(f"weights have shape {tuple(weights.shape)}: a Gram {tuple(gram.shape)} needs [..., K]")
+    rounding = 4 * torch.finfo(gram.dtype).eps if rounding is None else rounding
+    if not 0 < rounding < 1:
+        raise ValueError(f"rounding={rounding}: pass the relative error of an entry of the Gram, > 0 and < 1")
     weights = weights.detach().to(device=gram.device, dtype=torch.float64)
-    return Descent(*torch.ops.mogeo.descent(gram.detach().to(torch.float64), weights))
+    return Descent(*torch.ops.mogeo.descent(gram.detach().to(torch.float64), weights, rounding))
 
 
 def normalized_min_norm(
@@ -259,7 +278,7 @@ _OPERATORS = {
     "combine": "(Tensor rows, Tensor weights) -> Tensor",
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
-    "descent": "(Tensor gram, Tensor weights) -> (Tensor, Tensor, Tensor)",
+    "descent": f"(Tensor gram, Tensor weights, float rounding={ROUNDING!r}) -> (Tensor, Tensor, Tensor)",
     "sketch_": "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor signs) -> ()",
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
@@ -296,8 +315,8 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         result: tuple[Tensor, Tensor, Tensor] = code().min_norm(gram, losses, normalize, power, apply_to)
         return result
 
-    def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights)
+    def descent(gram: Tensor, weights: Tensor, rounding: float = ROUNDING) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights, rounding)
         return result
 
     def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
@@ -332,7 +351,7 @@ def _register_fakes() -> None:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return gram.new_empty(gram.shape[:-1]), gram.new_empty(gram.shape[:-2]), status
 
-    def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def descent(gram: Tensor, weights: Tensor, rounding: float = ROUNDING) -> tuple[Tensor, Tensor, Tensor]:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return torch.empty_like(weights), torch.empty_like(weights), status
 

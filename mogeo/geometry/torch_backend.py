@@ -113,12 +113,15 @@ def min_norm(
     return weights, gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])
 
 
-def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K]."""
+def descent(gram: Tensor, weights: Tensor, rounding: float = scalar_descent.ROUNDING) -> tuple[Tensor, Tensor, Tensor]:
+    """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K].
+
+    `rounding` as in `mogeo.descent_weights`.
+    """
     count = gram.shape[-1]
     matrices = (gram / 2 + gram.mT / 2).reshape(-1, count, count).tolist()
     found = [
-        scalar_descent.nearest_descent(matrix, given)
+        scalar_descent.nearest_descent(matrix, given, rounding)
         for matrix, given in zip(matrices, weights.reshape(-1, count).tolist(), strict=True)
     ]
     correction = torch.tensor([each[0] for each in found], dtype=torch.float64, device=gram.device)

@@ -82,11 +82,14 @@ def min_norm(
     return weights, gap, status
 
 
-def descent(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K]."""
+def descent(gram: Tensor, weights: Tensor, rounding: float = descent_kernel.ROUNDING) -> tuple[Tensor, Tensor, Tensor]:
+    """w + μ and μ, fp64 [..., K], and status int64 [...], from a Gram fp64 [..., K, K] and weights w fp64 [..., K].
+
+    `rounding` as in `mogeo.descent_weights`.
+    """
     if gram.shape[-1] > MOST_ROWS:
-        return cpu.descent(gram, weights)
-    weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous())
+        return cpu.descent(gram, weights, rounding)
+    weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous(), rounding)
     return weights, correction, status
 
 

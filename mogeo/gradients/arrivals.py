@@ -75,8 +75,12 @@ class Arrivals:
         try:
             yield
         finally:
-            self._waiting.take = None
-            self.forget()
+            self.stop()
+
+    def stop(self) -> None:
+        """Take no more, and let nothing wait."""
+        self._waiting.take = None
+        self.forget()
 
     def forget(self) -> None:
         """A backward is done, and its owner takes all that is left: nothing waits any more."""

@@ -3,13 +3,12 @@
 Knows parameters and sketches; no weighting and no optimizer. Enough to estimate the Gram matrix, fed while autograd
 goes on, so that no gradient of all N elements is needed. Sketches are linear, so micro-batches add up in them, and
 replicas need to average d numbers per objective instead of N.
-
-Small parameters share a pack: their gradients are gathered in one tensor, which is sketched when a backward is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,135 +16,272 @@ from torch import Tensor
 from mogeo.geometry import ops
 from mogeo.geometry.projection import SignedSketch
 from mogeo.gradients.arrivals import may_wait
+from mogeo.gradients.blocks import Kind
+from mogeo.gradients.catching import Catcher
+from mogeo.gradients.direction import SharedDirection
+from mogeo.gradients.flat import grad_dtype
 from mogeo.gradients.ranks import Ranks, is_sharded, local_of
-from mogeo.gradients.store import Capture, grad_dtype
+from mogeo.gradients.store import ComparableStore
 
-# What rows of one block have in common: dtype, device, share of this rank, whether it holds shards.
-_Kind = tuple[torch.dtype, torch.device, float, bool]
+# Share of Σ |w_k| ‖g_k‖ by which the sketch of a direction may differ from the sum of sketches: a direction in bf16 is
+# rounded by up to 0.4 % at each addition, and another mini-batch's gradients are off by their own length.
+_AGREEMENT = 0.05
 
 
-class SketchedRows(Capture):
+class SketchedRows(ComparableStore):
     """Sketches of flattened gradients for a fixed list of parameters.
 
     Args:
-        parameters: leaves that require grad, in the order of the optimizer's groups.
+        parameters: as for `GradientStore`.
         n_rows: K.
-        ranks: the processes that hold the parameters between them, if there are several.
-        dimension: d, numbers kept per objective and (dtype, device, share) among the parameters.
+        ranks: as for `GradientStore`.
+        dimension: d, numbers kept per objective and kind (dtype, device, share) of parameters.
+        catcher: as for `GradientStore`.
 
     Attributes:
-        device: where the Gram and everything that follows from it lives: that of the first parameter. The host decides
-            on the weights, since it has to know them for the backward that follows.
+        exact: whether gradients themselves are kept, since no kind of parameters has more than d elements.
+
+    The host decides on the weights, since it has to know them for the backward that follows.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None = None, *, dimension: int
+        self,
+        parameters: Sequence[Tensor],
+        n_rows: int,
+        ranks: Ranks | None = None,
+        *,
+        dimension: int,
+        catcher: Catcher | None = None,
     ) -> None:
-        super().__init__(parameters, n_rows, ranks)
+        super().__init__(parameters, n_rows, ranks, catcher)
+        self.dimension = dimension
         self.device = self.parameters[0].device
-        self._row = 0
+        self._index = 0
         self._touched = bytearray(len(self.parameters))
-        members: dict[_Kind, list[int]] = {}
+        self._sketches = self._planned()
+        self._rows = [sketch.rows for sketch in self._sketches]
+        self.exact = all(isinstance(sketch, _Whole) for sketch in self._sketches)
+
+    def _planned(self) -> list[_Sketched]:
+        members: dict[Kind, list[int]] = {}
         for i, parameter in enumerate(self.parameters):
             dtype = torch.promote_types(grad_dtype(parameter), torch.float32)
-            share = 1.0 if ranks is None else ranks.share_of(parameter)
-            members.setdefault((dtype, parameter.device, share, is_sharded(parameter)), []).append(i)
-        self._kinds = list(members)
-        self._rows = [torch.zeros(n_rows, dimension, dtype=kind[0], device=kind[1]) for kind in self._kinds]
-        self._sketches: list[SignedSketch] = []
-        self._packs: list[Tensor] = []
-        self._packed = bytearray(len(self._kinds))  # whether a pack holds anything
-        self._places = [(0, 0)] * len(self.parameters)  # of each parameter: block, index in its sketch
-        self._slots: list[Tensor | None] = [None] * len(self.parameters)  # where in a pack, if there
-        for b, (kind, indices) in enumerate(members.items()):
-            sizes = [local_of(self.parameters[i]).numel() for i in indices]
-            small = _small(sizes)
-            pack = torch.zeros(sum(sizes[place] for place in small), dtype=kind[0], device=kind[1])
-            for place, slot in zip(small, torch.split(pack, [sizes[place] for place in small]), strict=True):
-                shape = local_of(self.parameters[indices[place]]).shape
-                self._slots[indices[place]] = slot.view(shape)
-            self._packs.append(pack)
-            # The pack comes first; those in it have no place of their own.
-            own = list(sizes)
-            for place in small:
-                own[place] = 0
-            self._sketches.append(SignedSketch([len(pack), *own], dimension, device=kind[1]))
-            for place, i in enumerate(indices):
-                self._places[i] = b, 1 + place
+            share = 1.0 if self.ranks is None else self.ranks.share_of(parameter)
+            members.setdefault(Kind(dtype, parameter.device, share, is_sharded(parameter)), []).append(i)
+        self._of_parameter = [0] * len(self.parameters)  # which sketch
+        sketches: list[_Sketched] = []
+        for number, (kind, indices) in enumerate(members.items()):
+            shapes = {i: local_of(self.parameters[i]).shape for i in indices}
+            fits = _holds(self.dimension, sum(shape.numel() for shape in shapes.values()))
+            sketches.append((_Whole if fits else _Projected)(kind, shapes, self.n_rows, self.dimension))
+            for i in indices:
+                self._of_parameter[i] = number
+        return sketches
 
-    def select(self, row: int | None, weight: float = 1.0) -> None:
-        """Send gradients to this row from now on."""
-        assert row is not None
-        assert weight == 1.0
-        self._row = row
+    def select(self, row: int) -> None:
+        """Send gradients to the row of objective `row` from now on."""
+        self._index = row
 
     def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:
         """Add sketches of gradients to the selected row; those of small parameters once the backward is done."""
-        slots, parts = [], []
-        for i, grad in zip(indices, grads, strict=True):
+        for i in indices:
             self._touched[i] = 1
-            block, place = self._places[i]
-            slot = self._slots[i]
-            if slot is None:
-                self._sketches[block].add_(self._rows[block][self._row], place, grad)
-            else:
-                slots.append(slot)
-                parts.append(grad)
-                self._packed[block] = 1
-        if slots:
-            torch._foreach_add_(slots, parts)
+        for number, sketch in enumerate(self._sketches):
+            at = [position for position, i in enumerate(indices) if self._of_parameter[i] == number]
+            if at:
+                sketch.add(self._rows[number][self._index], [indices[p] for p in at], [grads[p] for p in at])
 
     def collect(self) -> None:
         """A backward is done: store what is left of its gradients, and the sketch of what was gathered in packs."""
         super().collect()
-        for block, (pack, sketch) in enumerate(zip(self._packs, self._sketches, strict=True)):
-            if self._packed[block]:
-                sketch.add_(self._rows[block][self._row], 0, pack)
-        self._empty_packs()
+        for rows, sketch in zip(self._rows, self._sketches, strict=True):
+            sketch.finish(rows[self._index])
 
-    def _empty_packs(self) -> None:
-        for block, pack in enumerate(self._packs):
-            if self._packed[block]:
-                pack.zero_()
-                self._packed[block] = 0
-
-    def average_replicas(self) -> None:
+    def complete(self) -> None:
         """Average sketches of plain parameters over ranks. Where an engine averaged gradients already, they stay."""
-        if self.ranks is not None:
-            for rows, (*_, sharded) in zip(self._rows, self._kinds, strict=True):
-                if not sharded:
-                    self.ranks.mean_(rows)
+        if self.ranks is None:
+            return
+        self._average(self._rows)
+        touched = torch.tensor(list(self._touched), dtype=torch.uint8, device=self.device)
+        self._touched[:] = bytes(self.ranks.max_(touched).tolist())
+
+    def _average(self, rows: Sequence[Tensor]) -> None:
+        assert self.ranks is not None
+        for each, sketch in zip(rows, self._sketches, strict=True):
+            if not sketch.kind.sharded:
+                self.ranks.mean_(each)
 
     def gram(self) -> Tensor:
-        """This rank's part of an unbiased estimate of G Gᵀ, fp64 [K, K], on `device`."""
+        """This rank's part of an unbiased estimate of G Gᵀ, fp64 [K, K], on `device`; of G Gᵀ itself, if `exact`."""
         parts = [
-            ops.gram(rows).to(self.device) * share
-            for rows, (_, _, share, _) in zip(self._rows, self._kinds, strict=True)
+            ops.gram(rows).to(self.device) * sketch.kind.share
+            for rows, sketch in zip(self._rows, self._sketches, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
+    def combine_into(self, direction: SharedDirection, weights: Tensor) -> None:
+        """Add the direction wᵀG to a store of the same parameters, if sketches are `exact`."""
+        assert self.exact
+        grads: dict[int, Tensor] = {}
+        for rows, sketch in zip(self._rows, self._sketches, strict=True):
+            assert isinstance(sketch, _Whole)
+            grads |= sketch.parts(ops.combine(rows, weights.to(rows.device)))
+        indices = [i for i, flag in enumerate(self._touched) if flag]
+        direction.weigh(1.0)
+        direction.store(indices, [grads[i] for i in indices])
+
+    def contradicts(self, direction: SharedDirection, weights: Tensor) -> bool:
+        """Whether a direction is not the weighted sum of the gradients whose sketches these are.
+
+        Sketches are linear, so that of the direction must be the weighted sum of these, up to the rounding of a
+        direction in half precision. A collective with several ranks.
+
+        Args:
+            direction: gradients summed in a second pass, not averaged over ranks yet.
+            weights: that they were summed with, fp64 [K].
+        """
+        indices = [i for i, flag in enumerate(direction.flags()) if flag]
+        again = [torch.zeros_like(rows[0]) for rows in self._rows]
+        for number, (row, sketch) in enumerate(zip(again, self._sketches, strict=True)):
+            mine = [i for i in indices if self._of_parameter[i] == number]
+            sketch.add(row, mine, [direction.row.views[i] for i in mine])
+            sketch.finish(row)
+        if self.ranks is not None:
+            self._average(again)
+        off = reach = torch.zeros((), dtype=torch.float64, device=self.device)
+        for row, rows in zip(again, self._rows, strict=True):
+            used = weights.to(rows.device)
+            off = off + (row - ops.combine(rows, used)).double().square().sum().to(self.device)
+            lengths = rows[used != 0].double().norm(dim=1)
+            reach = reach + (lengths @ used[used != 0].abs()).square().to(self.device)
+        wrong = (off > _AGREEMENT**2 * reach).to(torch.float64)
+        return bool(wrong if self.ranks is None else self.ranks.max_(wrong))
+
     def flags(self) -> bytes:
-        """A byte per parameter: 1 where it had a gradient in this window."""
+        """As in `GradientStore`."""
         return bytes(self._touched)
 
     def drop(self) -> None:
-        """Close the window."""
-        self._empty_packs()
-        for rows in self._rows:
+        """As in `GradientStore`."""
+        for rows, sketch in zip(self._rows, self._sketches, strict=True):
+            sketch.drop()
             rows.zero_()
         self._touched[:] = bytes(len(self._touched))
 
 
-def _small(sizes: Sequence[int]) -> list[int]:
+class _Sketched(ABC):
+    """Sketches [K, d] of the parameters of one kind.
+
+    Args:
+        kind: dtype of the sketches, and device, share and sort of the parameters.
+        shapes: of the parts that this rank holds, by index of the parameter.
+        n_rows: K.
+        dimension: d.
+    """
+
+    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
+        self.kind = kind
+        self.rows = torch.zeros(n_rows, dimension, dtype=kind.dtype, device=kind.device)
+
+    @abstractmethod
+    def add(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Add sketches of gradients to a row [d], now or when the backward is done."""
+
+    @abstractmethod
+    def finish(self, row: Tensor) -> None:
+        """A backward is done: add what `add` has not added."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget what `add` has not added."""
+
+
+class _Whole(_Sketched):
+    """No more than d elements: the d numbers hold the gradient itself, parameter after parameter."""
+
+    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
+        super().__init__(kind, shapes, n_rows, dimension)
+        self._shapes = dict(shapes)
+
+    def parts(self, row: Tensor) -> dict[int, Tensor]:
+        """Views of a row [d], by index of the parameter."""
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        parts = torch.split(row[: sum(sizes)], sizes)
+        return {i: part.view(shape) for (i, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+    def add(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Add gradients."""
+        parts = self.parts(row)
+        if indices:
+            torch._foreach_add_([parts[i] for i in indices], list(grads))
+
+    def finish(self, row: Tensor) -> None:
+        """Nothing was left."""
+
+    def drop(self) -> None:
+        """Nothing was left."""
+
+
+class _Projected(_Sketched):
+    """Random projections. Small parameters share a pack: their gradients are gathered in one tensor [n], which is
+    sketched when a backward is done.
+    """
+
+    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
+        super().__init__(kind, shapes, n_rows, dimension)
+        sizes = {i: shape.numel() for i, shape in shapes.items()}
+        small = _small(sizes)
+        self._pack = torch.zeros(sum(sizes[i] for i in small), dtype=kind.dtype, device=kind.device)
+        parts = torch.split(self._pack, [sizes[i] for i in small])
+        self._slots = {i: part.view(shapes[i]) for i, part in zip(small, parts, strict=True)}
+        self._packed = False  # whether the pack holds anything
+        # The pack comes first; what is in it has no place of its own.
+        own = [0 if i in self._slots else size for i, size in sizes.items()]
+        self._sketch = SignedSketch([len(self._pack), *own], dimension, device=kind.device)
+        self._places = {i: place for place, i in enumerate(sizes, start=1)}
+
+    def add(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Add sketches of large gradients, and gather small ones."""
+        slots, parts = [], []
+        for i, grad in zip(indices, grads, strict=True):
+            slot = self._slots.get(i)
+            if slot is None:
+                self._sketch.add_(row, self._places[i], grad)
+            else:
+                slots.append(slot)
+                parts.append(grad)
+        if slots:
+            torch._foreach_add_(slots, parts)
+            self._packed = True
+
+    def finish(self, row: Tensor) -> None:
+        """Add the sketch of the pack."""
+        if self._packed:
+            self._sketch.add_(row, 0, self._pack)
+        self.drop()
+
+    def drop(self) -> None:
+        """Empty the pack."""
+        if self._packed:
+            self._pack.zero_()
+            self._packed = False
+
+
+def _holds(dimension: int, elements: int) -> bool:
+    """Whether so many numbers hold a gradient of so many elements."""
+    return elements <= dimension
+
+
+def _small(sizes: Mapping[int, int]) -> list[int]:
     """Which tensors share a pack: the smallest, up to a 64th of all elements, but at least 131,072 and at most 2²².
 
     By their sizes alone, so that all ranks that hold the same parameters pack the same.
     """
-    left = may_wait(4 * sum(sizes)) // 8  # half as much memory as gradients may take that wait, four bytes an element
+    left = may_wait(4 * sum(sizes.values())) // 8  # half as much memory as waiting gradients may take, in elements
     small = []
-    for place in sorted(range(len(sizes)), key=sizes.__getitem__):
-        left -= sizes[place]
+    for i in sorted(sizes, key=sizes.__getitem__):
+        left -= sizes[i]
         if left < 0:
             break
-        small.append(place)
+        small.append(i)
     return sorted(small)

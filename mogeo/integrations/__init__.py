@@ -1,4 +1,5 @@
-"""mogeo inside other people's trainers: users of the library, never the other way round. Each has an extra of its name.
+"""mogeo inside other people's trainers. Each integration uses the library as anyone would, and has an extra of its
+name.
 
-Nothing is imported here, so that one integration does not ask for the packages of another.
+Nothing is imported here, so that one integration does not need the packages of another.
 """

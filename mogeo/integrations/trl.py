@@ -1,17 +1,19 @@
-"""MultiObjectiveDPOTrainer: TRL's DPOTrainer with a label, a loss and a gradient per objective.
+"""MultiObjectiveDPOTrainer: TRL's DPOTrainer with labels, a loss and a gradient per objective.
 
-Knows TRL's and Transformers' training loop, and says when what happens in it. Data, order, losses and logs are its
-neighbours': `trl_data` → `trl_order` → `trl_losses` → `mogeo.MultiObjectiveOptimizer` → `trl_metrics`.
+This file knows the training loop of TRL and Transformers. `trl_data` makes rows with labels, `trl_sampler` puts them in
+order, `trl_losses` computes the losses, `mogeo.MultiObjectiveOptimizer` makes one direction of their gradients, and
+`trl_metrics` collects what is logged.
 
-Overridden are the places where one loss becomes several: `training_step`, `compute_loss`, `create_optimizer`, and what
-carries labels to them. `trl_losses` says what its reading of the loss leans on; beyond that, of TRL's privates only
+The methods that are overridden are those in which one loss becomes several (`training_step`, `compute_loss`,
+`create_optimizer`) and those that bring labels there. `trl_losses` lists what it takes for granted about TRL's loss.
+Besides that, this file relies on these private parts of TRL:
 
 - `_prepare_dataset(dataset, processing_class, args, name)`, called for every data set before it is tokenised;
 - `_set_signature_columns_if_needed`, which fills the list `_signature_columns` of the columns that are kept;
 - `_is_vision_dataset`, and `_compute_loss` itself;
 
-and of Transformers', `_get_train_sampler` and `_prepare_inputs`. Our `training_step` stands in place of theirs, and
-does of it what DPO on DDP and FSDP2 needs.
+and on these of Transformers: `_get_train_sampler` and `_prepare_inputs`. Our `training_step` replaces theirs, and does
+the part of it that DPO on DDP and FSDP2 needs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from mogeo import MultiObjectiveOptimizer, weightings
 from mogeo.integrations.trl_data import LABELS, labelled_rows, merged_sets
 from mogeo.integrations.trl_losses import ScoredPairs
 from mogeo.integrations.trl_metrics import Tally
-from mogeo.integrations.trl_order import StratifiedOrder
+from mogeo.integrations.trl_sampler import StratifiedSampler
 from mogeo.losses.named import checked_names
 from mogeo.weightings import WeightingLike
 
@@ -42,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no types
-    """DPO with several objectives: each has its own preferences, loss and gradient, and every step serves all of them.
+    """DPO with several objectives. Each has its own preferences, loss and gradient, which every step balances.
 
     ```python
     trainer = MultiObjectiveDPOTrainer(
@@ -54,24 +56,25 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
     trainer.train()
     ```
 
-    One forward and K backwards a micro-batch, one solve an optimizer step. The loss of an objective is DPOTrainer's
-    own, of whatever `loss_type`, over the pairs that it has labels for, with the two answers swapped where it prefers
-    "rejected". It is a mean over those pairs in the whole step, all its micro-batches and ranks.
+    A micro-batch takes one forward and K backwards; weights are found once per optimizer step. The loss of an objective
+    is that of DPOTrainer, whatever the `loss_type`, over the pairs that have a label for the objective, with the two
+    answers swapped where it prefers "rejected". It is a mean over all those pairs in a step, in all micro-batches and
+    ranks.
 
     Args:
-        model: as in `DPOTrainer`, and so is every argument not named here, by position or name.
-        objectives: names; their order is that of all weights.
+        model: as in `DPOTrainer`. All other arguments of `DPOTrainer` can be given as well.
+        objectives: names. Weights are in this order.
         weighting: a name (`mogeo.weightings.NAMES`) or a callable, as in `mogeo.MultiObjectiveOptimizer`.
         train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from
             each objective to a Dataset of pairs; or UltraFeedback's rows (instruction, completions).
         eval_dataset: the same; or a mapping from other names to several such sets.
-        optimizers: as in `DPOTrainer`; the optimizer is wrapped, unless it is a `MultiObjectiveOptimizer` already, made
-            with these objectives. Its weighting counts then, and not `weighting`.
+        optimizers: as in `DPOTrainer`. The optimizer is wrapped, unless it is a `MultiObjectiveOptimizer` with these
+            objectives. In that case, its own weighting is used, and not `weighting`.
 
     Raises:
-        ValueError: data that does not fit (`mogeo.errors.InputError`), a weighting that does not exist or does not
-            suit the loss, or an option of DPOConfig that does not go with several backwards over one forward.
-        NotImplementedError: an engine that is not supported.
+        ValueError: the data does not fit (`mogeo.errors.InputError`), the weighting does not exist or does not suit the
+            loss, or an option of DPOConfig does not work with several backwards over one forward.
+        NotImplementedError: the engine, or images, are not supported.
     """
 
     optimizer: Any
@@ -90,9 +93,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         self.weighting = weightings.resolve(weighting)
         constant = getattr(self.weighting, "constant", None)
         if constant is not None:
-            constant(len(self.objectives))  # raises for another number of weights
+            constant(len(self.objectives))  # raises if the number of weights is another
         given = inspect.signature(DPOTrainer).bind(model, *positional, **named).arguments
-        # TRL keeps a precomputed reference beside the file of the data, which other ranks have to find.
+        # TRL writes precomputed scores of the reference beside the file of the data, where the other ranks look for
+        # them. So the data has to be in a file.
         self._on_disk: bool = getattr(given.get("args"), "precompute_ref_log_probs", False)
         for name, role in (("train_dataset", "train"), ("eval_dataset", "eval")):
             if name in given:
@@ -108,8 +112,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         self.data_collator = _LabelCollator(self.data_collator)
         self._tally = Tally(self.objectives, self.accelerator.device)
         self._eval_tally = Tally(self.objectives, self.accelerator.device)
-        self._labelled_in_step = [0.0] * len(self.objectives)  # sum over micro-batches and ranks of labelled shares
-        self._brought: set[int] = set()  # objectives that have had a backward on this rank in this step
+        self._labelled_in_step = [0.0] * len(self.objectives)  # of each objective, see `get_batch_samples`
+        self._brought: set[int] = set()  # indices of the objectives that had a backward on this rank in this step
 
     def _refuse_what_does_not_fit(self) -> None:
         if set(self.loss_types) == {"hinge"} and getattr(self.weighting, "needs_positive_losses", False):
@@ -129,13 +133,14 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise NotImplementedError("context and sequence parallelism are not supported: use FSDP2, or DDP")
         if self.is_fsdp_enabled:
-            # FSDP2 would keep unreduced gradients to itself between micro-batches, those of all objectives in one.
+            # Otherwise FSDP2 would add up the gradients of all objectives between micro-batches, before mogeo sees
+            # them.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
     def _without_sets(self, dataset: Any, role: str) -> Any:
-        """The data, with each mapping objective → Dataset in it merged to one Dataset."""
+        """The data, with each mapping from objectives to Datasets merged into one Dataset with labels."""
         if not isinstance(dataset, Mapping):
             return dataset
         if role == "train" or set(dataset) <= set(self.objectives):
@@ -153,11 +158,11 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
             self._signature_columns = [*self._signature_columns, LABELS]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """TRL's, of batches with labels as well."""
+        """As in TRL, for batches that also have labels."""
         return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != LABELS})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """TRL's, if every row has a label for the same objectives; else an order that mixes them evenly."""
+        """As in TRL, if all rows have labels for the same objectives; else an order that mixes rows evenly."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         plain = super()._get_train_sampler(train_dataset)
         if not isinstance(rows, Dataset) or self.args.train_sampling_strategy != "random":
@@ -174,12 +179,12 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
                     "steps do without it. Accumulate more micro-batches to have it in each"
                 )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StratifiedOrder(kinds, seed, epoch=lambda: int(self.state.epoch or 0))
+        return StratifiedSampler(kinds, seed, epoch=lambda: int(self.state.epoch or 0))
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """TRL's, wrapped in a `mogeo.MultiObjectiveOptimizer`."""
+        """TRL's optimizer, wrapped in a `mogeo.MultiObjectiveOptimizer`."""
         super().create_optimizer(model)
         inner = _inner(self.optimizer)
         if isinstance(inner, MultiObjectiveOptimizer):
@@ -194,13 +199,17 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
                 self.optimizer,
                 self.weighting,
                 objectives=self.objectives,
-                nonfinite="propagate" if scaled else "skip",  # a GradScaler has to see infinities
+                nonfinite="propagate" if scaled else "skip",  # a GradScaler has to see infinite gradients
             )
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step; sums up which share of each has labels for which objective, over all ranks."""
+        """The micro-batches of a step, as in Transformers.
+
+        For each objective, also sum up the share of labelled pairs over all micro-batches and ranks of the step:
+        `_training_losses` needs it for the mean.
+        """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         shares = [_labelled_shares(batch[LABELS]) for batch in batches]
         in_step = [sum(column) for column in zip(*shares, strict=True)] or [0.0] * len(self.objectives)
@@ -212,10 +221,15 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and a backward per objective; after the last micro-batch of a step, the shared direction.
+        """One forward, and one backward per objective; after a step's last micro-batch, write the shared direction.
+
+        Args:
+            model: as in Transformers.
+            inputs: a micro-batch.
+            num_items_in_batch: as in Transformers; not used.
 
         Returns:
-            What the micro-batch adds to the logged `loss`: the mean over objectives.
+            What the micro-batch adds to the loss that is logged, which is the mean over objectives.
         """
         with _unreduced(model):
             model.train()
@@ -228,7 +242,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
             del inputs
             self._backward(losses)
         if self.accelerator.sync_gradients:
-            # Now, and not in step(): Trainer clips, and callbacks look at p.grad, in between.
+            # Not only in step(): before that, Trainer clips gradients, and callbacks may read them.
             scaler = self.accelerator.scaler
             scale = None if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
             self._tally.add_report(self._multi_objective_optimizer.combine(), scale)
@@ -238,7 +252,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         return sum(logged, torch.zeros((), device=self.accelerator.device)) / max(1, present)
 
     def _training_losses(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """This micro-batch's summands of the losses, by objective: over a step and all ranks they make up means."""
+        """What this micro-batch adds to each objective's loss, which is a mean over the whole step and all ranks."""
         labels, pairs = self._scored(model, inputs)
         accumulation, ranks = self.current_gradient_accumulation_steps, self.accelerator.num_processes
         shares = _labelled_shares(labels)
@@ -248,9 +262,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
                 column = [row[index] for row in labels]
                 found = pairs.under(column)
                 self._tally.add_pairs(index, round(share * len(labels)), (found.loss, found.accuracy, found.margin))
-                # Trainer takes the mean over micro-batches, and ranks are averaged. That is right where all have the
-                # same share of labels; elsewhere the mean is over the labelled ones. The factor is exactly 1 if all
-                # pairs have labels, and these are DPOTrainer's bits then.
+                # Trainer averages over micro-batches and ranks. That gives the mean over all labelled pairs only if
+                # each micro-batch has the same share of them, so weigh each by its share. If all pairs have labels, the
+                # factor is exactly 1, and the loss has the same bits as DPOTrainer's.
                 factor = share * accumulation * ranks / self._labelled_in_step[index]
                 losses[objective] = found.loss * factor / accumulation
             elif self._others_wait_for(index):
@@ -260,13 +274,14 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         return losses
 
     def _others_wait_for(self, index: int) -> bool:
-        """Whether other ranks count on a backward of this objective from this one, which has none of its pairs."""
+        """Whether other ranks wait for this one to run a backward of an objective for which it has no pairs."""
         if self.accelerator.num_processes == 1 or not self._labelled_in_step[index]:
             return False
         last = self.accelerator.sync_gradients
         return self.is_fsdp_enabled or (last and index not in self._brought)
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
+        """Run a backward for each loss."""
         optimizer, backward = self._multi_objective_optimizer, self.accelerator.backward
         if losses.keys() == set(self.objectives):
             optimizer.backward(losses, backward=backward)
@@ -283,6 +298,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
     def _scored(
         self, model: Callable[..., Any], inputs: dict[str, Any], return_outputs: bool = False
     ) -> tuple[list[list[int]], ScoredPairs]:
+        """Run the forward of a batch; returns its labels, and its pairs with their scores."""
         rest = {key: inputs[key] for key in inputs if key != LABELS}
         return inputs[LABELS], ScoredPairs(self, super()._compute_loss, model, rest, return_outputs)
 
@@ -291,7 +307,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over objectives, of those with labels in this batch. Evaluation calls this; training does not."""
+        """The mean of the losses of the objectives that have labels in this batch.
+
+        Transformers calls this in evaluation. In training, `training_step` computes losses by itself.
+        """
         labels, pairs = self._scored(model, inputs, return_outputs)
         losses = []
         for index in range(len(self.objectives)):
@@ -305,12 +324,12 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         return (loss, pairs.outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *positional: Any, **named: Any) -> dict[str, float]:
-        """TRL's, which takes the same forms of data as `eval_dataset` does when the trainer is made."""
+        """As in TRL. The data may have all forms that `eval_dataset` may have in `__init__`."""
         metrics: dict[str, float] = super().evaluate(self._without_sets(eval_dataset, "eval"), *positional, **named)
         return metrics
 
     def evaluation_loop(self, dataloader: Any, *positional: Any, **named: Any) -> Any:
-        """Trainer's, with the metrics of each objective; the loss is the mean over objectives of their losses."""
+        """As in Transformers, with metrics of each objective. The loss is the mean of the objectives' losses."""
         self._eval_tally.reset()
         output = super().evaluation_loop(dataloader, *positional, **named)
         given = inspect.signature(super().evaluation_loop).bind(dataloader, *positional, **named)
@@ -324,7 +343,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the metrics of each objective since the last time."""
+        """As in TRL, with the metrics of each objective since the last call."""
         if self.model.training:
             logs.update(self._tally.values())
             self._tally.reset()
@@ -337,7 +356,11 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
 
 @dataclass
 class _LabelCollator:
-    """A collator that keeps the labels. They stay lists: the host decides by them, and need not ask the device."""
+    """A collator that adds the labels to a batch. They stay lists, since only the host needs them.
+
+    Attributes:
+        pairs: TRL's collator.
+    """
 
     pairs: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -346,12 +369,12 @@ class _LabelCollator:
 
 
 def _labelled_shares(labels: Sequence[Sequence[int]]) -> list[float]:
-    """Which share of these pairs has a label for each objective."""
+    """For each objective, the share of these pairs that have a label for it."""
     return [sum(label != 0 for label in column) / len(labels) for column in zip(*labels, strict=True)]
 
 
 def _inner(optimizer: Any) -> Any:
-    """What Accelerate wrapped."""
+    """The optimizer inside Accelerate's wrappers."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
@@ -359,6 +382,10 @@ def _inner(optimizer: Any) -> Any:
 
 @contextlib.contextmanager
 def _unreduced(model: nn.Module) -> Iterator[None]:
-    """DDP expects one backward a forward: with several, mogeo averages over ranks, once a step."""
+    """A context in which DDP does not reduce gradients: it expects one backward per forward, and here there are
+    several.
+
+    mogeo averages them over ranks instead, once per step.
+    """
     with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
         yield

@@ -1,8 +1,8 @@
-"""From the data a user has to rows of one pair each, with one label per objective. Knows no tokens, models or training.
+"""From the data that a user has to rows of pairs with one label per objective. Knows no tokens, models or training.
 
-A row is what TRL's DPOTrainer takes (prompt, chosen, rejected, as text or as messages), and in the column `LABELS` a
-list of K labels in the order of the objectives: +1 where "chosen" is the better answer, −1 where "rejected" is, 0 where
-the objective says nothing.
+A row is what TRL's DPOTrainer takes (prompt, chosen, rejected, as text or as messages). In addition it has a column
+`LABELS` with a list of K labels, in the order of the objectives: +1 if "chosen" is the better answer, −1 if "rejected"
+is, 0 if the objective has no preference.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from typing import Any
 
 import datasets
 
-from mogeo.dpo.data import Preferences, build_preferences
+from mogeo.dpo.data import Preferences, Row, build_preferences
 from mogeo.errors import InputError
-
-Row = dict[str, Any]
 
 LABELS = "objective_labels"
 """The column of labels."""
 
-# What two rows must share, beside both answers, to be one pair under several objectives. TRL reads nothing else.
+# Two rows with the same answers are the same pair if these columns agree as well. TRL reads no others.
 _CONTEXT = ("prompt", "tools", "chat_template_kwargs")
 
 _FORMS = (
@@ -33,19 +31,19 @@ _FORMS = (
 def labelled_rows(
     dataset: Any, objectives: Sequence[str], name: str, *, chat: bool, seed: int, on_disk: bool = False
 ) -> Any:
-    """The rows of one data set, whichever of its forms it has; rows that no objective has a label for are left out.
+    """Rows with labels, from a data set in any of its forms. Rows without a label for any objective are left out.
 
     Args:
-        dataset: `datasets.Dataset` of pairs with label columns, or of UltraFeedback's rows; or an `IterableDataset` of
-            pairs with label columns. What this function returned is returned as it is.
-        objectives: names; their order is that of the labels.
+        dataset: a `datasets.Dataset` of pairs with label columns or of UltraFeedback's rows, or an `IterableDataset` of
+            pairs with label columns. A data set that this function has made is returned as it is.
+        objectives: names. Labels are in this order.
         name: of the data set, for messages.
-        chat: whether UltraFeedback's prompts and answers become messages for a chat template, or stay plain text.
-        seed: for the draws among answers with equal ratings (`mogeo.dpo.data.build_preferences`).
+        chat: whether UltraFeedback's prompts and answers become messages for a chat template; else they stay text.
+        seed: for the choice among answers with equal ratings (see `mogeo.dpo.data.build_preferences`).
         on_disk: as in `merged_sets`, for UltraFeedback's rows.
 
     Raises:
-        InputError: the form is none of the three, a column is missing, or a label is none of +1, 0, −1.
+        InputError: the data has none of these forms, a column is missing, or a label is not +1, 0 or −1.
     """
     first = next(iter(dataset), None)
     if first is None:
@@ -74,6 +72,8 @@ def labelled_rows(
 
 
 def _from_label_columns(dataset: Any, objectives: Sequence[str], name: str) -> Any:
+    """Rows with labels, from pairs with one column per objective."""
+
     def labelled(row: Row, number: int) -> Row:
         for objective in objectives:
             if row[objective] not in (1, 0, -1):
@@ -94,17 +94,17 @@ def _from_label_columns(dataset: Any, objectives: Sequence[str], name: str) -> A
 def merged_sets(
     sets: Mapping[str, Iterable[Row]], objectives: Sequence[str], name: str, *, on_disk: bool = False
 ) -> Any:
-    """One preference set per objective as one `datasets.Dataset`: a pair that several sets hold becomes one row.
+    """Merge one preference set per objective into one `datasets.Dataset`. A pair in several sets becomes one row.
 
-    Such a row takes one forward instead of several. A pair that a set holds n times stays n rows, and a pair that two
-    sets hold in opposite order is one row with opposite labels.
+    Such a row takes one forward instead of several. If two sets have a pair in opposite order, its labels are opposite.
+    If a set has a pair n times, it stays n rows.
 
     Args:
-        sets: objective → rows with "chosen" and "rejected", and "prompt" unless both begin with it.
-        objectives: names; their order is that of the labels.
+        sets: objective → rows with "chosen" and "rejected", and with "prompt" unless both begin with it.
+        objectives: names. Labels are in this order.
         name: of the data set, for messages.
-        on_disk: whether the rows go to the cache of `datasets`, where all ranks find the same file. TRL keeps a
-            precomputed reference beside it, and loses that between ranks if rows are in memory only.
+        on_disk: whether the rows are written to the cache of `datasets`, where all ranks find them. TRL writes
+            precomputed scores of the reference beside that file, and cannot share them if rows are in memory only.
 
     Raises:
         InputError: the sets are not those of the objectives, or a row is no pair.
@@ -144,6 +144,7 @@ def _each(rows: list[Row]) -> Iterable[Row]:
 
 
 def _pairs_of(rows: Any, objective: str, name: str) -> Iterable[Row]:
+    """The rows of one set; InputError if it is no data set that can be read more than once."""
     if isinstance(rows, datasets.IterableDataset) or not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
         raise InputError(
             f"the {name} data of objective '{objective}' is a {type(rows).__name__}: pass a Dataset, or a list of rows"
@@ -152,12 +153,13 @@ def _pairs_of(rows: Any, objective: str, name: str) -> Iterable[Row]:
 
 
 def _identity(row: Row) -> str:
-    """The same text for two rows with the same context and the same two answers, in either order."""
+    """A text that is the same for two rows if they have the same context and the same two answers, in either order."""
     answers = sorted(json.dumps(row[column], sort_keys=True) for column in ("chosen", "rejected"))
     return json.dumps([*(row.get(column) for column in _CONTEXT), *answers], sort_keys=True)
 
 
 def _require_every_objective(labels: Iterable[Sequence[int]], objectives: Sequence[str], name: str) -> None:
+    """Raise InputError if an objective has no label other than 0."""
     labelled = [any(column) for column in zip(*labels, strict=True)] or [False] * len(objectives)
     without = [objective for objective, some in zip(objectives, labelled, strict=True) if not some]
     if without:
@@ -165,6 +167,8 @@ def _require_every_objective(labels: Iterable[Sequence[int]], objectives: Sequen
 
 
 def _as_sets(preferences: Preferences, chat: bool) -> dict[str, list[Row]]:
+    """The pairs of each objective as rows, with messages for a chat template or with plain text."""
+
     def turn(role: str, text: str) -> Any:
         return [{"role": role, "content": text}] if chat else text
 

@@ -1,19 +1,21 @@
-"""One forward of TRL's DPO loss, read under several labellings. The one place that knows how TRL computes its loss.
+"""TRL's DPO loss of several objectives from one forward. Only this file knows how TRL computes its loss.
 
-TRL has no function from log-probabilities to the loss of one pair: formulas, forward passes and metrics are one method,
-`DPOTrainer._compute_loss(model, inputs, return_outputs)`. Instead of copying its formulas, this calls it: once with the
-real model, whose output is kept, and once per objective with a stand-in that answers with that output, rows without a
-label left out and the two answers swapped where the label is −1. Each loss type, divergence and weighting of pairs that
-TRL has, or will have, is thereby what TRL makes of it.
+TRL has no function from log-probabilities to the loss of a pair: forward passes, formulas and metrics are all in the
+method `DPOTrainer._compute_loss(model, inputs, return_outputs)`. We call that method instead of copying its formulas.
+The first call gets the real model, whose output is kept. Then there is one call per objective, with a stand-in that
+returns the kept output: without the pairs that have no label, and with the two answers swapped where the label is −1.
+So every loss type that TRL has, or will have, works as in TRL.
 
-What that leans on (tests/integrations/test_trl_privates.py says which of it a new TRL breaks):
+This takes the following for granted; tests/integrations/test_trl_privates.py tells what a new version of TRL changes:
 
-- `_compute_loss` calls its argument `model` once, reads log-probabilities from its output only, and of `inputs` the
-  entries `input_ids`, `attention_mask`, `completion_mask`: chosen answers first, then rejected ones.
-- With `self.precompute_ref_logps` it takes the reference's from `inputs`, after the call of `model`; they are what
-  `compute_ref_log_probs(model, inputs)` returns.
-- Metrics go to `self._metrics[mode][name]` and `self._total_train_tokens`, through `self.accelerator.gather` if they
-  are about pairs and `gather_for_metrics` if they are about tokens.
+- `_compute_loss` calls its argument `model` once, and takes log-probabilities from its output only. Of `inputs` it
+reads
+  `input_ids`, `attention_mask` and `completion_mask`, in which chosen answers come first and rejected ones after them.
+- With `self.precompute_ref_logps` it takes the reference's log-probabilities from `inputs`, after it has called
+`model`.
+  They are what `compute_ref_log_probs(model, inputs)` returns.
+- Metrics are added to `self._metrics[mode][name]` and to `self._total_train_tokens`. Those about pairs go through
+  `self.accelerator.gather`, those about tokens through `gather_for_metrics`.
 """
 
 from __future__ import annotations
@@ -28,17 +30,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the output of a model, what decides the loss, and what is only logged. Rows are sequences in all of them.
+# Fields of a model's output: those that the loss is computed from, and those that are only logged.
 _FOR_THE_LOSS = ("log_probs", "log_sum_sq_probs")
 _ONLY_LOGGED = ("entropy", "mean_logits", "is_top1")
 
 
 @dataclass(frozen=True)
 class LabelledLoss:
-    """The loss over the pairs that an objective has labels for, and what it logs: scalars that are still on the device.
+    """The loss of an objective over the pairs that have a label for it, and metrics. All are scalars on the device.
 
     Attributes:
-        loss: mean over those pairs; differentiable.
+        loss: mean over those pairs, differentiable.
         accuracy: share of pairs in which the preferred answer has the higher reward.
         margin: mean of the preferred answer's reward minus the other's.
     """
@@ -49,17 +51,17 @@ class LabelledLoss:
 
 
 class ScoredPairs:
-    """A batch of B pairs after its one forward.
+    """A batch of B pairs, whose forward is run when this is made.
 
     Args:
         trainer: a DPOTrainer.
-        compute_loss: its `_compute_loss`, bound.
+        compute_loss: its method `_compute_loss`.
         model: called once, with gradients if they are enabled.
         inputs: what TRL's collator made of the pairs.
-        return_outputs: whether TRL computes the deprecated `outputs`, too.
+        return_outputs: whether to have TRL compute `outputs`, too, which is deprecated and takes another forward.
 
     Attributes:
-        outputs: of the deprecated extra forward, or None.
+        outputs: these outputs, or None.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class ScoredPairs:
             if self._scored is None:
                 self._scored = outputs
                 if reference_is_due:
-                    # Here, and not before: dropout then draws the same numbers as in TRL's own order.
+                    # After the model, as in TRL, so that dropout draws the same random numbers.
                     chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)
                     self._inputs.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
             return outputs
@@ -93,7 +95,7 @@ class ScoredPairs:
         """The loss of one objective.
 
         Args:
-            labels: of each pair, +1, 0 or −1; not all 0.
+            labels: the objective's label of each pair, +1, 0 or −1; not all 0.
         """
         count = len(labels)
         chosen = [pair if label > 0 else pair + count for pair, label in enumerate(labels) if label]
@@ -127,13 +129,14 @@ class ScoredPairs:
         return LabelledLoss(loss, logged["rewards/accuracies"][0], logged["rewards/margins"][0])
 
     def nothing(self) -> Tensor:
-        """A loss of 0, whose backward reaches every parameter that the forward has used."""
+        """A loss of 0 whose backward reaches all parameters, for a rank without labels that others wait for."""
         loss: Tensor = (self._scored.log_probs * 0.0).sum()
         return loss
 
 
 @contextmanager
 def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Within this context, attributes of an object have other values."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)
@@ -145,7 +148,11 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 class _Unasked:
-    """An accelerator for a second reading: no rank waits for another, and the host does not wait for the device."""
+    """Takes the place of the accelerator when a loss is computed from the kept output.
+
+    The real one would gather metrics over ranks each time. This one leaves them where they are, so that no rank waits
+    for another, and the host does not wait for the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -154,11 +161,11 @@ class _Unasked:
         return _Unread(values)
 
     def gather_for_metrics(self, values: Any) -> Tensor:
-        return torch.zeros(())  # about tokens: logged once, by the first reading
+        return torch.zeros(())  # about tokens; the call with the real model has logged it
 
 
 class _Unread:
-    """A metric whose `item()` leaves it on the device."""
+    """A metric whose `item()` returns it as a tensor: reading its value would wait for the device."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -171,7 +178,7 @@ class _Unread:
 
 
 class _Unlogged:
-    """Stands for per-token values that would only be logged, since picking them by a mask waits for the device."""
+    """Takes the place of values per token that are only logged: selecting them by a mask would wait for the device."""
 
     def itself(self, *_: Any, **__: Any) -> _Unlogged:
         return self

@@ -1,6 +1,6 @@
-"""What is logged per objective, summed on the device until somebody asks. Knows numbers and names; no trainer.
+"""Metrics per objective, summed up on the device until they are logged. Knows numbers and names; no trainer.
 
-Adding costs no synchronisation; `values` costs one.
+To add a number, the host does not have to wait for the device; only `values` waits.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 from mogeo.report import StepReport
 
 PER_PAIR = ("loss", "rewards/accuracies", "rewards/margins")
-"""Means over the labelled pairs of an objective, logged as f"{name}/{objective}"."""
+"""Names of the means over an objective's labelled pairs, which are logged as f"{name}/{objective}"."""
 
 
 class Tally:
-    """Means since the last `reset`: over pairs, and over steps.
+    """Means over pairs, and means over steps, since the last `reset`.
 
     Args:
         objectives: names, in order.
-        device: of what will be added.
+        device: of the numbers that will be added.
     """
 
     def __init__(self, objectives: Sequence[str], device: torch.device) -> None:
@@ -30,33 +30,40 @@ class Tally:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        # The last entry of each counts: pairs of an objective, and steps in which a number existed.
+        """Forget everything that was added."""
+        # Sums; the last column counts the pairs.
         self._pairs = torch.zeros(len(self.objectives), len(PER_PAIR) + 1, dtype=torch.float64, device=self.device)
-        self._own_pairs = torch.zeros_like(self._pairs)  # this rank's, not shared yet
+        self._own_pairs = torch.zeros_like(self._pairs)  # of this rank, until `share`
         self._steps: dict[str, Tensor] = {}
 
     def add_pairs(self, index: int, count: int, means: Sequence[Tensor]) -> None:
-        """Add means (scalars, in the order of `PER_PAIR`) over `count` pairs of the objective at `index`, of this rank.
+        """Add means over pairs of one objective, on this rank. They are part of `values` after the next `share`.
 
-        They count once `share` has been called.
+        Args:
+            index: of the objective.
+            count: number of pairs.
+            means: scalars on the device, in the order of `PER_PAIR`.
         """
         row = torch.stack([*(mean.detach().double() for mean in means), torch.ones_like(means[0], dtype=torch.float64)])
         self._own_pairs[index] += row * count
 
     def share(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Take in the pairs of all ranks. Every rank calls this."""
+        """Add up the pairs of all ranks. All ranks have to call this.
+
+        Args:
+            sum_over_ranks: sums a tensor over ranks.
+        """
         self._pairs += sum_over_ranks(self._own_pairs)
         self._own_pairs = torch.zeros_like(self._pairs)
 
     def add_report(self, report: StepReport, scale: Tensor | None = None) -> None:
-        """Add what one step decided. Objectives that the step did without count in no mean but that of their weight.
+        """Add the numbers of one step. An objective without a loss in the step counts in the mean of weights only.
 
         Args:
             report: of the step.
-            scale: what the losses were multiplied by before their backward, by a `GradScaler`.
+            scale: the factor by which a `GradScaler` multiplied the losses before their backward; None: there was none.
         """
-        self._add_step("loss", report.losses)  # what was descended; it takes the place of the mean over pairs
+        self._add_step("loss", report.losses)  # logged under the same name as the mean over pairs, in place of it
         self._add_step("weights", report.weights)
         norms, cosines, alignment = report.grad_norms, report.cosines, report.alignment
         if norms is None or cosines is None or alignment is None:
@@ -68,12 +75,13 @@ class Tally:
         self._add_step("cosine", cosines)
 
     def _add_step(self, name: str, values: Tensor) -> None:
+        """Add numbers of one step; those that are not finite are left out of the mean."""
         known = values.isfinite()
         both = torch.stack([values.masked_fill(~known, 0.0), known.to(torch.float64)])
         self._steps[name] = self._steps[name] + both if name in self._steps else both
 
     def values(self) -> dict[str, float]:
-        """Everything that was added, by the name it is logged under. Waits for the device."""
+        """All means, by the names under which they are logged. Waits for the device."""
         named: dict[str, float] = {}
         for objective, (*sums, count) in zip(self.objectives, self._pairs.tolist(), strict=True):
             if count:

@@ -1,1 +1,1 @@
-"""`mogeo evaluate`: generate answers, have them judged, and estimate net win rates. Must not know training."""
+"""`mogeo evaluate`: let models answer, have the answers judged, and estimate net win rates. Knows no training."""

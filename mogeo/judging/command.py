@@ -1,7 +1,8 @@
-"""`mogeo evaluate`: generate on held-out prompts, judge against golden responses. Arguments, order, consent, files.
+"""`mogeo evaluate`: options, the order of the work, and the files that it writes.
 
-Must not import torch at the top: `mogeo evaluate --help` has to answer at once, and bad input before a model is loaded.
-Who is judged on what is found by `entrants`, the judges come from `options`, the numbers from `comparison`.
+Must not import torch at the top: `mogeo evaluate --help` has to answer at once, and what is wrong has to be found
+before a model is loaded. Which models are judged is found by `candidates`, on which prompts by `prompts`; answers come
+from `responses`, judges from `judge_kinds`, numbers from `comparison`.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogeo.dpo.config import PROMPT_FORMATS, share_or_number
 from mogeo.errors import InputError
-from mogeo.judging.entrants import Entrant, Prompts, entrants, questions, speakers
+from mogeo.judging.candidates import CandidateModel, find_candidates, responders
 from mogeo.judging.golden import Question
-from mogeo.judging.options import JUDGES, add_judge_arguments, check_judge, endpoint_judge, reward_judge, world_judge
-from mogeo.judging.responses import DTYPES, Generation, ResponseFile, Said, Speaker, read_responses, respond
+from mogeo.judging.judge import OVERALL, WORST
+from mogeo.judging.judge_kinds import add_judge_arguments, foreign_options, refuse_foreign_options
+from mogeo.judging.progress import progress_bar
+from mogeo.judging.prompts import PromptChoice, choose_questions
+from mogeo.judging.responses import (
+    DTYPES,
+    Generation,
+    ModelResponses,
+    Responder,
+    ResponseFile,
+    read_responses,
+    respond,
+)
 
 if TYPE_CHECKING:
-    from mogeo.judging.api_judge import EndpointJudge, Plan
     from mogeo.judging.comparison import Judged
-    from mogeo.judging.judge import Judge
 
 logger = logging.getLogger("mogeo")
 
@@ -49,6 +58,7 @@ examples
   mogeo evaluate --model runs/qwen --judge endpoint --judge-model local --base-url http://127.0.0.1:8000/v1 \\
                  --prompts 50 --output runs/judged
   mogeo evaluate --model M --data goldens.jsonl --all-prompts --objectives helpfulness,honesty --judge endpoint ...
+  mogeo evaluate --model runs/qwen --judge my_package.judges:LengthJudge --output runs/judged
 
 written to --output
   evaluation.json (settings, counts, rates, intervals)   judgements.jsonl (every verdict, with its texts)
@@ -71,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--responses", type=Path, metavar="FILE",
         help='judge responses that exist: lines of {"model": "...", "prompt": "...", "responses": ["..."]}',
     )  # fmt: skip
-    who.add_argument("--judge", required=True, choices=JUDGES, help="who compares; the options of each are below")
     who.add_argument("--output", required=True, metavar="O", type=Path, help="folder for everything that is written")
 
     prompts = parser.add_argument_group("prompts (default: those that the first run held out)")
@@ -114,11 +123,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speech.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA if there is one)")
     speech.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_judge_arguments(parser)
+    add_judge_arguments(parser, parser.get_default("argv") or [])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the command; raises InputError for what the user can mend."""
+    """Carry out the command.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
     # Everything that can be wrong is found before a model is loaded, the cheapest first.
     how = Generation(
         max_new_tokens=args.max_new_tokens,
@@ -129,59 +145,63 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
     )
     how.check()
+    refuse_foreign_options(args)
     if bool(args.model) == bool(args.responses):
         raise InputError("name either models (--model) or a file of their responses (--responses)")
-    found = entrants(args.model)
-    _check_sources(found)
-    asked, objectives = questions(_prompts(args), found)
-    check_judge(args, objectives, asked)
+    candidates = find_candidates(args.model)
+    _check_sources(candidates)
+    asked, objectives = choose_questions(_prompt_choice(args), candidates)
+    if reserved := {OVERALL, WORST} & set(objectives):
+        raise InputError(f"an objective is named '{reserved.pop()}', which the table uses; leave it out (--objectives)")
+    args.judge_kind.check(args, objectives, asked)
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"output '{args.output}' is a file; name a folder")
 
-    said = _given(args, asked) if args.responses else None
+    given = _given(args, asked) if args.responses else None
     args.output.mkdir(parents=True, exist_ok=True)
     try:
-        if said is None:
-            said = _generate(args, speakers(found, args.prompt_format), asked, how)
-        asked, responses = _answered(asked, said)
-        return _judge(args, asked, objectives, responses, how)
+        said = _generate(args, responders(candidates, args.prompt_format), asked, how) if given is None else given
+        answered, responses = _answered(asked, said)
+        _judge(args, answered, objectives, responses, how)
     except KeyboardInterrupt:
         print(
             "mogeo: interrupted; what was generated and answered is kept: run the same command to go on",
             file=sys.stderr,
         )
         return 130
+    return 0
 
 
-def _prompts(args: argparse.Namespace) -> Prompts:
+def _prompt_choice(args: argparse.Namespace) -> PromptChoice:
     names = None if args.objectives is None else tuple(name.strip() for name in args.objectives.split(","))
-    return Prompts(args.data, args.held_out, args.seed, names, args.all_prompts, args.prompts)
+    return PromptChoice(args.data, args.held_out, args.seed, names, args.all_prompts, args.prompts)
 
 
-def _check_sources(found: Sequence[Entrant]) -> None:
-    # models.py needs torch; a path that does not exist can be told without.
+def _check_sources(candidates: Sequence[CandidateModel]) -> None:
+    """Raise InputError for a model at whose path nothing lies. Loads no model."""
     from mogeo.dpo.models import check_model_source
 
-    for entrant in found:
-        check_model_source(entrant.source)
+    for candidate in candidates:
+        check_model_source(candidate.source)
 
 
 # ---- responses -------------------------------------------------------------------------------------------------------
 
 
-def _given(args: argparse.Namespace, asked: Sequence[Question]) -> dict[str, Said]:
+def _given(args: argparse.Namespace, asked: Sequence[Question]) -> dict[str, ModelResponses]:
+    """The responses in the file that `--responses` names, by model."""
     if not args.responses.is_file():
         raise InputError(f"--responses: file '{args.responses}' does not exist")
     return read_responses(args.responses, [question.prompt for question in asked])
 
 
 def _generate(
-    args: argparse.Namespace, models: Sequence[Speaker], asked: Sequence[Question], how: Generation
-) -> dict[str, Said]:
-    """The responses of each model, generated unless --output holds them."""
+    args: argparse.Namespace, models: Sequence[Responder], asked: Sequence[Question], how: Generation
+) -> dict[str, ModelResponses]:
+    """The responses of each model: read from `--output` where they were generated before, else generated."""
     import transformers
 
-    from mogeo.dpo.train import resolve_device
+    from mogeo.dpo.processes import resolve_device
 
     device = resolve_device(args.device)
     transformers.utils.logging.disable_progress_bar()  # its bars would be drawn across ours
@@ -192,7 +212,8 @@ def _generate(
         key = model.key(prompts, how)
         known = file.get(key, prompts)
         if known is None:
-            with _bar(args, model.label, len(prompts) * how.samples_per_prompt, "response") as bar:
+            total = len(prompts) * how.samples_per_prompt
+            with progress_bar(model.label, total, "response", quiet=args.quiet) as bar:
                 known = respond(model, prompts, how, device, bar)
             file.put(model.label, key, prompts, known)
         else:
@@ -201,8 +222,14 @@ def _generate(
     return said
 
 
-def _answered(asked: Sequence[Question], said: dict[str, Said]) -> tuple[list[Question], dict[str, list[list[str]]]]:
-    """The questions that every model has answered: on others, models could not be compared."""
+def _answered(
+    asked: Sequence[Question], said: dict[str, ModelResponses]
+) -> tuple[list[Question], dict[str, list[list[str]]]]:
+    """The questions that every model has answered, and the answers. Models can be compared on these only.
+
+    Raises:
+        InputError: there is none.
+    """
     unanswered = {label: {i for i, of_prompt in enumerate(of) if of_prompt is None} for label, of in said.items()}
     left_out = set().union(*unanswered.values())
     for label, of_model in unanswered.items():
@@ -224,88 +251,24 @@ def _judge(
     objectives: Sequence[str],
     responses: dict[str, list[list[str]]],
     how: Generation,
-) -> int:
+) -> None:
+    """Judge the responses, write what came of it, and print the tables."""
     from mogeo.judging.comparison import Comparisons, judge_models
 
     comparisons = Comparisons.of(asked, responses)
-    told: dict[str, Any] = {"judge": args.judge}
-    last_words = ""
-    if args.judge == "endpoint":
-        with closing(endpoint_judge(args, objectives)) as judge:
-            plan = judge.plan(comparisons.prompts, comparisons.candidates, comparisons.references)
-            print(_plan_text(args, plan), flush=True)
-            if plan.requests:
-                _ask_consent(args)
-            with _bar(args, "judging", plan.requests + plan.cached, "answer") as bar:
-                judge.on_answer = bar
-                judged = judge_models(judge, asked, responses, comparisons=comparisons)
-        told.update(plan=asdict(plan), **judge.report())
-        last_words = f"\n{_endpoint_text(args, judge)}\n"
-    else:
-        rater: Judge = world_judge(args, objectives) if args.judge == "world" else reward_judge(args)
-        judged = judge_models(rater, asked, responses, comparisons=comparisons)
-    _write(args, judged, told, how)
+    with args.judge_kind.session(args, objectives, comparisons) as session:
+        judged = judge_models(session.judge, asked, responses, comparisons=comparisons)
+    _write(args, judged, {"judge": args.judge, **session.record}, how)
     print("\n" + "\n\n".join(table.text() for table in judged.tables()))
-    print(f"{last_words}\nnumbers, verdicts and responses are in {args.output}")
-    return 0
+    summary = f"\n{session.summary}\n" if session.summary else ""
+    print(f"{summary}\nnumbers, verdicts and responses are in {args.output}")
 
 
-def _ask_consent(args: argparse.Namespace) -> None:
-    """Return if the requests may be sent; raises InputError if not."""
-    if args.yes:
-        return
-    if not sys.stdin.isatty():
-        raise InputError("the requests above are not sent without consent: add --yes (the responses are kept)")
-    if input("send them? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise InputError("nothing was sent; the responses are kept")
+# ---- what is written -------------------------------------------------------------------------------------------------
 
 
-# ---- what is shown and written ---------------------------------------------------------------------------------------
-
-
-def _plan_text(args: argparse.Namespace, plan: Plan) -> str:
-    cost = _cost(args, plan.prompt_tokens, plan.completion_tokens)
-    limit = f", at most {plan.completion_tokens:,} of replies" if plan.completion_tokens else ""
-    return (
-        f"{plan.comparisons:,} comparisons: {plan.requests:,} requests to {args.judge_model} "
-        f"({plan.cached:,} more are in the cache), about {plan.prompt_tokens:,} prompt tokens (bytes / 4){limit}"
-        + (f": at most {cost:,.2f}" if cost is not None else "; with --price-in and --price-out, the cost is told")
-    )
-
-
-def _endpoint_text(args: argparse.Namespace, judge: EndpointJudge) -> str:
-    """What was sent and answered."""
-    usage = judge.endpoint.usage
-    cost = _cost(args, usage.prompt_tokens, usage.completion_tokens)
-    lines = [
-        f"{usage.requests:,} requests answered ({usage.cached:,} from the cache, {usage.retries:,} retries, "
-        f"{judge.asked_again:,} asked again), {usage.prompt_tokens:,} prompt tokens and {usage.completion_tokens:,} of "
-        "replies, as the server counts" + (f": {cost:,.2f}" if cost is not None else "")
-    ]
-    if usage.uncounted:
-        lines.append(f"{usage.uncounted:,} replies came without a count of tokens")
-    total = sum(sum(counts.values()) for counts in judge.answers.values()) // 2
-    contradictions = sum(judge.contradictions.values())
-    first, second = (sum(counts[position] for counts in judge.answers.values()) for position in "AB")
-    lines.append(
-        f"in {contradictions:,} of {total:,} pairs of orders it preferred the same position both times (counted as "
-        f"ties); it named the first response {first:,} times, the second {second:,} times"
-    )
-    for reason, count in usage.failures.items():
-        lines.append(f"{count:,} without a reply: {reason}")
-    unparsable = sum(counts["unparsable"] for counts in judge.answers.values())
-    if unparsable:
-        lines.append(f"{unparsable:,} replies were not in the form asked for, also when asked again: not judged")
-    return "\n".join(lines)
-
-
-def _cost(args: argparse.Namespace, prompt_tokens: int, completion_tokens: int) -> float | None:
-    if args.price_in is None or args.price_out is None:
-        return None
-    return float(args.price_in * prompt_tokens + args.price_out * completion_tokens) / 1e6
-
-
-def _write(args: argparse.Namespace, judged: Judged, told: dict[str, Any], how: Generation) -> None:
+def _write(args: argparse.Namespace, judged: Judged, judged_by: dict[str, Any], how: Generation) -> None:
+    """Write evaluation.json and judgements.jsonl."""
     import torch
     import transformers
 
@@ -313,7 +276,7 @@ def _write(args: argparse.Namespace, judged: Judged, told: dict[str, Any], how: 
 
     record = {
         **judged.to_dict(),
-        "judged_by": told,
+        "judged_by": judged_by,
         "generation": None if args.responses else asdict(how),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in _options(args)},
         "command": shlex.join(["mogeo", *args.argv]),
@@ -326,24 +289,8 @@ def _write(args: argparse.Namespace, judged: Judged, told: dict[str, Any], how: 
 
 
 def _options(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """The options that decide what comes out, and their values; not those of other judges."""
+    left_out = {"argv", "command", "judge_kind", "judge_owners", "quiet", "yes", *foreign_options(args)}
     for name, value in vars(args).items():
-        if name not in ("argv", "command", "quiet", "yes") and value is not None:
+        if name not in left_out and value is not None:
             yield name, value
-
-
-class _Bar:
-    """A progress bar that can be called with what was done."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def __call__(self, done: int) -> None:
-        self._bar.update(done)
-
-
-@contextmanager
-def _bar(args: argparse.Namespace, label: str, total: int, unit: str) -> Iterator[_Bar]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=label, unit=unit, disable=args.quiet) as bar:
-        yield _Bar(bar)

@@ -1,6 +1,6 @@
 """Judge the responses of several models against golden ones, and sum up: counts, net win rates, tables, records.
 
-The function behind `mogeo evaluate`, for any judge. Knows no models, files or command lines.
+`judge_models` does the work of `mogeo evaluate`, for any judge. Knows no models, files or command lines.
 """
 
 from __future__ import annotations
@@ -13,31 +13,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mogeo.dpo.figures import Table
 from mogeo.errors import InputError
+from mogeo.figures.table import Table
 from mogeo.judging.golden import Question
 from mogeo.judging.judge import OVERALL, WORST, Judge, Verdict
 from mogeo.judging.win_rates import LEVEL, RESAMPLES, Estimate, Estimates, estimate
 
 Responses = Mapping[str, Sequence[Sequence[str]]]
-"""Label of a model -> for each prompt, its responses to it: one if greedy, as many as were sampled otherwise."""
+"""Label of a model -> for each prompt, the model's responses to it: one, or as many as were sampled."""
 
-_IDENTICAL = -1
+_IDENTICAL = -1  # stands in place of an index where the response is the golden one
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What has to be judged, each distinct (prompt, response, golden) once; identical texts are ties unasked."""
+    """What has to be judged: N distinct triples of prompt, response and golden response.
+
+    What several models say alike is judged once. A response that is the golden one is a tie, and no judge is asked.
+
+    Attributes:
+        prompts: [N].
+        candidates: [N], responses.
+        references: [N], golden responses.
+        places: label of a model -> int64 [prompts, samples]: where in these lists each of its responses is; -1 for a
+            response that is the golden one.
+    """
 
     prompts: list[str]
     candidates: list[str]
     references: list[str]
     places: dict[str, NDArray[np.int64]]
-    """Label -> int64 [P, S]: index into the lists, or -1 where the response is the golden one."""
 
     @classmethod
     def of(cls, questions: Sequence[Question], responses: Responses) -> Comparisons:
-        """The comparisons of some models. Raises InputError if they do not all have as many responses a prompt."""
+        """Collect the comparisons of some models.
+
+        Args:
+            questions: the prompts with their golden responses.
+            responses: of each model, to these prompts.
+
+        Raises:
+            InputError: the models do not all have the same number of responses to each prompt.
+        """
         shapes = {label: sorted({len(said) for said in of_model}) for label, of_model in responses.items()}
         short = [label for label, of_model in responses.items() if len(of_model) != len(questions)]
         if short or len({tuple(shape) for shape in shapes.values()}) != 1 or len(next(iter(shapes.values()))) != 1:
@@ -63,29 +80,38 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Judged:
-    """Models, judged."""
+    """What came of judging M models.
+
+    Attributes:
+        objectives: what was judged, besides "overall".
+        questions: the prompts with their golden responses.
+        responses: of each model.
+        verdicts: label of a model -> [prompts][samples].
+        estimates: net win rates and their intervals, the models in the order of `labels`.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+    """
 
     objectives: tuple[str, ...]
     questions: list[Question]
     responses: Responses
     verdicts: dict[str, list[list[Verdict]]]
-    """Label -> [P][S]."""
     estimates: Estimates
     seed: int
     resamples: int
 
     @property
     def labels(self) -> list[str]:
-        """The models, in the order in which they came."""
+        """The models' labels, in the order in which they were given."""
         return list(self.verdicts)
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """What was asked of the judge: overall, then the objectives."""
+        """The questions that the judge was asked about each response: "overall", then the objectives."""
         return (OVERALL, *self.objectives)
 
     def counts(self, label: str, question: str) -> dict[str, int]:
-        """Wins, ties, losses of a model, and what was not judged."""
+        """How many of a model's responses won, tied and lost, and how many were not judged."""
         given = [verdict[question] for said in self.verdicts[label] for verdict in said]
         names = {"wins": 1, "ties": 0, "losses": -1, "not_judged": None}
         return {name: sum(v == value for v in given) for name, value in names.items()}
@@ -93,7 +119,7 @@ class Judged:
     # ---- to be written ---------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, rates and intervals in plain values, ready for JSON: NaN (nothing judged) is null."""
+        """Counts, rates and intervals as plain values for JSON. A rate is None if nothing was judged."""
         models: dict[str, Any] = {}
         for m, label in enumerate(self.labels):
             rates = {
@@ -119,7 +145,7 @@ class Judged:
         }  # fmt: skip
 
     def records(self) -> list[dict[str, Any]]:
-        """One record a judgement, with texts, verdicts and what the judge went by."""
+        """One record per response: the texts, the verdict, and the reasons that the judge gave for it."""
         return [
             {
                 "model": label,
@@ -138,7 +164,7 @@ class Judged:
     # ---- to be shown -----------------------------------------------------------------------------------------------
 
     def tables(self) -> list[Table]:
-        """Net win rates of every model; with several, differences from the first; and the counts."""
+        """A table of net win rates; one of differences from the first model, if there are several; one of counts."""
         rates, labels = self._table_of_rates(), self.labels
         tables = [rates]
         if len(labels) > 1:
@@ -187,20 +213,28 @@ def judge_models(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Judged:
-    """Compare every response with its prompt's golden one, by objective and overall.
+    """Have a judge compare every response with its prompt's golden one, by objective and overall.
 
     Args:
-        judge: whom to ask.
-        questions: prompts with their golden responses.
-        responses: of each model, to the same prompts: what makes differences between models paired.
-        comparisons: of these, where they have been made before (to tell what judging will cost).
-        resamples: of the bootstrap behind the intervals.
+        judge: compares two texts at a time.
+        questions: the prompts with their golden responses.
+        responses: of each model, to these prompts. Since all models answer the same ones, their differences are paired.
+        comparisons: `Comparisons.of(questions, responses)`, if the caller has it already.
+        resamples: of the bootstrap that gives the intervals.
         seed: of the bootstrap.
+
+    Raises:
+        InputError: there are no prompts, or the judge does not return a verdict for each comparison.
     """
     if not questions:
         raise InputError("nothing to judge: there are no prompts")
     made = comparisons or Comparisons.of(questions, responses)
     given = judge.compare(made.prompts, made.candidates, made.references) if made.prompts else []
+    if len(given) != len(made.prompts):
+        raise InputError(
+            f"{type(judge).__name__} returned {len(given)} verdicts for {len(made.prompts)} comparisons: compare() has "
+            "to return one for each, in order"
+        )
     tie = Verdict(dict.fromkeys(judge.objectives, 0), 0, {"identical": True})
     verdicts = {
         label: [[tie if i == _IDENTICAL else given[i] for i in said] for said in places.tolist()]

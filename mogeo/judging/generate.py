@@ -1,4 +1,4 @@
-"""Let a model answer prompts: batched, greedy or sampled, decided by a seed. Knows nothing of judging."""
+"""Let a model respond to prompts, in batches, greedily or by sampling. Knows nothing of judging."""
 
 from __future__ import annotations
 
@@ -26,16 +26,23 @@ def generate(
     prompt_format: str = "chat",
     on_batch: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """One response a prompt, without the prompt and without special tokens.
+    """Generate one response to each prompt.
 
     Args:
-        max_new_tokens: where a response that has not ended by itself is cut.
-        temperature: 0 takes the likeliest token (greedy); above, tokens are sampled from softmax(logits / temperature),
-            without top-k or top-p, so that the model's own distribution is what gets judged.
-        seed: of the sampling. Its generator is its own; torch's global random state is neither read nor changed. The
-            same seed, prompts and batch size give the same text.
-        prompt_format: how the model was trained to see a prompt ("chat" or "plain", as in `AlignConfig`).
+        model: a causal language model of transformers. It is in training mode afterwards if it was before.
+        tokenizer: its tokenizer.
+        prompts: the texts to respond to.
+        max_new_tokens: a response that has not ended after so many tokens is cut.
+        temperature: 0 takes the likeliest token each time (greedy). Above 0, tokens are sampled from
+            softmax(logits / temperature), without top-k or top-p: the distribution is the model's own.
+        seed: of the sampling. The same seed, prompts and batch size give the same text. torch's global random state is
+            neither read nor changed.
+        batch_size: responses that are generated at once.
+        prompt_format: how prompts are shown to the model, "chat" or "plain", as in `AlignConfig`.
         on_batch: called with the number of responses of each batch, for a progress bar.
+
+    Returns:
+        The responses, without prompts and special tokens.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     was_training = model.training
@@ -61,15 +68,18 @@ def _continue(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """New tokens [B, T], T <= max_new_tokens; what follows a response's end is padding.
+    """Generate the tokens that follow B encoded prompts.
 
-    Our own loop, not `model.generate`: that samples from torch's global generator, and its defaults (top-k, penalties)
-    come from whatever generation config a model ships.
+    This does not use `model.generate`, which samples from torch's global generator, and takes settings such as top-k
+    and penalties from the generation config that comes with a model.
+
+    Returns:
+        int64 [B, T] with T <= max_new_tokens; padding after the end of a response.
     """
     stops = torch.tensor(_stop_ids(model, tokenizer), device=model.device)
     pad = pad_token(tokenizer)
     width = max(map(len, encoded))
-    # Padding goes to the left: all prompts end in the same column, and the next token of each comes from the last one.
+    # Pad on the left, so that all prompts end in the last column, whose logits give the next token.
     tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -83,7 +93,7 @@ def _continue(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,  # else the prompts' logits, [B, T, vocabulary], would be the peak of memory
+            logits_to_keep=1,  # all logits of the prompts, [B, T, vocabulary], would take the most memory of all
         )
         cache, logits = out.past_key_values, out.logits[:, -1].float()
         if temperature > 0:
@@ -101,7 +111,7 @@ def _continue(
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and those the model declares besides (Gemma's end of turn is only declared there)."""
+    """The tokenizer's end token, and those in the model's generation config, which alone has Gemma's end of turn."""
     declared: Any = getattr(model.generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     return sorted({int(i) for i in (tokenizer.eos_token_id, *declared) if i is not None})

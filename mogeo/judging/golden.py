@@ -1,4 +1,4 @@
-"""Golden responses: what a model's answers are compared with. Knows rows of data; no models, no judges."""
+"""Golden responses, which a model's answers are compared with, from rows of data. Knows no models and no judges."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ logger = logging.getLogger("mogeo")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the response that a model's own is measured against."""
+    """A prompt, and the golden response that a model's own response is compared with."""
 
     prompt: str
     golden: str
 
 
 def golden_questions(rows: Iterable[Row], objectives: Sequence[str]) -> list[Question]:
-    """A question for each distinct prompt: its column `golden`, or else the best-rated of its completions.
+    """A question for each distinct prompt.
 
-    Copies of a prompt (alike but for white space) are one question: counted twice, they would pass for two independent
-    observations. Rows without a response that is rated on all objectives are left out, and their number is logged.
+    The golden response is the row's column `golden`, or else its best-rated completion (see `golden_response`). Prompts
+    that differ in white space only are one question, since confidence intervals take questions to be independent. A
+    prompt without a golden response is left out, and how many were is logged.
+
+    Args:
+        rows: with "instruction", and with "golden" or UltraFeedback's "completions".
+        objectives: those over which ratings are summed.
 
     Raises:
-        InputError: a row has neither column, or none is left.
+        InputError: a row has neither "golden" nor "completions", or no prompt has a golden response.
     """
     found: dict[str, Question] = {}
     missing: set[str] = set()
@@ -58,11 +63,17 @@ def golden_questions(rows: Iterable[Row], objectives: Sequence[str]) -> list[Que
 
 
 def golden_response(row: Row, objectives: Sequence[str]) -> str:
-    """The completion with the largest sum of ratings over `objectives`; of several, the first.
+    """The completion with the largest sum of ratings over the objectives; the first, if several have that sum.
 
-    A completion that is empty or lacks one of the ratings (absent, "N/A") is passed over: its sum would not compare.
-    Raises InputError, which quotes the prompt, where none is left. Mind that a sum favours what several objectives
-    agree on.
+    Completions that are empty or lack one of the ratings are left out, since their sums are not comparable. Note that a
+    sum favours what several objectives agree on.
+
+    Args:
+        row: in UltraFeedback's shape.
+        objectives: those over which ratings are summed.
+
+    Raises:
+        InputError: no completion is rated on all objectives; the message quotes the prompt.
     """
     best: tuple[float, str] | None = None
     for completion in row["completions"]:
@@ -77,6 +88,7 @@ def golden_response(row: Row, objectives: Sequence[str]) -> str:
 
 
 def _rating(annotation: Mapping[str, Any] | None) -> float:
+    """The rating as a number; NaN if there is none."""
     try:
         return float(annotation["Rating"]) if annotation else math.nan
     except (KeyError, TypeError, ValueError):

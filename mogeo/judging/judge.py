@@ -1,6 +1,6 @@
-"""What a judge is: it compares two texts for a prompt, by objective and on the whole. Knows no model and no network.
+"""What a judge is: it compares two responses to a prompt, by objective and overall. Knows no model and no network.
 
-`RatingJudge` makes a judge out of any function that rates a text; `reward_judge` and `api_judge` hold the others.
+`RatingJudge` makes a judge of any function that rates a text. Other judges are in `reward_judge` and `endpoint_judge`.
 """
 
 from __future__ import annotations
@@ -11,43 +11,64 @@ from typing import Any, Protocol
 
 Ratings = Mapping[str, float]
 
-OVERALL = "overall"  # the question that is about no objective
-WORST = "worst"  # the lowest of the objectives' rates; like OVERALL, no name for an objective
+OVERALL = "overall"
+"""The question which response is better all in all. No objective may have this name."""
+
+WORST = "worst"
+"""The row of tables with the lowest of the objectives' rates. No objective may have this name."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who won one comparison: +1 the candidate, -1 the reference, 0 neither, None not judged; by objective and overall.
+    """Who won one comparison, by objective and overall.
 
-    None is not a tie: the judge gave no answer that could be read, and the comparison is left out of the rate.
+    +1 stands for the candidate, -1 for the reference, 0 for a tie, and None for a comparison that was not judged,
+    because the judge gave no answer that could be read. It is left out of the rate, and does not count as a tie.
+
+    Attributes:
+        objectives: the winner by objective.
+        overall: the winner all in all.
+        details: what the verdict is based on, such as rewards or answers, as plain values for JSON.
     """
 
     objectives: Mapping[str, int | None]
     overall: int | None
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What the judge went by (rewards, both orders' answers), in plain values, for whoever looks into it."""
 
     def __getitem__(self, question: str) -> int | None:
-        """The verdict on an objective, or on OVERALL."""
+        """The winner under a question: an objective, or "overall"."""
         return self.overall if question == OVERALL else self.objectives[question]
 
 
 class Judge(Protocol):
-    """Compares a candidate answer with a reference; a reward model or an API endpoint can stand behind it."""
+    """Anything that compares responses with references: a reward model, a model behind an endpoint, a function.
+
+    Attributes:
+        objectives: names of what it judges by, besides "overall".
+    """
 
     objectives: tuple[str, ...]
 
     def compare(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> list[Verdict]:
-        """One verdict a prompt, in order. The whole batch is handed over so that a judge may batch its own work."""
+        """Compare candidates with references.
+
+        Args:
+            prompts: [N].
+            candidates: [N], a response to each prompt.
+            references: [N], another response to each prompt.
+
+        Returns:
+            [N] verdicts, in order.
+        """
         ...
 
 
 class RatingJudge:
-    """Judges by ratings: an objective is won by the higher rating, the whole by the higher sum of ratings.
+    """Judges by ratings: the higher rating wins an objective, and the higher sum of ratings wins overall.
 
     Args:
-        rate: (prompt, response) -> objective -> rating, for every one of `objectives`.
-        objectives: the objectives to compare, in the order in which they are reported.
+        rate: (prompt, response) -> objective -> rating, at least for the objectives below.
+        objectives: names, in the order of the tables.
     """
 
     def __init__(self, rate: Callable[[str, str], Ratings], objectives: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
-"""A judge made of reward models: any sequence classifier of transformers, whose logits are read as rewards.
+"""A judge made of reward models: sequence classifiers of transformers, whose logits are taken as rewards.
 
-Knows models and texts; nothing of who generated them, of files or of rates.
+Knows models and texts; nothing of who generated the texts, of files or of rates.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ from mogeo.judging.judge import OVERALL, Verdict, sign
 
 @dataclass(frozen=True)
 class RewardSource:
-    """Where the reward of one question (an objective, or "overall") comes from."""
+    """Where the reward for one question (an objective, or "overall") comes from.
+
+    Attributes:
+        model: hub name or folder of a sequence classifier.
+        label: which of its logits is the reward, as an index or the name of a label; None: it has only one.
+    """
 
     model: str
-    """Hub name or folder of a sequence classifier."""
     label: str | None = None
-    """Which of its logits: an index or the name of a label; None: it has only one."""
 
 
 class RewardJudge:
-    """A question is won by the response with the higher reward.
+    """Judges by rewards: the response with the higher reward wins.
 
-    Overall has a reward of its own if the sources name one. If not, the response that wins more objectives wins:
-    rewards of different models are on different scales, and cannot be added up.
+    If there is no reward for "overall", the response that wins more objectives wins overall. Rewards are not added up,
+    since those of different models have different scales.
 
     Args:
-        sources: question -> where its reward comes from. "overall" is one of them, or left out.
-        margin: rewards that differ by at most this are a tie; in the units of the logits.
-        batch_size: texts at once.
-        device: of the models; they are loaded one after the other.
-        dtype: of the weights.
+        sources: question -> where its reward comes from. "overall" may be one of them.
+        margin: rewards that differ by at most this much are a tie; in units of the logits.
+        batch_size: texts that go through a model at once.
+        device: of the models, which are loaded one after the other.
+        dtype: of their weights.
 
     Raises:
-        InputError: a model cannot be loaded, or does not have the label.
+        InputError: there is no source, or the margin is negative.
     """
 
     def __init__(
@@ -63,7 +66,11 @@ class RewardJudge:
         self.objectives = tuple(name for name in sources if name != OVERALL)
 
     def compare(self, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> list[Verdict]:
-        """One verdict a prompt, in order. None where a text does not fit the model, or the reward is not a number."""
+        """One verdict per prompt, in order. It is None if a text does not fit the model, or a reward is not a number.
+
+        Raises:
+            InputError: a model cannot be loaded, or does not have the label.
+        """
         pairs = [*zip(prompts, candidates, strict=True), *zip(prompts, references, strict=True)]
         distinct = list(dict.fromkeys(pairs))
         found: dict[str, dict[tuple[str, str], float]] = {}
@@ -96,14 +103,22 @@ class RewardJudge:
     def _logits(
         self, source: str, texts: Sequence[tuple[str, str]], labels: Mapping[str, str | None]
     ) -> tuple[torch.Tensor, dict[str, int]]:
-        """fp32 [len(texts), labels of the model], NaN where a text does not fit; and the column of each question."""
+        """The logits of some texts, fp32 [texts, labels of the model]; and the column that each question is about."""
         model, tokenizer = load_classifier(source, self.dtype)
         columns = {name: label_index(source, model.config, label) for name, label in labels.items()}
-        return score(model.to(self.device), tokenizer, texts, self.batch_size), columns
+        return reward_logits(model.to(self.device), tokenizer, texts, self.batch_size), columns
 
 
 def load_classifier(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A sequence classifier, in evaluation mode, and its tokenizer. Raises InputError where it cannot be loaded."""
+    """Load a sequence classifier, in evaluation mode, and its tokenizer.
+
+    Args:
+        source: hub name or folder.
+        dtype: of the weights.
+
+    Raises:
+        InputError: it cannot be loaded, or is no classifier.
+    """
     import transformers
 
     try:
@@ -111,10 +126,10 @@ def load_classifier(source: str, dtype: torch.dtype = torch.float32) -> tuple[An
         model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, output_loading_info=True
         )
-    except Exception as error:  # the hub, the files and the architectures each have types of their own
+    except Exception as error:  # the hub, damaged files and unknown architectures raise errors of many types
         reason = " ".join(str(error).split())
         raise InputError(f"reward model '{source}' cannot be loaded ({type(error).__name__}: {reason:.300})") from error
-    # A language model loads as a classifier too, with a head of random numbers: its rewards would be noise.
+    # A language model can be loaded as a classifier, too. Its head is then random, and its rewards would be noise.
     if told["missing_keys"]:
         some = ", ".join(sorted(told["missing_keys"])[:3])
         raise InputError(f"'{source}' is no reward model: it lacks the weights of a classifier ({some})")
@@ -122,7 +137,14 @@ def load_classifier(source: str, dtype: torch.dtype = torch.float32) -> tuple[An
 
 
 def check_classifier_source(source: str) -> None:
-    """Raise InputError for a path at which nothing lies or that is no model. Cheap: loads nothing, asks no hub."""
+    """Check that a model can be at a path. Quick: nothing is loaded, and the hub is not asked.
+
+    Args:
+        source: hub name or folder.
+
+    Raises:
+        InputError: nothing is at the path, or what is there is no model.
+    """
     path = Path(source)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         raise InputError(f"reward model '{source}' is no folder with a config.json")
@@ -131,7 +153,16 @@ def check_classifier_source(source: str) -> None:
 
 
 def label_index(source: str, config: Any, label: str | None) -> int:
-    """The logit that a label stands for, by name or index. Raises InputError, which lists the labels there are."""
+    """The column of a label in a classifier's logits.
+
+    Args:
+        source: of the model, for the message.
+        config: of the model.
+        label: name or index; None: the only one there is.
+
+    Raises:
+        InputError: there is no such label, or several and none was named. The message lists them.
+    """
     names = {int(i): str(name) for i, name in config.id2label.items()}
     there = ", ".join(f"{i} ({name})" for i, name in sorted(names.items()))
     if label is None:
@@ -149,19 +180,28 @@ def label_index(source: str, config: Any, label: str | None) -> int:
 
 
 @torch.no_grad()
-def score(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], batch_size: int) -> torch.Tensor:
-    """Logits for pairs of prompt and response: fp32 [len(texts), labels], on the CPU.
+def reward_logits(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], batch_size: int) -> torch.Tensor:
+    """The logits of a classifier for pairs of prompt and response.
 
-    With a chat template, the pair is a turn of the user and one of the assistant; without one, the tokenizer's pair of
-    two texts (what encoders such as DeBERTa were trained on). A pair that is longer than the model's context is not
-    cut: it would be another response. Its logits are NaN.
+    With a chat template, a pair is shown as a turn of the user and one of the assistant. Without one, it is the
+    tokenizer's pair of two texts, which encoders such as DeBERTa are trained on. A pair that is longer than the model's
+    context is not cut, since that would be another response: its logits are NaN.
+
+    Args:
+        model: a sequence classifier, in evaluation mode.
+        tokenizer: its tokenizer.
+        texts: (prompt, response).
+        batch_size: pairs that go through the model at once.
+
+    Returns:
+        fp32 [len(texts), labels], on the CPU.
     """
     encoded = [_encode(tokenizer, *pair) for pair in texts]
     limit = context_length(model)
     fitting = [i for i, item in enumerate(encoded) if limit is None or len(item["input_ids"]) <= limit]
     fitting.sort(key=lambda i: -len(encoded[i]["input_ids"]))
     logits = torch.full((len(texts), model.config.num_labels), torch.nan)
-    # A decoder finds a text's last token by its pad token: without one, it can take only one text at a time.
+    # A decoder needs a pad token to find where each text of a batch ends. Without one, it takes one text at a time.
     size = batch_size if model.config.get_text_config().pad_token_id is not None else 1
     for start in range(0, len(fitting), size):
         chosen = fitting[start : start + size]
@@ -179,7 +219,7 @@ def _encode(tokenizer: Any, prompt: str, response: str) -> dict[str, list[int]]:
 
 
 def _padded(items: Sequence[Mapping[str, list[int]]], model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """One batch, padded on the right: the model's own pad token, and 0 in masks and token types."""
+    """One batch, padded on the right: with the model's pad token, and with 0 in masks and token types."""
     width = max(len(item["input_ids"]) for item in items)
     own = model.config.get_text_config().pad_token_id
     fill = {"input_ids": pad_token(tokenizer) if own is None else own}
@@ -192,6 +232,7 @@ def _padded(items: Sequence[Mapping[str, list[int]]], model: Any, tokenizer: Any
 
 
 def _majority(verdicts: Sequence[int | None]) -> int | None:
+    """Who won more often, or None if one verdict is missing."""
     judged = [v for v in verdicts if v is not None]
     return sign(sum(judged)) if len(judged) == len(verdicts) else None
 

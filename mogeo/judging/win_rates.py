@@ -1,9 +1,10 @@
-"""Net win rates and their confidence intervals, from verdicts. Knows no models, no texts, and nothing of who judged.
+"""Net win rates and their confidence intervals, from verdicts. Knows no models and no texts.
 
-The interval is the bootstrap's, over prompts: a prompt is drawn with all that belongs to it (its samples, its verdicts
-on every objective and every model), so what hangs together stays together, and differences between models are paired.
-BCa (bias-corrected and accelerated): Efron, "Better bootstrap confidence intervals", JASA 82 (1987), section 3; the
-acceleration by the jackknife over prompts: Efron & Tibshirani, "An introduction to the bootstrap" (1993), eq. 14.15.
+Intervals come from a bootstrap over prompts. A prompt is drawn with all its verdicts: on every sample, every objective
+and every model. So verdicts that depend on each other are not taken for independent ones, and differences between
+models are paired by prompt. BCa (bias-corrected and accelerated): Efron, "Better bootstrap confidence intervals", JASA
+82 (1987), section 3; the acceleration by the jackknife over prompts: Efron & Tibshirani, "An introduction to the
+bootstrap" (1993), eq. 14.15.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class NetWinRates:
-    """(wins - losses) / n against the references: -1 all lost, 0 as good as the references, 1 all won."""
+    """Net win rates (wins - losses) / n: -1 if all was lost, 0 if the candidates are as good as the references, 1 if
+    all was won.
+
+    Attributes:
+        overall: all in all.
+        objectives: by objective.
+    """
 
     overall: float
     objectives: dict[str, float]
@@ -37,16 +44,23 @@ class NetWinRates:
 
     @property
     def worst_objective(self) -> str:
-        """The objective with the lowest net win rate; of several, the first."""
+        """The objective with the lowest net win rate; the first, if several have it."""
         return min(self.objectives, key=self.objectives.__getitem__)
 
 
 def net_win_rates(
     judge: Judge, prompts: Sequence[str], candidates: Sequence[str], references: Sequence[str]
 ) -> NetWinRates:
-    """Judge one candidate a prompt against one reference a prompt; what is not judged is left out of n.
+    """Judge one candidate per prompt against one reference per prompt. What is not judged is left out of n.
 
-    Raises ValueError where there is no prompt.
+    Args:
+        judge: compares them.
+        prompts: [N].
+        candidates: [N].
+        references: [N].
+
+    Raises:
+        ValueError: there are no prompts.
     """
     if not prompts:
         raise ValueError("nothing to judge: there are no prompts")
@@ -65,7 +79,13 @@ def _net(verdicts: Sequence[int | None]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number between -1 and 1 (a difference: -2 and 2) and its confidence interval; NaN where nothing was judged."""
+    """A net win rate, or a difference of two, and its confidence interval. All NaN if nothing was judged.
+
+    Attributes:
+        value: between -1 and 1; a difference is between -2 and 2.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float
@@ -74,37 +94,41 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the verdicts of M models on Q questions come to."""
+    """The estimates for M models and Q questions.
+
+    Attributes:
+        rates: [M][Q], net win rates.
+        worst: [M], the lowest net win rate of some questions; empty if none were named for it.
+        differences: [M - 1][Q, and 1 for the worst if there is one], each model minus the first, paired by prompt.
+    """
 
     rates: list[list[Estimate]]
-    """[M][Q]: net win rates."""
     worst: list[Estimate]
-    """[M]: the lowest net win rate of the questions that were named for it; empty where none was."""
     differences: list[list[Estimate]]
-    """[M - 1][Q, and the worst]: each model minus the first, paired by prompt."""
 
 
 def estimate(
     verdicts: Floats, worst_of: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> Estimates:
-    """Net win rates, the worst of them, and paired differences, each with its bootstrap interval.
+    """Net win rates, the worst of them, and differences between models, each with its interval.
 
     Args:
-        verdicts: fp64 [M, P, S, Q] of +1, 0, -1, and NaN for what was not judged: models, prompts, samples, questions.
-        worst_of: indices of the questions over whose rates the worst is taken.
-        resamples: of the prompts; with 10,000, the error of an interval's end is under a hundredth of its width.
-        seed: of the resampling.
-        level: of the interval.
+        verdicts: fp64 [models, prompts, samples, questions]: +1, 0, -1, or NaN for what was not judged.
+        worst_of: indices of the questions of whose rates the worst is taken.
+        resamples: how often prompts are drawn. With 10,000, an end of an interval is off by less than a hundredth of
+            the interval's width.
+        seed: of the drawing.
+        level: probability that an interval holds the true value.
     """
     models, prompts, _, questions = verdicts.shape
     judged = ~np.isnan(verdicts)
-    # [P, M * Q]: a resample is a count a prompt, and its sums are one matrix product.
+    # [P, M * Q]. A resample says how often each prompt was drawn, so that its sums are a matrix product with these.
     sums = np.where(judged, verdicts, 0.0).sum(2).transpose(1, 0, 2).reshape(prompts, -1)
     counts = judged.sum(2).transpose(1, 0, 2).reshape(prompts, -1).astype(np.float64)
 
     def statistics(total: Floats, n: Floats) -> Floats:
-        """[B, M * Q] sums and numbers → [B, R]: rates, the worst, differences."""
-        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold nothing that was judged: NaN
+        """From sums and counts, each [B, M * Q], to rates, the worst and differences, [B, R]."""
+        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where a resample holds nothing that was judged
             rates = (total / n).reshape(len(total), models, questions)
         if worst_of:
             rates = np.concatenate([rates, rates[:, :, list(worst_of)].min(2, keepdims=True)], 2)
@@ -129,19 +153,23 @@ def bca(
     seed: int = 0,
     level: float = LEVEL,
 ) -> list[Estimate]:
-    """BCa intervals of statistics of sums over independent units.
+    """BCa bootstrap intervals of statistics that are computed from sums over independent units.
 
     Args:
-        sums: fp64 [P, C], what each unit contributes to C sums.
-        counts: fp64 [P, C], what it contributes to their denominators.
-        statistics: ([B, C] sums, [B, C] denominators) -> [B, R].
+        sums: fp64 [P, C], what each of P units adds to C sums.
+        counts: fp64 [P, C], what it adds to their denominators.
+        statistics: (sums [B, C], denominators [B, C]) -> [B, R].
+        resamples: as in `estimate`.
+        seed: as in `estimate`.
+        level: as in `estimate`.
 
-    Returns R estimates. A statistic that is the same in every resample has an interval without width: that says that
-    there are too few units to see it vary, not that it is certain.
+    Returns:
+        [R] estimates. If a statistic is the same in every resample, its interval has no width. That does not mean that
+        it is certain, but that there are too few units to see it vary.
     """
     units = len(sums)
     rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // units)  # counts of at most 32 MB at a time, whatever the number of prompts
+    chunk = max(1, 4_000_000 // units)  # resamples at once: their weights, fp64 [chunk, P], take at most 32 MB
     drawn = []
     for start in range(0, resamples, chunk):
         weights = rng.multinomial(units, np.full(units, 1 / units), size=min(chunk, resamples - start)).astype(float)
@@ -159,8 +187,7 @@ def _interval(value: float, replicates: Floats, jackknife: Floats, level: float)
     if np.isnan(value) or not len(replicates):
         return Estimate(value, value, value)
     normal = NormalDist()
-    # Rates are multiples of 1/n, so many replicates equal the estimate: half of them count as below it. Equal but for
-    # the rounding of a sum, too.
+    # Rates are multiples of 1/n, so many replicates equal the estimate, but for rounding. Half of these count as below.
     near = 1e-12
     below = ((replicates < value - near).sum() + 0.5 * (np.abs(replicates - value) <= near).sum()) / len(replicates)
     bias = normal.inv_cdf(float(np.clip(below, 0.5 / len(replicates), 1 - 0.5 / len(replicates))))

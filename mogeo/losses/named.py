@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Loss = Tensor | Callable[[], Tensor]
-Losses = Mapping[str, Loss] | Sequence[Loss] | Loss
+Losses = Mapping[str, Loss | None] | Sequence[Loss | None] | Loss
+
+
+class Term(NamedTuple):
+    """The loss of one objective in one call."""
+
+    #: Position among the objectives.
+    position: int
+    name: str
+    loss: Loss
+
+
+class Call(NamedTuple):
+    """One call of `backward`."""
+
+    terms: list[Term]
+    backward: Callable[..., object] | None
+    retain_graph: bool
 
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -29,15 +47,28 @@ def checked_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def by_name(losses: Losses, objective: str | None, names: tuple[str, ...] | None) -> dict[str, Loss]:
-    """Losses by objective, in whichever of its forms `backward` got them; `names` are those fixed so far, if any.
+def by_name(losses: Losses, objective: str | None, names: tuple[str, ...] | None) -> dict[str, Loss | None]:
+    """Losses by objective, in whichever of its forms `backward` got them; None for an objective without examples.
+
+    Args:
+        losses: as `backward` got them. A mapping may leave objectives out once `names` are known.
+        objective: the name that a single loss belongs to.
+        names: those fixed so far, if any.
 
     Raises:
-        ValueError: the form does not tell which loss belongs to which objective, or names do not match.
-        TypeError: a loss is neither a tensor nor a callable.
+        ValueError: the form does not tell which loss belongs to which objective, or a name is unknown.
+        TypeError: a loss is neither a tensor, nor a callable, nor None.
     """
+    named: dict[str, Loss | None]
+    if losses is None or isinstance(losses, (str, bytes)):
+        raise TypeError(f"losses is {losses!r}: pass a mapping {{name: loss}}, a sequence, or one loss with objective=")
+    if isinstance(losses, Tensor) and losses.ndim > 0 and objective is None:
+        raise TypeError(
+            f"losses is one tensor of shape {tuple(losses.shape)}: pass a mapping {{name: loss}} or a list of scalars, "
+            "such as list(losses)"
+        )
     if isinstance(losses, Tensor) or callable(losses):
-        named = _single(losses, objective, names)
+        named = {**_single(losses, objective, names)}
     elif objective is not None:
         raise ValueError(f"objective={objective!r} goes with a single loss, but losses holds several: drop one of them")
     elif isinstance(losses, Mapping):
@@ -50,17 +81,20 @@ def by_name(losses: Losses, objective: str | None, names: tuple[str, ...] | None
     if not named:
         raise ValueError("losses is empty: pass one loss per objective")
     unknown = [name for name in named if names is not None and name not in names]
-    missing = [name for name in names or () if objective is None and name not in named]
-    if unknown or missing:
+    if unknown:
         raise ValueError(
-            f"losses do not match the objectives {list(names or ())}: missing {missing}, unknown {unknown}. Pass one "
-            "loss per objective, or a single loss with objective=name"
+            f"losses name unknown objectives {unknown}: this optimizer has {list(names or ())}. Name all objectives "
+            "once, MultiObjectiveOptimizer(..., objectives=[...]), or in the first call; map those without examples to "
+            "None"
         )
     for name, loss in named.items():
         if isinstance(loss, Tensor):
             checked_loss(name, loss)
-        elif not callable(loss):
-            raise TypeError(f"objective {name!r} has a loss of type {type(loss).__name__}: pass a tensor or a callable")
+        elif loss is not None and not callable(loss):
+            raise TypeError(
+                f"objective {name!r} has a loss of type {type(loss).__name__}: pass a tensor or a callable, or None "
+                "where it has no examples"
+            )
     return named
 
 
@@ -107,7 +141,7 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
 
     Raises:
         TypeError: the graph must be retained, and the user's function takes no `retain_graph`.
-        RuntimeError: the graph was freed already.
+        RuntimeError: the graph was freed already, or is of compiled code that cannot keep it.
     """
     if backward is not None and retain_graph:
         try:
@@ -122,6 +156,12 @@ def run_backward(name: str, loss: Tensor, backward: Callable[..., object] | None
     try:
         loss.backward(**options) if backward is None else backward(loss, **options)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
+        if "donated buffer" in str(error):
+            raise RuntimeError(
+                f"objective {name!r} shares a compiled forward with a later loss, and torch.compile lets the first "
+                "backward overwrite what the forward saved: set torch._functorch.config.donated_buffer = False before "
+                "the model is compiled, or hand over callables that each run a forward of their own"
+            ) from error
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(

@@ -1,17 +1,27 @@
-"""Repeatable: a loss that can be evaluated again as it was the first time.
+"""Repeatable: a loss that can be evaluated again as it was the first time, and notices where it was not.
 
-Knows random numbers and autocast; no gradients. Dropout draws the same masks, mixed precision rounds the same way, and
-whoever draws random numbers afterwards draws what they would have drawn.
+Knows random numbers, autocast and the buffers of modules; no gradients. Dropout draws the same masks, mixed precision
+rounds the same way, a BatchNorm's statistics advance once, and whoever draws random numbers afterwards draws what they
+would have drawn.
 """
 
 from __future__ import annotations
 
+import math
+import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+# How far apart two values of one loss may be, relative to it. Kernels that add in an order of their own, in half
+# precision, are off by some 1e-4; another mini-batch by more than a percent.
+_AGREEMENT = 2e-3
 
 
 class _Autocast(NamedTuple):
@@ -24,33 +34,143 @@ class _Autocast(NamedTuple):
 
 
 class Repeatable:
-    """Wraps a callable loss; the second call and later ones see the random state and autocast of the first."""
+    """Wraps a callable loss; later calls see the random state, the autocast and the buffers of the first.
 
-    def __init__(self, loss: Callable[[], Tensor]) -> None:
+    Buffers are those of the modules that ran: of every module that was called, and of all within it. After a later call
+    they hold again what they held before it. Modules compiled in place (`module.compile()`) do not tell that they ran.
+
+    Args:
+        name: of the objective, for the error.
+        loss: returns a scalar tensor.
+    """
+
+    def __init__(self, name: str, loss: Callable[[], Tensor]) -> None:
+        self._name = name
         self._loss = loss
-        self._seen: tuple[Tensor, Tensor | None, list[_Autocast]] | None = None
+        self._before: _Randomness | None = None
+        self._autocasts: list[_Autocast] = []
+        self._buffers: list[_Buffer] = []
+        self._value = torch.empty(0)
 
     def __call__(self) -> Tensor:
-        """The loss."""
-        if self._seen is None:
-            on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-            self._seen = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None, _autocasts(on_gpu)
-            return self._loss()
-        with self._as_before():
-            return self._loss()
+        """The loss.
+
+        Raises:
+            RuntimeError: it is not what it was the first time.
+        """
+        if self._before is None:
+            return self._first()
+        with ExitStack() as stack:
+            stack.enter_context(self._before.again())
+            stack.enter_context(_restored(self._buffers))
+            for autocast in self._autocasts:
+                stack.enter_context(torch.autocast(**autocast._asdict()))
+            loss = self._loss()
+        self._compare(loss)
+        return loss
+
+    def _first(self) -> Tensor:
+        self._before = _Randomness()
+        self._autocasts = _autocasts(self._before.on_gpu)
+        with _buffers_of_what_runs() as self._buffers:
+            loss = self._loss()
+        if isinstance(loss, Tensor):
+            self._value = loss.detach().clone()
+        return loss
+
+    def _compare(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:  # an error by itself, for whoever checks losses
+            return
+        before, now = float(self._value), float(loss.detach())
+        if math.isclose(before, now, rel_tol=_AGREEMENT) or (math.isnan(before) and math.isnan(now)):
+            return
+        raise RuntimeError(
+            f"the loss of objective {self._name!r} was {before:.6g}, and {now:.6g} when it was evaluated once more, as "
+            "sketch= needs it: does its callable draw a batch, or random numbers from a generator of its own? Draw the "
+            "batch before, and let the callable only compute; or hand over a loss tensor, or use memory=Rows()"
+        )
+
+
+class _Randomness:
+    """The state of the generators that everybody shares: Python's, NumPy's, and torch's on the CPU and the GPU."""
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._cpu = torch.get_rng_state()
+        self._gpu = torch.cuda.get_rng_state() if self.on_gpu else None
+
+    def _set(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._cpu)
+        if self._gpu is not None:
+            torch.cuda.set_rng_state(self._gpu)
 
     @contextmanager
-    def _as_before(self) -> Iterator[None]:
-        assert self._seen is not None
-        of_cpu, of_gpu, autocasts = self._seen
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([] if of_gpu is None else [torch.cuda.current_device()]))
-            torch.set_rng_state(of_cpu)
-            if of_gpu is not None:
-                torch.cuda.set_rng_state(of_gpu)
-            for autocast in autocasts:
-                stack.enter_context(torch.autocast(**autocast._asdict()))
+    def again(self) -> Iterator[None]:
+        """Within this context, random numbers are drawn as from here; afterwards as they would have been."""
+        now = _Randomness()
+        self._set()
+        try:
             yield
+        finally:
+            now._set()
+
+
+class _Buffer(NamedTuple):
+    """A buffer of a module, and what it held. Nothing tells afterwards whether it was written to: BatchNorm's kernels
+    leave the version counter of its statistics alone.
+    """
+
+    module: weakref.ref[nn.Module]
+    name: str
+    tensor: Tensor
+    value: Tensor
+
+
+@contextmanager
+def _buffers_of_what_runs() -> Iterator[list[_Buffer]]:
+    """Within this context, a list gathers the buffers of modules just before they run."""
+    found: list[_Buffer] = []
+    seen: set[nn.Module] = set()
+
+    def before_forward(module: nn.Module, inputs: object) -> None:
+        if torch.compiler.is_compiling() or module in seen:
+            return
+        for inner in module.modules():
+            if inner not in seen:
+                seen.add(inner)
+                reference = weakref.ref(inner)
+                for name, tensor in inner._buffers.items():
+                    if tensor is not None:
+                        found.append(_Buffer(reference, name, tensor, tensor.detach().clone()))
+
+    handle = register_module_forward_pre_hook(before_forward)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _restored(buffers: list[_Buffer]) -> Iterator[None]:
+    """Within this context, modules have buffers of the values that they had; afterwards, the buffers they have now.
+
+    Copies take their place, so that no buffer is written to which a graph has saved for its backward.
+    """
+    copies = {id(buffer.tensor): buffer.value.clone() for buffer in buffers}  # one buffer may belong to two modules
+    now: list[tuple[nn.Module, str, Tensor | None]] = []
+    for buffer in buffers:
+        module = buffer.module()
+        if module is not None and buffer.name in module._buffers:
+            now.append((module, buffer.name, module._buffers[buffer.name]))
+            module._buffers[buffer.name] = copies[id(buffer.tensor)]
+    try:
+        yield
+    finally:
+        for module, name, tensor in now:
+            module._buffers[name] = tensor
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""Which of several losses must keep its autograd graph for a later one. Knows autograd nodes, nothing else.
+"""What the autograd graphs of losses tell: which must be kept for a later one, and which parameters they reach.
+
+Knows autograd nodes, nothing else.
 
 Losses may share a graph (one forward, K losses) or not (K forwards). A shared graph must survive until its last loss
 has run backward; a private one should be freed at once, for it holds the activations. So the graphs are walked once.
@@ -6,7 +8,7 @@ has run backward; a private one should be freed at once, for it holds the activa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,3 +42,31 @@ def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
                 pending.extend([parent for parent, _ in edges if type(parent) is not _LEAF])
         visited |= own
     return shared
+
+
+def parameters_reached(losses: Sequence[Tensor], belongs: Callable[[Tensor], bool]) -> list[Tensor]:
+    """Parameters that gradients of these losses reach and that do not belong, each once, in no particular order.
+
+    Only `torch.nn.Parameter`s count: other leaves are made anew by every forward, as by `enable_input_require_grads`.
+
+    Args:
+        losses: with their graphs.
+        belongs: says so of a parameter.
+    """
+    found: list[Tensor] = []
+    visited: set[Any] = set()
+    pending = [loss.grad_fn for loss in losses]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        for parent, _ in node.next_functions:
+            if type(parent) is not _LEAF:
+                pending.append(parent)
+            elif parent not in visited:
+                visited.add(parent)
+                leaf = parent.variable  # type: ignore[union-attr]
+                if isinstance(leaf, torch.nn.Parameter) and not belongs(leaf):
+                    found.append(leaf)
+    return found

@@ -1,4 +1,5 @@
-"""`mogeo plan`: what a fine-tune with K objectives takes per rank, and what a step costs, before anything is loaded.
+"""`mogeo plan`: the memory and time that a fine-tune with K objectives takes, before a model is loaded.
 
-`memory` and `cost` are arithmetic, `activations` runs a model's shapes, `command` is the command line.
+`activations` measures a forward and backward without data, `memory` and `cost` are arithmetic on that, `recommend`
+chooses a mode, and `command` prints it all.
 """

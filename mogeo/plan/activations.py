@@ -1,8 +1,9 @@
-"""What a model's forward and backward hold, measured on tensors that have a shape and no data. Knows no objectives.
+"""How much memory a model's forward and backward take, measured on tensors without data. Knows no objectives.
 
-Tensors are torch's fake ones: they live on the meta device and pass for CPU tensors, so that autocast and the choice of
-an attention kernel go as they would. A dispatch mode watches storages come and go. What is run is what `mogeo align`
-runs (`mogeo.dpo.losses`), chunks of logits included; the masks are those of a padded batch, as batches are.
+Tensors are torch's fake tensors, which have a shape and no data. They pass for CPU tensors, so that autocast and the
+choice of an attention kernel are as on a CPU. A dispatch mode watches which storages are alive. The computation is that
+of `mogeo align` (`mogeo.dpo.log_probs` and `mogeo.dpo.losses`), with the same chunks of logits and with the masks of a
+padded batch.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mogeo.dpo import losses
+from mogeo.dpo.log_probs import sequence_log_probs, split_head
+from mogeo.dpo.losses import dpo_loss
 from mogeo.dpo.models import check_model_source
 from mogeo.errors import InputError
 from mogeo.plan.memory import Peaks, Shape
 
 Precision = Literal["autocast", "fp32", "bf16", "mixed"]
 
-_FEW, _MORE, _CHECKED = 2, 3, 4  # layers: of fewer, the last one is the first
-_LINEAR = 0.01  # how far from a line the peak of `_CHECKED` layers may lie
-# By convexity nothing between the last layer and the first reaches beyond both of them.
+_FEW, _MORE, _CHECKED = 2, 3, 4  # layers; at least 2, so that the first layer is not also the last
+_LINEAR = 0.01  # by how much the peak with `_CHECKED` layers may differ from the line through the other two
+# The layers between the last and the first need no phase of their own: memory changes evenly from one to the other.
 _PHASES = ("forward", "head", "last layer", "first layer", "embedding")
 
 aten = torch.ops.aten
@@ -40,11 +42,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward and one backward of a micro-batch.
+    """What one forward and one backward of a micro-batch take.
 
     Attributes:
-        peaks: bytes beside weights, optimizer state and rows.
-        forward, backward: floating-point operations of matrix products and attention, recomputation included.
+        peaks: bytes, without weights, optimizer state and rows.
+        forward: floating-point operations of the forward's matrix products and attention.
+        backward: those of the backward, including what is recomputed there.
     """
 
     peaks: Peaks
@@ -53,10 +56,13 @@ class Trace:
 
 
 def read_config(source: str) -> Any:
-    """The configuration of a model: hub name, folder, config.json (or another .json file like it), or GGUF file.
+    """Read the configuration of a model.
+
+    Args:
+        source: hub name, folder, GGUF file, or a file like `config.json`.
 
     Raises:
-        InputError: there is none, or it is not a language model's.
+        InputError: there is none, or it is not that of a language model.
     """
     import transformers
 
@@ -66,7 +72,7 @@ def read_config(source: str) -> Any:
     place, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
-    except Exception as error:  # as in mogeo.dpo.models: every kind of failure has a type of its own
+    except Exception as error:  # the hub, damaged files and unknown architectures raise errors of many types
         raise InputError(f"model '{source}': its configuration cannot be read ({_reason(error)})") from error
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise InputError(
@@ -77,7 +83,10 @@ def read_config(source: str) -> Any:
 
 
 def outline(config: Any) -> Shape:
-    """Parameters and buffers of the whole model, built on the meta device. What is tied counts once.
+    """Count the parameters and buffers of a model, which is built on the meta device. Tied parameters count once.
+
+    Args:
+        config: of the model.
 
     Raises:
         InputError: the configuration is no causal language model's.
@@ -107,22 +116,23 @@ def trace(
     checkpointing: bool,
     autocast_cache: bool = True,
 ) -> Trace:
-    """What one micro-batch of one objective holds at its peak, and computes.
+    """Measure one micro-batch of one objective.
 
-    Models of more than 4 layers are run with 2, 3 and 4: each phase of a step grows linearly in layers, which the third
-    run confirms. Where it does not, because layers differ, the whole model is run.
+    A model of more than 4 layers is run with 2 and with 3 of them. In each phase of a step, memory grows linearly with
+    the number of layers, so that these two give the figures of the whole model. A run with 4 layers checks that; if it
+    does not hold, because layers differ, the whole model is run.
 
     Args:
         config: of the model.
-        sequences: B, of the micro-batch; even, for a pair is two.
-        tokens: T, of a sequence, all of them scored: an upper bound.
-        precision: "autocast" is fp32 weights under bf16 autocast; "fp32" and "bf16" are of weights and products.
-            "mixed", whose layers see bf16 alone, is as "bf16".
-        checkpointing: of each layer.
-        autocast_cache: whether autocast keeps what it has cast until the forward ends, as it does by default.
+        sequences: B, sequences of the micro-batch, two per pair.
+        tokens: T, tokens of a sequence. All are taken to be scored, which gives an upper bound.
+        precision: "autocast": fp32 weights under bf16 autocast; "fp32" or "bf16": both weights and products; "mixed":
+            the layers see bf16 only, so this is the same as "bf16".
+        checkpointing: whether each layer is checkpointed.
+        autocast_cache: whether autocast keeps its bf16 copies of weights until the forward ends, as it does by default.
 
     Raises:
-        InputError: the model needs numbers where there are only shapes, or does not take so many tokens.
+        InputError: the model cannot be run without data, or does not take so many tokens.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and tokens > context:
@@ -131,7 +141,7 @@ def trace(
     def run(layers: int) -> _Live:
         try:
             return _run(config, layers, sequences, tokens, precision, checkpointing, autocast_cache)
-        except Exception as error:  # whatever a foreign model does with numbers that are not there
+        except Exception as error:  # a model that needs data can fail in any way
             raise InputError(
                 f"a {config.model_type} model cannot be run on shapes alone, so its activations are not known "
                 f"({_reason(error)})"
@@ -157,7 +167,10 @@ def _summary(live: _Live) -> Trace:
 
 
 def _extrapolated(few: _Live, more: _Live, layers: int) -> Trace:
-    """Phase by phase, for the largest of several lines is none."""
+    """From measurements with `_FEW` and `_MORE` layers to a number of layers.
+
+    Each phase is extrapolated by itself, and only then the largest is taken: the largest of several lines is no line.
+    """
 
     def at(one: float, other: float) -> float:
         return one + (other - one) * (layers - _FEW) / (_MORE - _FEW)
@@ -213,13 +226,13 @@ def _run(
     checkpointing: bool,
     autocast_cache: bool,
 ) -> _Live:
-    """Forward and backward of the DPO loss of one micro-batch of full sequences."""
+    """Run the forward and backward of the DPO loss on one micro-batch of sequences without padding."""
     shorter = _with_layers(config, layers)
     with FakeTensorMode():
         model = _build(shorter, torch.bfloat16 if precision in ("bf16", "mixed") else torch.float32).train()
         if checkpointing:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+                warnings.simplefilter("ignore", FutureWarning)  # newer transformers have renamed this argument
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(sequences, tokens, dtype=torch.int64)
         mask = torch.ones(sequences, tokens, dtype=torch.bool)
@@ -230,13 +243,13 @@ def _run(
         _mark_phases(_layers_of(model, shorter), live.enter)
         with live:
             with live.answering():
-                losses._split_head(model)  # its seam cannot be tried on numbers: that it runs is taken to be enough
+                split_head(model)  # compares logits, which have no data here; `answering` lets the comparison hold
             live.enter("forward")
             autocast = precision == "autocast"
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=autocast_cache):
-                scores = losses.sequence_log_probs(model, ids, mask, mask)
+                scores = sequence_log_probs(model, ids, mask, mask)
             chosen, rejected = (scores - reference).chunk(2)
-            loss = losses.dpo_loss(chosen - rejected, 0.1).sum()
+            loss = dpo_loss(chosen - rejected, 0.1).sum()
             del scores, chosen, rejected
             live.enter("head")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -244,7 +257,7 @@ def _run(
 
 
 def _mark_phases(layers: nn.ModuleList, enter: Callable[[str], None]) -> None:
-    """Tell when the backward reaches the last layer, leaves it, reaches the first, and leaves that."""
+    """Call `enter` when the backward reaches the last layer, leaves it, reaches the first layer, and leaves it."""
 
     def watch(tensor: Any, phase: str) -> None:
         tensor = tensor if isinstance(tensor, Tensor) else tensor[0]
@@ -274,16 +287,16 @@ def _reason(error: Exception) -> str:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of storages that are alive, phase by phase, beside those that were there from the start.
+    """Counts the bytes of the storages that are alive, phase by phase.
 
     Args:
-        held: tensors that do not count.
-        scored: shape of the mask of scored tokens, all of them True: the one mask whose count is known.
+        held: tensors that are there from the start, and do not count.
+        scored: shape of the mask of scored tokens. All its entries are True, so that its count is known without data.
 
     Attributes:
-        streamed: highest bytes in each phase, where a complete gradient is moved away at once.
-        kept: the same, where gradients stay until the backward ends.
-        flops: of each phase.
+        streamed: phase -> most bytes, if each gradient is moved away as soon as it is complete.
+        kept: phase -> most bytes, if gradients stay until the backward ends.
+        flops: phase -> floating-point operations.
     """
 
     def __init__(self, held: list[Tensor], scored: tuple[int, int]) -> None:
@@ -299,22 +312,22 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.enter("seam")
 
     def enter(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self._phase = phase
-        if phase == "forward":  # what came before is no part of a step
+        if phase == "forward":  # forget what was counted before the step
             self.streamed, self.kept, self.flops = {}, {}, {}
         self.flops.setdefault(phase, 0.0)
         self._note()
 
     def complete(self, parameter: Tensor) -> None:
-        """The gradient of a parameter is complete: it goes to a row."""
+        """The gradient of a parameter is complete, and would be moved to its row: free it."""
         assert parameter.grad is not None
         self._complete += parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Within this context, a question about a number is answered with yes."""
+        """Within this context, every question about data, such as whether x < y, is answered with True."""
         self._answers = True
         try:
             yield
@@ -336,12 +349,13 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _out(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten._local_scalar_dense.default and self._answers:
             return True
-        # How many tokens are scored is known, though the mask has no numbers.
+        # The size of these results depends on the number of scored tokens, which is known although the mask has no
+        # data.
         if func is aten.index.Tensor and len(args[1]) == 1 and self._is_scored(args[1][0]):
             return args[0].new_empty((self._scored.numel(), *args[0].shape[2:]))
         if func is aten.masked_select.default and self._is_scored(args[1]):
             return args[0].new_empty((self._scored.numel(),))
-        # Autograd sums gradients in place, but not where a mode may be watching.
+        # Autograd adds up gradients in place, but not under a dispatch mode such as this one. Do as it would.
         if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
             if func is aten.add.Tensor and _fits(args[0], args[1]):
                 return aten.add_.Tensor(*args, **kwargs)

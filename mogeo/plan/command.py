@@ -1,6 +1,7 @@
-"""`mogeo plan`: arguments, table, recommendation. Numbers come from `activations`, `memory`, `cost` and `recommend`.
+"""`mogeo plan`: options, and the table and advice that it prints.
 
-Must not import torch at the top: `mogeo plan --help` has to answer at once.
+The numbers come from `activations`, `memory` and `cost`, the choice of a mode from `recommend`. Must not import torch
+at the top: `mogeo plan --help` has to answer at once.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogeo.errors import InputError
+from mogeo.figures.table import Table
 from mogeo.plan.cost import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, DEVICES, HOST_BANDWIDTH, Device, ratio
 from mogeo.plan.memory import ENGINES, OPTIMIZERS, PRECISIONS, Mode, Setup, fsdp_ranks, lora_bytes, memory, modes
 from mogeo.plan.recommend import SLACK, Candidate, choose
 
 if TYPE_CHECKING:
-    from mogeo.dpo.figures import Table
     from mogeo.plan.activations import Precision, Trace
 
 _DESCRIPTION = """\
@@ -111,20 +112,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the command; raises InputError for what the user can mend."""
+    """Carry out the command.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
     _check(args)
     device = _device(args)
-    # Both are checked before a model is built; torch and transformers take seconds.
+    # Check the options before a model is built: torch and transformers take seconds to import. Shape and peaks, which
+    # are not known yet, do not matter for that.
     from mogeo.plan.memory import Peaks, Shape
 
     _setup(args, Shape(1, 0, 1, 1, 1, 1), Peaks(0, 0))
-    from mogeo.plan import activations as trace
+    from mogeo.plan.activations import outline, read_config, trace
 
-    config = trace.read_config(args.model)
-    shape = trace.outline(config)
+    config = read_config(args.model)
+    shape = outline(config)
 
     def traced_in(precision: Precision) -> Trace:
-        return trace.trace(
+        return trace(
             config,
             sequences=args.sequences,
             tokens=args.tokens,
@@ -161,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that is out of its range, or does not go with another."""
     if args.sequences < 2 or args.sequences % 2:
         raise InputError(f"--sequences {args.sequences}: give an even number, for a pair is two sequences")
     if args.no_autocast_cache and args.precision != "autocast":
@@ -174,7 +184,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _device(args: argparse.Namespace) -> Device:
-    """The device by its data sheet, but for what was given."""
+    """The device's figures: those of its data sheet, unless the user gave others."""
     given = {
         "memory": (args.memory, 1e9),
         "bf16": (args.tflops, 1e12),
@@ -192,10 +202,12 @@ def _device(args: argparse.Namespace) -> Device:
 
 
 def _reserve(args: argparse.Namespace, device: Device) -> float:
+    """Bytes of the device's memory that are kept free."""
     return float(args.reserve * _GB) if args.reserve is not None else _GB + 0.05 * device.memory
 
 
 def _setup(args: argparse.Namespace, shape: Any, peaks: Any) -> Setup:
+    """The fine-tune that the options describe, of a model with this shape and these activations."""
     return Setup(
         shape=shape,
         peaks=peaks,
@@ -211,7 +223,7 @@ def _setup(args: argparse.Namespace, shape: Any, peaks: Any) -> Setup:
 
 
 def _known(listed: Sequence[Mode]) -> tuple[list[Mode], list[Mode]]:
-    """The modes whose keywords the installed optimizer takes, and the others."""
+    """The modes whose keywords `MultiObjectiveOptimizer` takes in this version, and the others."""
     import inspect
 
     from mogeo import MultiObjectiveOptimizer
@@ -225,9 +237,12 @@ def _known(listed: Sequence[Mode]) -> tuple[list[Mode], list[Mode]]:
 
 
 def memory_table(candidates: Sequence[Candidate], limit: float) -> Table:
-    """GB per rank, a row a mode; items that no mode has are left out."""
-    from mogeo.dpo.figures import Table
+    """GB per rank, item by item: one row per mode. Items that no mode needs have no column.
 
+    Args:
+        candidates: the modes.
+        limit: bytes that a rank may take.
+    """
     items = [name for name in asdict(candidates[0].memory) if any(getattr(c.memory, name) for c in candidates)]
     on_device = [name for name in items if name != "host"]
     header = ["mode", *on_device, "total", "fits", *(["host"] if "host" in items else []), "step"]
@@ -245,6 +260,7 @@ def _gb(count: float) -> str:
 
 
 def _heading(args: argparse.Namespace, config: Any, setup: Setup) -> str:
+    """What was asked for, in two lines."""
     shape = setup.shape
     checkpointing = "with" if args.gradient_checkpointing else "without"
     place = "one process" if setup.engine == "none" else f"{setup.engine} on {setup.ranks} ranks"
@@ -256,6 +272,7 @@ def _heading(args: argparse.Namespace, config: Any, setup: Setup) -> str:
 
 
 def _assumptions(args: argparse.Namespace, device: Device, limit: float, unknown: Sequence[Mode]) -> str:
+    """The figures that the table rests on, and the modes that are not in it."""
     pace = device.fp32 if args.precision == "fp32" else device.bf16
     lines = [
         f"taken for granted: {args.device} with {_gb(device.memory)} GB, of which {_gb(device.memory - limit)} stay "
@@ -269,6 +286,7 @@ def _assumptions(args: argparse.Namespace, device: Device, limit: float, unknown
 
 
 def _advice(args: argparse.Namespace, setup: Setup, chosen: Candidate, limit: float) -> str:
+    """Which mode to take and why, as code and as a command line."""
     free = limit - chosen.memory.device
     lines = [
         f"Take {chosen.mode.name}: {chosen.mode.exactness}, {_gb(chosen.memory.device)} GB of {_gb(limit)}, steps of "
@@ -301,7 +319,7 @@ def _keywords(mode: Mode, setup: Setup) -> str:
 
 
 def _align(args: argparse.Namespace, mode: Mode, setup: Setup) -> list[str]:
-    """The command line of `mogeo align` that does as planned, where it can."""
+    """The command line of `mogeo align` that does the same; empty if `mogeo align` cannot."""
     if setup.precision in ("bf16", "mixed") or setup.engine == "ddp-shard-rows":
         return []
     launch = "mogeo" if setup.ranks == 1 else f"torchrun --nproc-per-node {setup.ranks} -m mogeo"
@@ -328,7 +346,15 @@ _VALUES = {"torch.bfloat16": "bf16", '"uniform"': "uniform"}
 def _nothing_fits(
     args: argparse.Namespace, setup: Setup, candidates: Sequence[Candidate], limit: float, in_bf16: int
 ) -> str:
-    """What takes least, and what else would fit; `in_bf16`: bytes of activations where the whole model is bf16."""
+    """What to say if no mode fits: which takes the least, and what would fit.
+
+    Args:
+        args: the options.
+        setup: the fine-tune.
+        candidates: the modes.
+        limit: bytes that a rank may take.
+        in_bf16: bytes of activations if the whole model is bf16, for LoRA.
+    """
     balancing = [c for c in candidates if c.mode.rows != "one"]
     smallest = min(balancing, key=lambda c: c.memory.device)
     lines = [

@@ -1,8 +1,8 @@
-"""What a step takes in a mode, over what plain training takes. Arithmetic on data-sheet figures; knows no torch.
+"""How long a step takes in a mode, compared with plain training. Arithmetic on data-sheet figures; knows no torch.
 
-Plain training is one forward and one backward per objective's batch, of the sum of the losses, and an optimizer step.
-To it a mode adds bytes: read by the Gram matrix and by the combination, over PCIe, or between ranks; and a sketch adds
-a second forward and backward. Nothing is taken to overlap with anything, neither here nor there.
+Plain training is one forward and one backward of the sum of the losses, and an optimizer step. A mode adds bytes to
+read (for the Gram matrix and the combination), to send to the host, or to send between ranks; a sketch also adds a
+second forward and backward. All these times are added up, as if nothing ran at the same time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mogeo.plan.memory import OPTIMIZERS, Mode, Setup, row_size
 
 
 class Device(NamedTuple):
-    """Figures of a data sheet, decimal units: bytes, bytes per second and direction, operations per second."""
+    """A device's figures by its data sheet: bytes, bytes per second in one direction, operations per second."""
 
     memory: float
     bf16: float  #: dense products in bf16, sums in fp32
@@ -30,7 +30,7 @@ DEVICES = {
     "rtx4090": Device(24e9, 165e12, 82.6e12, 1008e9, 32e9, 32e9),
     "cpu": Device(64e9, 1e12, 1e12, 100e9, 100e9, 10e9),
 }
-"""SXM cards by NVIDIA's data sheets (A100: of 80 GB). "cpu" is no data sheet's, but a guess at a server."""
+"""NVIDIA's SXM cards by their data sheets (A100: with 80 GB). The figures of "cpu" are a guess at a server."""
 
 COMPUTE_EFFICIENCY = 0.4
 """Share of the data sheet's operations per second that training reaches."""
@@ -57,13 +57,14 @@ class Step(NamedTuple):
 
 
 def step(mode: Mode | None, setup: Setup, device: Device, operations: float) -> Step:
-    """A step of a mode, in the mean over steps; None: of plain training.
+    """How long a step takes, averaged over the steps that solve for weights and those that do not.
 
     Args:
-        mode: as `mogeo.plan.memory.modes` lists them; its losses are callables, one backward each.
+        mode: one of `mogeo.plan.memory.modes`, with losses as callables, so that each has its own backward; None: plain
+            training.
         setup: the fine-tune.
-        device: whose figures hold.
-        operations: of forward and backward of one objective's batch.
+        device: its figures.
+        operations: floating-point operations of the forward and backward of one objective's batch.
     """
     pace = (device.fp32 if setup.precision == "fp32" else device.bf16) * COMPUTE_EFFICIENCY
     compute = setup.objectives * operations / pace
@@ -92,7 +93,7 @@ def step(mode: Mode | None, setup: Setup, device: Device, operations: float) -> 
 
 
 def ratio(mode: Mode, setup: Setup, device: Device, operations: float) -> float:
-    """A step of a mode over one of plain training."""
+    """How long a step of a mode takes, divided by that of plain training; arguments as in `step`."""
     return step(mode, setup, device, operations).total / step(None, setup, device, operations).total
 
 

@@ -1,15 +1,16 @@
-"""Bytes that a rank holds at the peak of a step, item by item and mode by mode. Arithmetic; knows no torch.
+"""Bytes that a rank needs at the peak of a step, item by item and mode by mode. Arithmetic; knows no torch.
 
-What a forward and a backward hold is measured (`mogeo.plan.activations`); all else follows from counts. Per rank, with
-N the trainable elements that it holds, g bytes each, K objectives and n ranks:
+What a forward and a backward need is measured (`mogeo.plan.activations`). Everything else follows from counts: with N
+the number of trainable elements on a rank, g bytes per element, K objectives and n ranks,
 
     weights            N·g, and the model's buffers
     optimizer          2·N·g (AdamW), N·g (SGD with momentum, Lion)
     rows               K·N·g; constant weights N·g; see `Mode`
-    autograd           N·g, with several ranks: gradients are read once a backward is done, by the engine and by mogeo
-    engine             DDP: its buckets, N·g. FSDP2: what is whole for a while, of the model's parts
+    autograd           N·g with several ranks, where gradients stay until the backward is done
+    engine             DDP: its buckets, N·g. FSDP2: the parts of the model that are whole for a while
     reference          N·g, unless its scores are computed beforehand
-    activations        measured, the gradient on its way to a row included; that up to 32 MiB of others may wait is not
+    activations        measured, with the gradient that is on its way to a row; up to 32 MiB of other gradients that may
+                       wait for theirs are not counted
 """
 
 from __future__ import annotations
@@ -52,17 +53,17 @@ class Peaks(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """A fine-tune.
+    """A fine-tune whose memory and time are to be planned.
 
     Attributes:
-        shape: of the model, all of which is trained.
-        peaks: of a micro-batch of one objective: losses are callables, so that one graph is alive at once.
+        shape: of the model. All its parameters are trained.
+        peaks: of a micro-batch of one objective. Losses are callables, so that only one objective's graph is in memory.
         objectives: K.
         precision: one of `PRECISIONS`.
         optimizer: one of `OPTIMIZERS`.
         engine: one of `ENGINES`.
         ranks: n; 1 with engine "none".
-        resident_reference: whether the reference model stays, in the weights' dtype.
+        resident_reference: whether the reference model stays on the device, in the weights' dtype.
         sketch: d, numbers that a sketched row keeps.
         refresh_every: T, steps from one solve to the next in modes that keep weights in between.
 
@@ -108,7 +109,7 @@ class Setup:
 
     @property
     def whole(self) -> int:
-        """Bytes of a weight, and of its gradient, that FSDP2 has gathered."""
+        """Bytes of a weight, and of its gradient, once FSDP2 has gathered it."""
         return 2 if self.precision == "mixed" else self.size
 
     @property
@@ -148,10 +149,10 @@ class Mode:
 
 
 def modes(setup: Setup) -> list[Mode]:
-    """Those that differ in this setup: plain training first, then the exact one, then what takes less."""
+    """The modes that make a difference in a setup: plain training, then the exact mode, then those that need less."""
     half = {"row_dtype": "torch.bfloat16"}
     host = {"host_rows": "True"}
-    often = {"refresh_every": str(setup.refresh_every), "release_rows": "True"}
+    often = {"refresh_every": str(setup.refresh_every)}
     sketch = {"sketch": str(setup.sketch)}
     found = [
         Mode("uniform", {"weighting": '"uniform"'}, rows="one"),
@@ -191,20 +192,24 @@ class Memory:
 
 
 def memory(mode: Mode, setup: Setup) -> Memory:
-    """What a rank holds in a mode."""
+    """The memory that a rank needs.
+
+    Args:
+        mode: one of `modes`.
+        setup: the fine-tune.
+    """
     shape, size, held = setup.shape, setup.size, setup.held
     weights = held * size + shape.buffer_bytes
     device_rows, host_rows = _rows(mode, setup)
-    if mode.refreshes and mode.rows == "all":  # the direction is copied before rows go; activations have gone by then
-        device_rows += max(0, held * size - setup.peaks.streamed)
     autograd = 0 if setup.engine == "none" else setup.peaks.kept - setup.peaks.streamed
     engine = 0
     if setup.engine.startswith("ddp"):
         engine = held * size
     elif setup.engine == "fsdp2":
         autograd = math.ceil(autograd / setup.ranks) * size // setup.whole  # shards of gradients are as wide as weights
-        # Whole while they run: what is outside the layers, one layer and the next one. At the end of a layer's backward
-        # its gradients, as autograd made them and as they are scattered; of what is outside, as they are scattered.
+        # Whole at the same time: what is outside the layers, and two layers, of which the next is gathered while one
+        # runs. At the end of a layer's backward also its gradients, twice: as autograd made them, and in the buffer
+        # from which they are scattered; or the latter for what is outside the layers, if that is more.
         engine = setup.whole * (shape.outer_elements + 2 * shape.layer_elements)
         engine += max((setup.whole + size) * shape.layer_elements, size * shape.outer_elements)
     return Memory(
@@ -242,7 +247,16 @@ def row_size(mode: Mode, setup: Setup) -> int:
 
 
 def fsdp_ranks(mode: Mode, setup: Setup, limit: float) -> int | None:
-    """The fewest ranks of FSDP2, a power of two, on which a mode takes at most `limit` bytes; None beyond 4,096."""
+    """The smallest power of two of FSDP2 ranks on which a mode fits.
+
+    Args:
+        mode: the mode.
+        setup: the fine-tune, whose engine and ranks do not matter.
+        limit: bytes that a rank may take.
+
+    Returns:
+        The number of ranks; None if it would be more than 4,096.
+    """
     for ranks in (1 << i for i in range(1, 13)):
         if memory(mode, replace(setup, engine="fsdp2", ranks=ranks)).device <= limit:
             return ranks
@@ -250,9 +264,12 @@ def fsdp_ranks(mode: Mode, setup: Setup, limit: float) -> int | None:
 
 
 def lora_bytes(setup: Setup, lora_rank: int, activations: int) -> int:
-    """Device bytes of an exact step that trains LoRA's matrices only, the model frozen in bf16, on one process.
+    """Bytes that an exact step of LoRA takes in a single process, over a frozen bf16 model.
 
-    `activations` are those of training all, in bf16: an upper bound.
+    Args:
+        setup: the fine-tune.
+        lora_rank: rank of LoRA's matrices.
+        activations: bytes of activations when all parameters are trained in bf16, which is an upper bound.
     """
     trained = lora_rank * setup.shape.lora_elements
     adapters = trained * 4 * (1 + OPTIMIZERS[setup.optimizer] + setup.objectives)

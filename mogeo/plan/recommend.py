@@ -1,4 +1,4 @@
-"""Which mode to take, of those that fit. Knows bytes and ratios, no model."""
+"""Which mode to take, of those that fit. Knows bytes and times; no model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 from mogeo.plan.memory import EXACTNESS, Memory, Mode
 
 SLACK = 0.1
-"""How much longer a step may take than the cheapest for the sake of exact weights: those held over ten steps are off by
-three quarters of what constant ones are (docs/benchmarks.md)."""
+"""How much longer than in the cheapest mode a step may take, as a share, if the weights are more exact. Weights that
+are kept for ten steps are off by three quarters of what constant weights are off by (docs/benchmarks.md)."""
 
 
 class Candidate(NamedTuple):
-    """A mode, what it holds, and its step over one of plain training."""
+    """A mode, the memory that it takes, and how long its steps take compared with plain training."""
 
     mode: Mode
     memory: Memory
@@ -21,10 +21,16 @@ class Candidate(NamedTuple):
 
 
 def choose(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
-    """The most exact mode that balances objectives, takes at most `limit` bytes, and little longer than the cheapest
-    (`SLACK`); of equally exact ones the cheapest.
+    """Choose a mode: the most exact one that fits and takes little longer than the cheapest that fits (`SLACK`).
 
-    Constant weights are no candidate: they balance nothing. None: nothing fits.
+    Of equally exact modes, the cheapest is chosen. Constant weights are never chosen, since they balance nothing.
+
+    Args:
+        candidates: the modes.
+        limit: bytes that a rank may take.
+
+    Returns:
+        The mode, or None if none fits.
     """
     fitting = [c for c in candidates if c.mode.rows != "one" and c.memory.device <= limit]
     if not fitting:

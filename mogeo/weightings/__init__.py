@@ -5,7 +5,9 @@ lets an optimizer save work (`needs_gram`, `constant`), check its input (`needs_
 (`state_dict`). To add one: a file with its class, and a line in `registry`.
 """
 
+from mogeo.weightings.base import Solution as Solution
 from mogeo.weightings.base import Weighting as Weighting
+from mogeo.weightings.base import as_weighting as as_weighting
 from mogeo.weightings.base import as_weights as as_weights
 from mogeo.weightings.base import bad_weights as bad_weights
 from mogeo.weightings.group_dro import GroupDRO as GroupDRO

@@ -21,6 +21,7 @@ class GroupDRO(Weighting):
     """
 
     needs_gram = False
+    deterministic = True
 
     def __init__(self, step_size: float = 0.01) -> None:
         if not (math.isfinite(step_size) and step_size >= 0):

@@ -20,6 +20,7 @@ class LinearScalarization(Weighting):
     """
 
     needs_gram = False
+    deterministic = True
 
     def __init__(self, preference: Sequence[float] | None = None) -> None:
         self.preference = None if preference is None else tuple(float(p) for p in preference)

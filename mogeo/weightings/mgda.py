@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mogeo.geometry.exact_min_norm import Status
 from mogeo.geometry.ops import MinNorm, min_norm_weights, normalized_min_norm
-from mogeo.weightings.base import Weighting
+from mogeo.weightings.base import Solution, Weighting
 
 # name: (normalize, power, apply_to)
 PRESETS: dict[str, tuple[Any, float, Any]] = {
@@ -46,6 +46,8 @@ class MGDA(Weighting):
     MGDA-Decoupled, arXiv 2604.20685 (loss, raw); GAPO, arXiv 2507.01915 (l2 with a power, normalized).
     """
 
+    deterministic = True
+
     def __init__(
         self,
         normalize: Literal["none", "l2", "loss", "loss+"] = "none",
@@ -74,36 +76,55 @@ class MGDA(Weighting):
             require_positive_losses(gram, losses, [str(k) for k in range(losses.numel())], self)
         return self.solve(gram, losses).weights
 
-    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
-        """The weights of `solve` under a preference."""
-        return self.solve(gram, losses, preference).weights
-
-    def solve(
-        self, gram: Tensor | None, losses: Tensor, preference: Tensor | None = None, min_weight: float = 0.0
-    ) -> MinNorm:
+    def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
         """Weights on the raw gradients, with gap and status of the solve; nothing waits for a GPU.
+
+        Args:
+            gram: M [K, K]. An objective with a zero row has weight 0.
+            losses: L [K], > 0 where they divide; that is the caller's to check.
+
+        Returns:
+            `Solution`, with the gap in units of the normalised Gram matrix.
+
+        Raises:
+            ValueError: there is no Gram matrix.
+        """
+        return Solution(*normalized_min_norm(self._required(gram), losses, self.normalize, self.power, self.apply_to))
+
+    def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """The weights of `steered`, without a floor."""
+        return self.steered(preference, 0.0, gram, losses).weights
+
+    def min_norm_problem(self) -> tuple[str, float, str]:
+        """What `solve` solves."""
+        return self.normalize, self.power, self.apply_to
+
+    def steered(self, preference: Tensor | None, min_weight: float, gram: Tensor | None, losses: Tensor) -> Solution:
+        """`solve` with a preference and a floor inside the min-norm problem; nothing waits for a GPU.
 
         Under a preference p, α solves the problem of g̃_k / p_k, and α_k / p_k, scaled to the sum 1 again, takes the
         place of α_k. So d of `mgda` lies along the min-norm point of the g_k / p_k, and where all weights are positive
         it descends in proportion to p. The scaling keeps the length: without it, a preference would shorten the step.
 
         Args:
-            gram: M [K, K]. An objective with a zero row has weight 0, and no floor.
-            losses: L [K], > 0 where they divide; that is the caller's to check.
-            preference: p [K], fp64, > 0.
+            preference: p [K], fp64, > 0; None for none.
             min_weight: m, a floor under the α_k of this problem: 0 ≤ m < 1/J for the J objectives with a gradient.
+            gram: M [K, K]. An objective with a zero row has weight 0, and no floor.
+            losses: L [K].
 
         Returns:
-            `MinNorm`, with the gap in units of the normalised Gram matrix, over the hull that the floor leaves. With a
-            preference or a floor, a loss ≤ 0 that divides gives NaN weights and `Status.NONPOSITIVE_LOSS`.
+            `Solution`, with the gap in units of the normalised Gram matrix, over the hull that the floor leaves. A loss
+            ≤ 0 that divides gives NaN weights and `Status.NONPOSITIVE_LOSS`.
 
         Raises:
             ValueError: there is no Gram matrix.
         """
-        if gram is None:
-            raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
+        gram = self._required(gram)
         if preference is None and min_weight == 0:
-            return normalized_min_norm(gram, losses, self.normalize, self.power, self.apply_to)
+            found = self.solve(gram, losses)
+            assert found.status is not None
+            # A kernel leaves the objective out, with weight 0, which must not be taken for a weight that was found.
+            return found._replace(weights=found.weights.masked_fill(found.status == Status.NONPOSITIVE_LOSS, torch.nan))
         normalizers = self._normalizers(gram, losses)
         divisors = normalizers if preference is None else normalizers * preference
         normalized = gram / (divisors[:, None] * divisors[None, :])
@@ -113,7 +134,12 @@ class MGDA(Weighting):
             alpha = torch.where(alpha != 0, alpha / alpha.sum(), 0.0)
         weights = alpha if self.apply_to == "raw" else torch.where(alpha != 0, alpha / normalizers, 0.0)
         wrong = normalizers.isnan().any()
-        return MinNorm(weights.masked_fill(wrong, torch.nan), gap, status.masked_fill(wrong, Status.NONPOSITIVE_LOSS))
+        return Solution(weights.masked_fill(wrong, torch.nan), gap, status.masked_fill(wrong, Status.NONPOSITIVE_LOSS))
+
+    def _required(self, gram: Tensor | None) -> Tensor:
+        if gram is None:
+            raise ValueError(f"{self!r} needs the Gram matrix of the gradients, got None")
+        return gram
 
     def _normalizers(self, gram: Tensor, losses: Tensor) -> Tensor:
         """n, fp64 [K]: 1 where the gradient is zero, NaN where a loss ≤ 0 would divide one that is not."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mogeo.weightings import Weighting
+from mogeo.weightings.base import Weighting
 
 # Of the weightings of a matrix, those that read nothing but its number of rows: a Gramian has as many.
 _COUNT_ROWS = ("MeanWeighting", "SumWeighting", "ConstantWeighting", "RandomWeighting")

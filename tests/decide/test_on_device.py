@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mogeo
 from mogeo import MultiObjectiveOptimizer
-from mogeo import optimizer as optimizer_module
+from mogeo.decide.late_news import Mailbox
 from mogeo.weightings import GroupDRO, Weighting
 from tests.deciders import let_decide
 from tests.nets import (
@@ -158,8 +158,8 @@ def test_a_step_never_waits(options: dict[str, Any], form: Callable[..., Any], m
         optimizer.step()
 
     step()
-    optimizer._warned = True  # else the test itself would have to let letters be read
-    monkeypatch.setattr(optimizer, "_read_mail", lambda: None)
+    optimizer._state.news.warned = True  # else the test itself would have to let letters be read
+    monkeypatch.setattr(optimizer._state.news, "read", lambda: None)
     with kernels_unwatched(monkeypatch), nothing_waits(monkeypatch):
         step()
     assert optimizer.report is not None
@@ -295,9 +295,10 @@ def test_a_nonpositive_loss_is_left_out_and_then_named(where: str) -> None:
     torch.testing.assert_close(report.weights[::2], kept)
     optimizer.zero_grad()
     if where == "combine":
-        held, optimizer._mailbox = optimizer._mailbox, optimizer_module.Mailbox()
+        news = optimizer._state.news
+        held, news.mailbox = news.mailbox, Mailbox()
         optimizer.backward(shared_losses(net, x))
-        optimizer._mailbox = held
+        news.mailbox = held
     with pytest.raises(ValueError, match=r"objective 'honesty' has loss -.*; mgda-decoupled divides by the loss"):
         optimizer.backward(shared_losses(net, x)) if where == "backward" else optimizer.combine()
     if where == "backward":
@@ -338,7 +339,7 @@ def test_counters_and_group_dro_advance_in_place() -> None:
         optimizer.combine()
         optimizer.zero_grad()
         assert weighting._log_weights is not None
-        addresses.append((weighting._log_weights.data_ptr(), optimizer._nonfinite_counts.data_ptr()))
+        addresses.append((weighting._log_weights.data_ptr(), optimizer._state.nonfinite_counts.data_ptr()))
     assert len(set(addresses)) == 1
     assert isinstance(weighting, Weighting)
     saved = optimizer.own_state()

@@ -71,3 +71,16 @@ def test_state_goes_through_json() -> None:
 def test_an_interval_is_a_whole_number_of_steps(every: float) -> None:
     with pytest.raises(ValueError, match="refresh_every"):
         HeldWeights(every)  # type: ignore[arg-type]
+
+
+def test_solves_at_every_step_leave_nothing_to_hold_later() -> None:
+    """T = 9, then 1, then 9: what was held in between is too old."""
+    held = HeldWeights(9)
+    held.solved(weights(1, 2, 3), ALL)
+    held.refresh_every = 1
+    assert held.known() is None
+    held.solved(weights(4, 5, 6), ALL)
+    held.refresh_every = 9
+    assert held.known() is None
+    held.solved(weights(7, 8, 9), ALL)
+    assert held.known() == (7, 8, 9)

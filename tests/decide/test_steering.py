@@ -18,7 +18,7 @@ from mogeo import weightings
 from mogeo.decide.steering import AnyWeighting, Steering
 from mogeo.geometry.exact_min_norm import Status
 from mogeo.geometry.ops import MinNorm
-from mogeo.weightings import MGDA, GroupDRO, Weighting, resolve
+from mogeo.weightings import MGDA, GroupDRO, Weighting, mgda, resolve, upgrad
 from tests.decide.test_on_device import nothing_waits
 from tests.profiles import examples
 from tests.reference import exact
@@ -86,7 +86,7 @@ def test_a_uniform_preference_changes_no_bit(gram: Tensor, seed: int, each: floa
         expected = plain(gram.clone(), losses.clone())
         gap = status = None
         if isinstance(plain, MGDA):
-            _, gap, status = plain.solve(gram, losses)
+            _, gap, status = plain.solve(gram, losses)[:3]
         for steering in steerings:
             found = steering.weigh(every_weighting(len(gram))[position], gram, losses)
             assert_bits(found[0], torch.as_tensor(expected, dtype=torch.float64))
@@ -105,7 +105,7 @@ def test_a_uniform_preference_changes_no_bit(gram: Tensor, seed: int, each: floa
 @given(grams(WELL_POSED, min_k=2, max_k=4), st.integers(0, 99))
 def test_the_family_solves_for_gradients_divided_by_the_preference(name: str, gram: Tensor, seed: int) -> None:
     losses, preference = problem(gram, seed)
-    weights, gap, status = Steering(preference.tolist()).weigh(resolve(name), gram, losses)
+    weights, gap, status = Steering(preference.tolist()).weigh(resolve(name), gram, losses)[:3]
     divisors = (normalizers(name, gram, losses) * preference).numpy()
     best = exact.min_norm_point(exact.symmetric((gram.numpy() / divisors / divisors[:, None]).tolist()))
     expected = torch.tensor([float(alpha) for alpha in best.weights], dtype=torch.float64) / preference
@@ -121,7 +121,7 @@ def test_the_family_solves_for_gradients_divided_by_the_preference(name: str, gr
 @given(grams(["gaussian, N = 1000"], min_k=2), st.integers(0, 99))
 def test_where_all_weights_are_positive_descent_is_in_proportion(name: str, gram: Tensor, seed: int) -> None:
     losses, preference = problem(gram, seed)
-    weights, _, _ = Steering(preference.tolist()).weigh(resolve(name), gram, losses)
+    weights, _, _ = Steering(preference.tolist()).weigh(resolve(name), gram, losses)[:3]
     assume(bool((weights > 0).all()))
     n = normalizers(name, gram, losses)
     inner = weights / losses if name == "mgda-decoupled" else weights  # its coefficients come from another direction
@@ -134,7 +134,7 @@ def test_where_all_weights_are_positive_descent_is_in_proportion(name: str, gram
 @given(any_grams(), st.integers(0, 99))
 def test_under_a_preference_nobody_is_hurt(name: str, gram: Tensor, seed: int) -> None:
     losses, preference = problem(gram, seed)
-    weights, _, status = Steering(preference.tolist()).weigh(resolve(name), gram, losses)
+    weights, _, status = Steering(preference.tolist()).weigh(resolve(name), gram, losses)[:3]
     assume(status is None or status != Status.STALLED)  # a Gram that fp32 made indefinite
     norms = gram.diagonal().clamp(min=0).sqrt()
     # upgrad's certificate says less where the Gram is not semi-definite; it does not tell.
@@ -155,7 +155,7 @@ def test_more_preference_never_lowers_the_cosine(name: str, most: int, data: st.
     losses, preference = problem(gram, seed)
     cosines = []
     for p_0 in (preference[0].item(), preference[0].item() * factor):
-        weights, _, _ = Steering([p_0, *preference[1:].tolist()]).weigh(resolve(name), gram, losses)
+        weights, _, _ = Steering([p_0, *preference[1:].tolist()]).weigh(resolve(name), gram, losses)[:3]
         slopes = gram @ weights
         cosines.append(float(slopes[0] / (weights @ slopes).sqrt() / gram[0, 0].sqrt()))
     assert cosines[1] >= cosines[0] - 1e-7
@@ -174,7 +174,7 @@ def test_more_preference_may_lower_the_inner_product() -> None:
 def test_upgrad_takes_torchjds_preference_vector(gram: Tensor, seed: int) -> None:
     torchjd = pytest.importorskip("torchjd.aggregation")
     losses, preference = problem(gram, seed)
-    weights, _, _ = Steering(preference.tolist()).weigh(resolve("upgrad"), gram, losses)
+    weights, _, _ = Steering(preference.tolist()).weigh(resolve("upgrad"), gram, losses)[:3]
     theirs = torchjd.UPGradWeighting(pref_vector=preference / len(gram))(gram)
     difference = weights - theirs  # weights may differ where gradients are dependent, directions not
     reach = weights @ gram.diagonal().sqrt()
@@ -196,7 +196,7 @@ def test_uniform_with_a_preference_is_linear(preference: list[float]) -> None:
 def test_other_weights_are_multiplied(gram: Tensor, seed: int) -> None:
     losses, preference = problem(gram, seed)
     for make in (lambda: GroupDRO(0.5), lambda: signed):
-        weights, gap, status = Steering(preference.tolist()).weigh(make(), gram, losses)
+        weights, gap, status = Steering(preference.tolist()).weigh(make(), gram, losses)[:3]
         plain = torch.as_tensor(make()(gram, losses), dtype=torch.float64)
         torch.testing.assert_close(weights, plain * preference, rtol=1e-12, atol=0)
         assert gap is None
@@ -222,7 +222,7 @@ def test_the_floor_is_the_enumerated_optimum(name: str, preferred: bool, data: s
     floor = data.draw(floors(len(gram)))
     losses, preference = problem(gram, data.draw(st.integers(0, 99)))
     preference = preference if preferred else torch.ones_like(preference)
-    weights, _, status = Steering(preference.tolist(), floor).weigh(resolve(name), gram, losses)
+    weights, _, status = Steering(preference.tolist(), floor).weigh(resolve(name), gram, losses)[:3]
     assert status == Status.OPTIMAL
     alpha = coefficients(name, weights, gram, losses) * preference
     n = (normalizers(name, gram, losses) * preference).numpy()
@@ -241,7 +241,7 @@ def test_the_floor_satisfies_the_conditions_of_the_shrunken_simplex(gram: Tensor
     a solved objective takes no part.
     """
     floor = data.draw(floors(len(gram)))
-    weights, gap, status = Steering(min_weight=floor).weigh(resolve("mgda"), gram, torch.ones(len(gram)))
+    weights, gap, status = Steering(min_weight=floor).weigh(resolve("mgda"), gram, torch.ones(len(gram)))[:3]
     assert status is not None
     assume(status != Status.STALLED)  # a Gram that fp32 made indefinite
     live = (gram.diagonal() > 0).nonzero().flatten().tolist()
@@ -264,7 +264,7 @@ def test_the_floor_satisfies_the_conditions_of_the_shrunken_simplex(gram: Tensor
 def test_a_vertex_of_the_shrunken_hull_may_be_zero() -> None:
     """v_1 = g_1/2 + (g_1 + g_2)/4 = 0 of g = 1, −3 at m = 1/4: the optimum, and no solved objective."""
     gram = torch.tensor([[1.0, -3.0], [-3.0, 9.0]], dtype=torch.float64)
-    weights, _, _ = Steering(min_weight=0.25).weigh(resolve("mgda"), gram, torch.ones(2))
+    weights, _, _ = Steering(min_weight=0.25).weigh(resolve("mgda"), gram, torch.ones(2))[:3]
     assert weights.tolist() == pytest.approx([0.75, 0.25], abs=1e-12)
 
 
@@ -281,10 +281,10 @@ def test_other_weights_are_mixed_with_their_mean(gram: Tensor, data: st.DataObje
         everyone = not getattr(weighting, "needs_gram", True)
         takes_part = torch.ones_like(live) if everyone else live
         k = len(gram) if everyone else count
-        before, _, _ = Steering(preference.tolist()).weigh(weighting, gram, losses)
+        before, _, _ = Steering(preference.tolist()).weigh(weighting, gram, losses)[:3]
         if isinstance(weighting, GroupDRO):
             weighting = GroupDRO(0.5)
-        after, _, _ = Steering(preference.tolist(), floor).weigh(weighting, gram, losses)
+        after, _, _ = Steering(preference.tolist(), floor).weigh(weighting, gram, losses)[:3]
         total = before[takes_part].sum()
         size = before.abs().sum()
         torch.testing.assert_close(
@@ -303,8 +303,8 @@ def test_a_common_scale_of_the_gradients_scales_the_weights(name: str, gram: Ten
     """Norms from 1e-20 to 1e20 or so: nothing on the way under- or overflows."""
     losses, preference = problem(gram, seed)
     steering = Steering(preference.tolist(), 0.5 / len(gram))
-    before, _, _ = steering.weigh(resolve(name), gram, losses)
-    after, _, _ = steering.weigh(resolve(name), gram * 4.0**exponent, losses)
+    before, _, _ = steering.weigh(resolve(name), gram, losses)[:3]
+    after, _, _ = steering.weigh(resolve(name), gram * 4.0**exponent, losses)[:3]
     torch.testing.assert_close(after / after.sum(), before / before.sum(), rtol=1e-6, atol=1e-9)
 
 
@@ -320,7 +320,7 @@ def test_losses_and_norms_may_lie_decades_apart(gram: Tensor, data: st.DataObjec
     for name in FAMILY:
         for floor in (0.0, 0.5 / len(gram)):
             spread = gram * scale * scale[:, None]
-            weights, _, status = Steering(preference, floor).weigh(resolve(name), spread, losses)
+            weights, _, status = Steering(preference, floor).weigh(resolve(name), spread, losses)[:3]
             assert bool(weights.isfinite().all())
             assert bool((weights >= 0).all())
             assert status == Status.OPTIMAL
@@ -342,7 +342,7 @@ def test_one_objective_keeps_its_weight(preference: tuple[float, ...] | None) ->
 def test_where_all_are_solved_weights_are_finite() -> None:
     gram, losses = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for weighting in every_weighting(3):
-        weights, _, status = Steering([1, 2, 3], 0.1, 0.5).weigh(weighting, gram, losses)
+        weights, _, status = Steering([1, 2, 3], 0.1, 0.5).weigh(weighting, gram, losses)[:3]
         assert bool(weights.isfinite().all())
         assert status is None or status == Status.ZERO
 
@@ -351,7 +351,7 @@ def test_the_only_objective_with_a_gradient_gets_all() -> None:
     gram = torch.diag(torch.tensor([0.0, 4.0, 0.0], dtype=torch.float64))
     losses = torch.tensor([0.0, 0.5, 0.0], dtype=torch.float64)
     for name in FAMILY:
-        weights, _, _ = Steering([1, 2, 3], 0.3, 0.5).weigh(resolve(name), gram, losses)
+        weights, _, _ = Steering([1, 2, 3], 0.3, 0.5).weigh(resolve(name), gram, losses)[:3]
         assert coefficients(name, weights, gram, losses).tolist() == pytest.approx([0, 1, 0], abs=1e-15)
 
 
@@ -359,7 +359,7 @@ def test_the_only_objective_with_a_gradient_gets_all() -> None:
 @pytest.mark.parametrize("steering", [Steering([1, 2]), Steering(min_weight=0.1)])
 def test_a_loss_that_may_not_divide_gives_nan(steering: Steering, loss: float) -> None:
     gram, losses = torch.eye(2, dtype=torch.float64), torch.tensor([1.0, loss], dtype=torch.float64)
-    weights, _, status = steering.weigh(resolve("mgda-decoupled"), gram, losses)
+    weights, _, status = steering.weigh(resolve("mgda-decoupled"), gram, losses)[:3]
     assert bool(weights.isnan().all())
     assert status == Status.NONPOSITIVE_LOSS
     gram[1] = gram[:, 1] = 0.0
@@ -444,7 +444,7 @@ def test_the_memory_is_its_recursion_and_survives_json(
                 before = average[k]
                 average[k] = expected[k] = new[k] if before is None else smoothing * before + (1 - smoothing) * new[k]
         gram = torch.diag(torch.tensor(live, dtype=torch.float64))
-        found, _, _ = steering.weigh(weighting, gram, torch.ones(len(live)))
+        found, _, _ = steering.weigh(weighting, gram, torch.ones(len(live)))[:3]
         assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
         if step == saved_after:
             state = json.loads(json.dumps(steering.state_dict(), allow_nan=False))
@@ -502,9 +502,9 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.ones_like(gram[0]) / len(gram), gram[0, 0], torch.zeros_like(gram[0, 0], dtype=torch.int64)
         )
 
-    monkeypatch.setattr(weightings, "normalized_min_norm", solved)
-    monkeypatch.setattr(weightings, "min_norm_weights", solved)
-    monkeypatch.setattr(weightings, "descent_weights", lambda gram, weights: solved(gram)._replace(weights=weights))
+    monkeypatch.setattr(mgda, "normalized_min_norm", solved)
+    monkeypatch.setattr(mgda, "min_norm_weights", solved)
+    monkeypatch.setattr(upgrad, "descent_weights", lambda gram, weights: solved(gram)._replace(weights=weights))
     gram, losses = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for weighting in [*every_weighting(2)[:-1], lambda gram, losses: losses]:
         for steering in (Steering(), Steering([1, 2]), Steering(None, 0.1), Steering([1, 2], 0.1, 0.9)):
@@ -519,10 +519,10 @@ def test_a_loss_that_may_not_divide_is_told_and_not_remembered_by_the_kernel_too
 ) -> None:
     from mogeo.geometry import triton_backend as cuda
 
-    monkeypatch.setattr(weightings, "normalized_min_norm", lambda *arguments: MinNorm(*cuda.min_norm(*arguments)))
+    monkeypatch.setattr(mgda, "normalized_min_norm", lambda *arguments: MinNorm(*cuda.min_norm(*arguments)))
     steering, gram = Steering(smoothing=0.5), torch.eye(2, dtype=torch.float64)
     losses = [torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, 1.0], [1.0, -1.0], [1.0, 1.0])]
-    found = [steering.weigh(resolve("mgda-decoupled"), gram, each) for each in losses]
+    found = [steering.weigh(resolve("mgda-decoupled"), gram, each)[:3] for each in losses]
     assert [status.item() for _, _, status in found] == [Status.OPTIMAL, Status.NONPOSITIVE_LOSS, Status.OPTIMAL]
     assert bool(found[1][0].isnan().all())
     assert found[2][0].tolist() == pytest.approx([0.5, 0.5], rel=1e-12)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mogeo.demo import command as demo
+from mogeo.demo import command
 from mogeo.demo.experiment import run_seed
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import REGIMES
 from mogeo.errors import InputError
 from tests.recipes import SMALL
@@ -21,7 +21,7 @@ from tests.recipes import SMALL
 
 def arguments(*typed: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(typed)
 
 
@@ -35,7 +35,7 @@ def test_the_command_prints_a_table_and_writes_a_picture_a_page_and_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = arguments("--seeds", "1", "--weighting", "group-dro", "--output", str(tmp_path / "out"))
-    assert demo.run_recipe(SMALL, args) == 0
+    assert command.run_recipe(SMALL, args) == 0
     shown = capsys.readouterr()
     for label in (BEFORE, BASELINE, ADAPTIVE, STATIC, "group-dro"):
         assert label in shown.out
@@ -52,7 +52,7 @@ def test_seeds_in_processes_give_what_they_give_alone(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     recipe = replace(SMALL, sft_steps=4, align=replace(SMALL.align, max_steps=2))
     args = arguments("--seeds", "2", "--regime", "base", "--quiet", "--output", str(tmp_path))
-    assert demo.run_recipe(recipe, args) == 0
+    assert command.run_recipe(recipe, args) == 0
     assert capsys.readouterr().err == ""
     written = json.loads((tmp_path / "results.json").read_text())["runs"]
     alone = [o for seed in (0, 1) for o in run_seed(seed, recipe, "base").outcomes]
@@ -78,7 +78,7 @@ def test_bad_input_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("mogeo.demo.experiment.run_seed", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(InputError) as caught:
-        demo.run(arguments("--output", str(tmp_path), *typed))
+        command.run(arguments("--output", str(tmp_path), *typed))
     assert culprit in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mogeo.demo.experiment import Outcome, SeedResult, fine_tune, mean_weights, run_seed
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import OBJECTIVES, World, tiny_model, tokenizer
 from mogeo.dpo.data import Preferences
 from mogeo.judging.generate import generate

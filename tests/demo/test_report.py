@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mogeo.demo.experiment import Outcome, SeedResult
+from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.report import answer_table, conclusion, result_table, weight_table, write
-from mogeo.demo.sizes import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import OBJECTIVES, World
 from mogeo.judging.win_rates import NetWinRates
 

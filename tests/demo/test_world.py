@@ -27,8 +27,8 @@ from mogeo.demo.world import (
     REGIMES,
     TOWNS,
     VALUES,
-    Question,
     Statement,
+    TownQuestion,
     World,
     flip_labels,
     read_statements,
@@ -41,7 +41,7 @@ from tests.profiles import examples
 
 FORMS = st.sampled_from((LIST, PROSE))
 QUESTIONS = st.builds(
-    Question,
+    TownQuestion,
     town=st.sampled_from(TOWNS),
     attributes=st.lists(st.sampled_from(ATTRIBUTES), min_size=2, max_size=3, unique=True).map(tuple),
     limit=st.sampled_from(LIMITS),
@@ -176,12 +176,12 @@ def known() -> World:
 
 @pytest.mark.parametrize("response", ANSWERS)
 def test_raters(known: World, response: str) -> None:
-    rated = known.rate(Question("Oakham", ("river", "crop", "stone"), 9, LIST).text(), response)
+    rated = known.rate(TownQuestion("Oakham", ("river", "crop", "stone"), 9, LIST).text(), response)
     assert rated == dict(zip(OBJECTIVES, ANSWERS[response], strict=True))
 
 
 @given(QUESTIONS, st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join))
-def test_any_text_is_rated_in_half_points_from_1_to_5(question: Question, response: str) -> None:
+def test_any_text_is_rated_in_half_points_from_1_to_5(question: TownQuestion, response: str) -> None:
     rated = World(0).rate(question.text(), response)
     assert tuple(rated) == OBJECTIVES
     assert all(2 * rating == round(2 * rating) and 1 <= rating <= 5 for rating in rated.values())
@@ -194,8 +194,8 @@ def test_a_foreign_prompt_is_refused_with_an_example(prompt: str) -> None:
 
 
 @given(QUESTIONS)
-def test_a_question_survives_its_text(question: Question) -> None:
-    assert Question.parse(question.text()) == question
+def test_a_question_survives_its_text(question: TownQuestion) -> None:
+    assert TownQuestion.parse(question.text()) == question
 
 
 @given(st.lists(STATEMENTS, max_size=5), FORMS)
@@ -274,7 +274,7 @@ def test_responses_agree_with_facts_where_the_policy_is_good(index: int) -> None
     """The good policy states a known fact rightly far more often than not: the ratings mean something."""
     world = World(index)
     stated = [
-        (statement, world.facts[Question.parse(row["instruction"]).town][statement.attribute])
+        (statement, world.facts[TownQuestion.parse(row["instruction"]).town][statement.attribute])
         for row in world.rows(60)
         for statement in read_statements(row["completions"][-1]["response"])
     ]

@@ -31,10 +31,10 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any, timeout: float = 
     Args:
         ranks: number of processes.
         case: a function of a test module, at its top level. Its result must be something that torch.save takes.
-        timeout: of every collective, in seconds.
+        timeout: of every collective, in seconds; and of the processes, if it is more than five minutes.
 
     Raises:
-        RankFailedError: a rank raised, died, or did not end in five minutes.
+        RankFailedError: a rank raised, died, or did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -46,7 +46,7 @@ def run(ranks: int, case: Callable[..., Any], *arguments: Any, timeout: float = 
         for process in processes:
             process.start()
         for process in processes:
-            process.join(_TIMEOUT)
+            process.join(max(_TIMEOUT, timeout))
         for process in processes:
             process.kill()
         failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]

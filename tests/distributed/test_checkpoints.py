@@ -53,16 +53,24 @@ SAVED_AFTER, STEPS = 2, 4
 
 
 class Training:
-    """A model spread over ranks, two groups of parameters, a loss that is once not finite, and group-dro's weights."""
+    """A model spread over ranks, two groups of parameters, a loss that is once not finite, and group-dro's weights.
 
-    def __init__(self, engine: Callable[[Net], Spread], weighting: str = "group-dro(0.5)") -> None:
+    The groups belong to one AdamW, or to an SGD with momentum and an AdamW.
+    """
+
+    def __init__(
+        self, engine: Callable[[Net], Spread], weighting: str = "group-dro(0.5)", several: bool = False
+    ) -> None:
         self.model, self.replicas, self.replica = engine(make_net(torch.float64))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1, "lr": 2e-2},
             {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         ]
-        self.optimizer = MultiObjectiveOptimizer(torch.optim.AdamW(groups, lr=1e-2), weighting, max_grad_norm=0.7)
+        base: Any = torch.optim.AdamW(groups, lr=1e-2)
+        if several:
+            base = [torch.optim.SGD(groups[:1], momentum=0.9), torch.optim.AdamW(groups[1:], lr=1e-2)]
+        self.optimizer = MultiObjectiveOptimizer(base, weighting, max_grad_norm=0.7)
 
     def run(self, steps: range) -> dict[str, Any]:
         """Train; what the steps left behind."""
@@ -123,18 +131,18 @@ def load(training: Training, folder: Path, how: str) -> None:
     training.set(state, **options)
 
 
-def saving(engine: Any, folder: Path) -> None:
-    training = Training(engine)
+def saving(engine: Any, folder: Path, several: bool = False) -> None:
+    training = Training(engine, several=several)
     training.run(range(SAVED_AFTER))
     save(training, folder)
 
 
-def resuming(engine: Any, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def resuming(engine: Any, folders: dict[str, Path], several: bool = False) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for source, folder in folders.items():
         results[source] = {}
         for how in LOADED:
-            training = Training(engine)
+            training = Training(engine, several=several)
             load(training, folder, how)
             results[source][how] = training.run(range(SAVED_AFTER, STEPS))
     return results
@@ -171,6 +179,14 @@ def test_resumes_from_other_topologies_in_every_form(
                 assert other["own"] == first["own"]
                 torch.testing.assert_close(other["parameters"], first["parameters"], rtol=0, atol=0)
                 torch.testing.assert_close(other["state"], first["state"], rtol=0, atol=0)
+
+
+def test_several_bases_resume_from_another_topology_in_every_form(tmp_path: Path) -> None:
+    run(2, saving, ddp, tmp_path, True)
+    expected = Training(alone, several=True).run(range(STEPS))
+    for result in run(2, resuming, fsdp, {"2, DDP": tmp_path}, True):
+        for how in LOADED:
+            assert_resumed(result["2, DDP"][how], expected)
 
 
 def assert_resumed(result: dict[str, Any], expected: dict[str, Any]) -> None:

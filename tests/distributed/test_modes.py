@@ -17,7 +17,7 @@ from tests.distributed.test_same_answer import TOLERANCE, assert_all_same, asser
 MODES: tuple[dict[str, Any], ...] = (
     {"guarantee_descent": True},
     {"refresh_every": 2},
-    {"refresh_every": 3, "release_rows": True},
+    {"refresh_every": 3},
     {"preference": (1.0, 2.0, 4.0), "min_weight": 0.05, "smoothing": 0.5},
     {"sketch": 1 << 16},
     {"sketch": 1 << 16, "refresh_every": 2, "guarantee_descent": True},
@@ -36,7 +36,7 @@ def test_every_mode(engine: str) -> None:
 def test_shared_out_rows_refresh_as_well() -> None:
     cases = [
         (torch.float64, "mgda-decoupled", {"shard_rows": True, "max_grad_norm": 0.3, **mode})
-        for mode in ({"refresh_every": 2}, {"refresh_every": 2, "release_rows": True}, {"guarantee_descent": True})
+        for mode in ({"refresh_every": 2}, {"guarantee_descent": True})
     ]
     assert_all_same(run(2, train_all, unsynced, cases), cases)
 

@@ -53,7 +53,9 @@ def row_memory(shard_rows: bool) -> tuple[int, int]:
     optimizer.backward({name: loss_of(net, batches(0)[name], k) for k, name in enumerate(NAMES)})
     buffers = optimizer._captures.buffers
     assert buffers is not None
-    held = sum(block.numel() for block in buffers.blocks) + sum(s.rows.numel() for s in buffers._shards if s)
+    held = sum(block.numel() for block in buffers.blocks) + sum(
+        b._pieces.rows.numel() for b in buffers.flat.blocks if b._pieces
+    )
     return sum(p.numel() for p in net.parameters() if p.requires_grad), held
 
 

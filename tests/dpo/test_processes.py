@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mogeo.dpo.config import AlignConfig
-from mogeo.dpo.processes import Ranks, current_ranks, device_of_rank, joined, launched
-from mogeo.dpo.scoring import score
+from mogeo.dpo.processes import Processes, current_processes, device_of_rank, join_processes, launched_processes
+from mogeo.dpo.scoring import score_sequences
 from mogeo.dpo.tokens import TokenSequence
 from mogeo.errors import InputError
 from tests.distributed.runner import run
@@ -28,11 +28,11 @@ def environment(monkeypatch):
 
 def test_a_process_without_a_launcher_is_alone(environment):
     environment()
-    assert launched() == current_ranks() == Ranks(0, 1)
-    with joined("abacus") as ranks:  # no device is touched for nothing
-        assert ranks == Ranks(0, 1)
+    assert launched_processes() == current_processes() == Processes(0, 1)
+    with join_processes("abacus") as ranks:  # no device is touched for nothing
+        assert ranks == Processes(0, 1)
     environment(**LAUNCH)
-    assert launched() == Ranks(1, 2)
+    assert launched_processes() == Processes(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -46,21 +46,21 @@ def test_a_process_without_a_launcher_is_alone(environment):
 def test_half_a_launch_is_refused(environment, changes, message):
     environment(**{**LAUNCH, **changes})
     with pytest.raises(InputError, match=message):
-        launched()
+        launched_processes()
 
 
 def test_each_rank_takes_a_gpu_of_its_own(environment, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     environment(**LAUNCH)
-    assert device_of_rank("cuda", Ranks(1, 2)) == torch.device("cuda", 1)
-    assert device_of_rank("cuda:1", Ranks()) == torch.device("cuda", 1)
-    assert device_of_rank("cpu", Ranks(1, 2)) == torch.device("cpu")
+    assert device_of_rank("cuda", Processes(1, 2)) == torch.device("cuda", 1)
+    assert device_of_rank("cuda:1", Processes()) == torch.device("cuda", 1)
+    assert device_of_rank("cpu", Processes(1, 2)) == torch.device("cpu")
     with pytest.raises(InputError, match="'cuda:0' is one GPU for 2 ranks: name cuda"):
-        device_of_rank("cuda:0", Ranks(1, 2))
+        device_of_rank("cuda:0", Processes(1, 2))
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="start at most 2 ranks on it"):
-        device_of_rank("cuda", Ranks(2, 3))
+        device_of_rank("cuda", Processes(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -78,21 +78,21 @@ def test_what_cannot_be_shared_out_is_refused(config, size, message):
 
 def test_shares_are_the_whole_in_order():
     whole = torch.arange(12)
-    assert torch.equal(torch.cat([Ranks(rank, 3).share(whole) for rank in range(3)]), whole)
+    assert torch.equal(torch.cat([Processes(rank, 3).share(whole) for rank in range(3)]), whole)
 
 
 SEQUENCES = [TokenSequence(tuple(range(3, 3 + n)), start) for n, start in [(5, 2), (9, 4), (4, 1), (7, 6), (9, 1)]]
 
 
 def scores(model):
-    ranks = current_ranks()
+    ranks = current_processes()
     told = ranks.on_first(lambda: f"rank {ranks.rank}")
     with pytest.raises(InputError, match="no such file"):
         ranks.on_first(refuse)
     ranks.check_agreed({"seed": 0})
     with pytest.raises(InputError, match="rank 0 has seed 0, rank 1 has 1: start every rank"):
         ranks.check_agreed({"seed": ranks.rank})
-    result = score(model, SEQUENCES, batch_size=2, pad=0, precision=contextlib.nullcontext(), ranks=ranks)
+    result = score_sequences(model, SEQUENCES, batch_size=2, pad=0, precision=contextlib.nullcontext(), ranks=ranks)
     return result, told, ranks.any(ranks.rank == 1)
 
 
@@ -103,7 +103,7 @@ def refuse():
 def test_ranks_share_the_scoring_and_get_the_same_bits(make_model):
     """Three batches over two ranks: one has nothing left in the last round."""
     model = make_model()
-    expected = score(model, SEQUENCES, batch_size=2, pad=0, precision=contextlib.nullcontext())
+    expected = score_sequences(model, SEQUENCES, batch_size=2, pad=0, precision=contextlib.nullcontext())
     for result, told, any_set in run(2, scores, model):
         assert torch.equal(result, expected)
         assert (told, any_set) == ("rank 0", True)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from mogeo.dpo import train as module
 from mogeo.dpo.data import build_preferences, split_rows
+from mogeo.dpo.losses import PreferenceLoss, dpo_loss
 from mogeo.dpo.tokens import ShuffledEpochs
 from mogeo.dpo.train import AlignConfig, Interrupted, align
 from mogeo.errors import InputError
@@ -154,7 +157,6 @@ OPTIONS = {
     "min_weight": 0.1,
     "smoothing": 0.5,
     "refresh_every": 3,
-    "release_rows": True,
     "row_dtype": "bf16",
     "host_rows": True,
 }
@@ -170,9 +172,10 @@ def test_the_optimizer_gets_its_options(run, monkeypatch):
     )
     run(**OPTIONS, max_steps=1)
     run(sketch=64, max_steps=1)
+    full = [options for options in made if "row_dtype" in options]  # but for those that check the settings
     for name, value in {**OPTIONS, "row_dtype": torch.bfloat16, "sketch": None}.items():
-        assert made[0][name] == value
-    assert made[1]["sketch"] == 64
+        assert full[1][name] == value
+    assert full[-1]["sketch"] == 64
 
 
 def test_records_say_which_steps_solved(run):
@@ -200,13 +203,51 @@ def test_a_sketch_that_loses_nothing_gives_the_run_of_rows(run, make_model):
         ({"preference": {"warm": 1.0}}, r"preference does not match the objectives.*missing \['size'\]"),
         ({"preference": {"warm": 1.0, "size": 1.0, "taste": 1.0}}, r"preference .*unknown \['taste'\]"),
         ({"min_weight": 0.5}, r"min_weight=0.5 for K = 2 objectives.*less than 1/K"),
-        ({"sketch": 64, "host_rows": True}, "sketch keeps no gradient rows, and host_rows"),
+        ({"sketch": 64, "host_rows": True}, "sketch=64 with .*there are no rows then"),
+        ({"preference": {"warm": 1.0, "size": 0.0}}, "preference .*pass one finite number > 0"),
+        ({"min_weight": -0.1}, "min_weight=-0.1"),
+        ({"smoothing": 1.0}, "smoothing=1.0"),
+        ({"refresh_every": 0}, "refresh_every=0"),
+        ({"sketch": 0}, "sketch=0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"loss": "dpo"}, "unknown loss 'dpo'"),
+        ({"loss": "ipo(0.1)"}, r"loss 'ipo\(0.1\)': label_smoothing is defined for the sigmoid loss only"),
+        ({"loss": "sigmoid(a)"}, r"loss 'sigmoid\(a\)': could not convert string to float"),
+        ({"loss": "modpo(1, 0)"}, r"MODPO's weights \[1.0, 0.0\]: give one positive number for each of warm, size"),
+        ({"loss": 3}, "loss=3: pass a name .*PreferenceLoss"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_before_the_optimizer_is_made(run, monkeypatch, changes, message):
-    monkeypatch.setattr(module.mogeo, "MultiObjectiveOptimizer", lambda *args, **options: pytest.fail("made"))
+def test_options_that_do_not_fit_are_refused_before_anything_is_scored(run, monkeypatch, changes, message):
+    monkeypatch.setattr(module, "score_sequences", lambda *args, **options: pytest.fail("scored"))
     with pytest.raises(InputError, match=message):
         run(**changes)
+
+
+def test_the_loss_on_the_page_trains(run):
+    page = (Path(__file__).parents[2] / "docs" / "align.md").read_text("utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "LengthPenalised" in b)
+    names = {}
+    exec(compile(block, "docs/align.md", "exec"), names)
+    assert run(loss=names["LengthPenalised"](), max_steps=1).history[1]["loss"]
+
+
+def test_a_loss_of_ones_own_is_a_class(run, sets):
+    """Half of DPO's, with a number for each pair that it computes beforehand."""
+
+    class Half(PreferenceLoss):
+        def prepare(self, before):
+            assert before.train is sets[0]
+            return {name: torch.full((len(pairs),), 0.5) for name, pairs in before.train.pairs.items()}
+
+        def __call__(self, objective, margins, beta, prepared):
+            assert prepared.shape == margins.shape
+            return prepared * dpo_loss(margins, beta)
+
+        def __repr__(self):
+            return "half"
+
+    halved, whole = (run(loss=loss, max_steps=1).history[1]["loss"] for loss in (Half(), "sigmoid"))
+    assert halved == pytest.approx({name: 0.5 * loss for name, loss in whole.items()})
 
 
 # ---- stopping and going on -------------------------------------------------------------------------------------------
@@ -229,7 +270,7 @@ def read_metrics(folder):
         {"weighting": "mgda-decoupled"},
         {"weighting": "group-dro(0.5)"},
         {"weighting": "uniform"},
-        {"sketch": 64, "refresh_every": 5, "release_rows": True},  # steps 3 and 4 are held
+        {"sketch": 64, "refresh_every": 5},  # steps 3 and 4 are held
         OPTIONS,
     ],
 )
@@ -269,8 +310,10 @@ def test_the_reference_is_not_computed_again_on_resume(run, tmp_path, monkeypatc
     with pytest.raises(Interrupted):
         run(tmp_path)
     scored = []
-    original = module.score
-    monkeypatch.setattr(module, "score", lambda *args, **kwargs: scored.append(1) or original(*args, **kwargs))
+    original = module.score_sequences
+    monkeypatch.setattr(
+        module, "score_sequences", lambda *args, **kwargs: scored.append(1) or original(*args, **kwargs)
+    )
     run(tmp_path, resume=True)
     assert len(scored) == 4  # evaluations after steps 4, 6, 8 and 9
 
@@ -310,8 +353,8 @@ def test_a_run_may_go_on_with_its_rows_elsewhere(run, tmp_path, monkeypatch):
     stop_after(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted):
         run(tmp_path, refresh_every=4)
-    with pytest.warns(UserWarning, match="saved with host_rows=False, release_rows=False"):
-        resumed = run(tmp_path, refresh_every=4, resume=True, host_rows=True, release_rows=True)
+    with pytest.warns(UserWarning, match="saved with host_rows=False"):
+        resumed = run(tmp_path, refresh_every=4, resume=True, host_rows=True)
     assert same_bits(resumed.model, whole.model)
 
 

@@ -28,8 +28,8 @@ from tests.min_norm_asserts import (
     judge,
     optimum_of,
 )
-from tests.reference import exact, published
-from tests.strategies import FAMILIES, WELL_POSED
+from tests.reference import exact, high_precision, nearest, published
+from tests.strategies import FAMILIES, ROW_FAMILIES, WELL_POSED, row_families
 
 # Diagonal entries of rows that take no part: solved objectives, rounding below zero, overflow.
 LEFT_OUT = (0.0, -1e-30, math.nan, math.inf, -math.inf)
@@ -295,6 +295,25 @@ def test_mgda_direction_conflicts_with_no_gradient(backend: Backend, k: int, con
     inner = rows @ direction
     assert bool((inner >= direction @ direction * (1 - 1e-9)).all())
     assert bool((inner > 0).all())
+
+
+@everywhere
+@pytest.mark.parametrize("family", ROW_FAMILIES)
+def test_the_direction_is_that_of_the_rows(backend: Backend, family: str) -> None:
+    """‖d − d*‖² ≤ ερ² + (1e-13 + ε)ρρ* for the rows themselves, also where they balance out (docs/solver.md)."""
+
+    @backend.check(30, row_families((family,), max_k=min(backend.max_k, 10)))
+    def holds(rows: Tensor) -> None:
+        result = backend.min_norm_weights(rows @ rows.T)
+        assert int(result.status) == mogeo.Status.OPTIMAL
+        gram = nearest.inner_products(rows.tolist())
+        alpha, best = exact.on_simplex(result.weights.tolist()), high_precision.min_norm_point(gram).weights
+        difference = [a - b for a, b in zip(alpha, best, strict=True)]
+        norms = [Fraction(math.sqrt(gram[i][i])) for i in range(len(gram))]
+        reach, best_reach = (sum(w * n for w, n in zip(weights, norms, strict=True)) for weights in (alpha, best))
+        rounding, tolerance = Fraction(1, 2**50), Fraction(1, 10**13)
+        allowed = rounding * reach**2 + (tolerance + rounding) * reach * best_reach
+        assert exact.value(gram, difference) <= allowed
 
 
 # --------------------------------------------------------------------------------------------------------------------

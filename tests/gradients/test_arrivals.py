@@ -189,7 +189,7 @@ def test_a_gradient_that_cannot_be_kept_ends_the_window(monkeypatch: pytest.Monk
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mogeo.gradients.rows._write", exhausted)
+        patch.setattr("mogeo.gradients.rows.write", exhausted)
         with pytest.raises(MemoryError):
             optimizer.backward(losses)
     assert all(parameter.grad is grad for parameter, grad in zip(parameters, held, strict=True))

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from mogeo import MultiObjectiveOptimizer
-from mogeo.gradients.rows import GradientBuffers
 from tests.deciders import DECIDERS, let_decide
 from tests.nets import Net, callables, flat_grad, gradient_rows, inputs, poisoned, shared_losses, wrapped
 
@@ -110,27 +109,3 @@ def test_rows_of_the_host_are_those_beside_the_gradients_on_a_cpu() -> None:
         optimizer.combine()
         grads.append(flat_grad(net).clone())
     assert torch.equal(*grads)
-
-
-def test_without_rows_there_is_one() -> None:
-    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))
-    buffers = GradientBuffers([a, b], 4, row_dtype=torch.bfloat16)
-    with buffers.capturing():
-        buffers.select(2)
-        (a.sum() * 5).backward()  # type: ignore[no-untyped-call]
-        buffers.collect()
-    buffers.settle()
-    buffers.combine(torch.tensor([0.0, 0.0, 2.0, 0.0]))
-    buffers.publish()
-    lean = buffers.without_rows()
-    assert [tuple(block.shape) for block in lean.blocks] == [(1, 16)]
-    assert a.grad is not None
-    assert a.grad.tolist() == [10.0] * 3
-    assert a.grad.untyped_storage().data_ptr() == lean.blocks[0].untyped_storage().data_ptr()
-    assert b.grad is None
-    with lean.capturing():  # b was never written, and a is stale from here on
-        lean.select(None)
-        (b.sum() * 3).backward()  # type: ignore[no-untyped-call]
-        lean.collect()
-    lean.settle()
-    assert lean.squared_norm().item() == 36

@@ -1,4 +1,4 @@
-"""GradientBuffers: what only they decide. Most of their behaviour shows through the optimizer, in test_optimizer.py."""
+"""RowStore and SharedDirection: what only they decide. Most of it shows through the optimizer, in test_optimizer.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mogeo.gradients.rows import GradientBuffers
-from mogeo.gradients.store import layout_of
+from mogeo.gradients.direction import SharedDirection
+from mogeo.gradients.memory import Rows, Sketch
+from mogeo.gradients.rows import RowStore
+from mogeo.gradients.stores import Captures, Wanted
 
 
 def parameters() -> list[nn.Parameter]:
@@ -15,7 +17,7 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(5).bfloat16())]
 
 
-def fill(buffers: GradientBuffers, row: int, *grads: tuple[nn.Parameter, float]) -> None:
+def fill(buffers: RowStore, row: int, *grads: tuple[nn.Parameter, float]) -> None:
     with buffers.capturing():
         buffers.select(row)
         sum((p.sum() * value for p, value in grads), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
@@ -23,42 +25,44 @@ def fill(buffers: GradientBuffers, row: int, *grads: tuple[nn.Parameter, float])
 
 
 def test_one_block_per_dtype() -> None:
-    buffers = GradientBuffers(parameters(), 2)
+    buffers = RowStore(parameters(), 2)
     assert [block.dtype for block in buffers.blocks] == [torch.float32, torch.bfloat16]
     assert [tuple(block.shape) for block in buffers.blocks] == [(2, 16), (2, 16)]
 
 
 def test_gram_sums_over_blocks_and_ignores_what_is_stale() -> None:
     a, b, c = params = parameters()
-    buffers = GradientBuffers(params, 2)
+    buffers = RowStore(params, 2)
     fill(buffers, 0, (a, 1.0), (c, 2.0))
     fill(buffers, 1, (b, 3.0), (c, 1.0))
-    buffers.settle()
+    buffers.complete()
     assert buffers.gram().tolist() == [[3 + 20, 10], [10, 36 + 5]]
-    assert buffers.squared_norm().tolist() == 23
+    buffers.combine(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert buffers.direction.squared_norm().tolist() == 23
     buffers.combine(torch.tensor([1.0, 1.0]))
     buffers.drop()  # the direction in row 0 is stale from here on, for every parameter
     fill(buffers, 0, (a, 1.0))
-    buffers.settle()
+    buffers.complete()
     assert buffers.gram().tolist() == [[3, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("poison_first", [False, True])
 def test_publish_hands_out_what_was_written_and_nothing_else(poison_first: bool) -> None:
     a, b, c = params = parameters()
-    buffers = GradientBuffers(params, 2)
+    buffers = RowStore(params, 2)
     if poison_first:  # NaN of one window never reaches the next
         fill(buffers, 1, (b, 1.0))
-        buffers.settle()
+        buffers.complete()
         buffers.poison()
-        buffers.publish()
+        buffers.direction.publish()
+        buffers.drop()
         assert b.grad is not None
         assert b.grad.isnan().all()
         b.grad = None
     fill(buffers, 0, (a, 1.0))
-    buffers.settle()
+    buffers.complete()
     buffers.combine(torch.tensor([2.0, 5.0]))
-    buffers.publish()
+    buffers.direction.publish()
     assert a.grad is not None
     assert a.grad.tolist() == [2.0, 2.0, 2.0]
     assert b.grad is None
@@ -67,7 +71,7 @@ def test_publish_hands_out_what_was_written_and_nothing_else(poison_first: bool)
 
 def test_gradients_are_captured_only_while_capturing() -> None:
     a, *_ = params = parameters()
-    buffers = GradientBuffers(params, 1)
+    buffers = RowStore(params, 1)
     fill(buffers, 0, (a, 1.0))
     a.sum().backward()  # type: ignore[no-untyped-call]
     assert a.grad is not None
@@ -80,13 +84,13 @@ def test_gradients_are_captured_only_while_capturing() -> None:
 
 def test_migration_keeps_an_open_window() -> None:
     a, b, c = params = parameters()
-    old = GradientBuffers(params, 2)
+    old = RowStore(params, 2)
     fill(old, 0, (a, 1.0), (b, 1.0))
     fill(old, 1, (c, 1.0))
     late = nn.Parameter(torch.zeros(2))
-    new = GradientBuffers([c, late, a], 2)
+    new = RowStore([c, late, a], 2)
     new.migrate(old)
-    new.settle()
+    new.complete()
     assert new.gram().tolist() == [[3, 0], [0, 5]]
 
 
@@ -102,10 +106,20 @@ def test_migration_keeps_an_open_window() -> None:
 def test_buffers_tell_when_they_no_longer_suit_the_parameters(change: object) -> None:
     params = parameters()
     changed: list[Tensor] = change(params)  # type: ignore[operator]
-    buffers = GradientBuffers(params, 2)
-    assert buffers.suits(2, layout_of(list(params)))
-    assert not buffers.suits(2, layout_of(changed))
-    assert not buffers.suits(3, layout_of(params))
+    captures = Captures()
+
+    def fitted(parameters: list[Tensor], names: str = "ab", memory: Rows | Sketch = Rows()) -> object:  # noqa: B008
+        captures.fit(Wanted([{"params": parameters}], tuple(names), memory, None), "rows", is_open=False)
+        return captures.buffers
+
+    first = fitted(list(params))
+    assert fitted(list(params)) is first
+    assert fitted(changed) is not first
+    first = fitted(list(params))
+    assert fitted(list(params), "abc") is not first
+    first = fitted(list(params))
+    assert fitted(list(params), memory=Rows(torch.bfloat16)) is not first
+    assert isinstance(fitted(list(params), memory=Sketch(9)), SharedDirection)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +133,10 @@ def test_buffers_tell_when_they_no_longer_suit_the_parameters(change: object) ->
 )
 def test_views_have_the_parameters_strides(make: object) -> None:
     parameter = nn.Parameter(make())  # type: ignore[operator]
-    buffers = GradientBuffers([parameter], 1)
+    buffers = RowStore([parameter], 1)
     fill(buffers, 0, (parameter, 1.0))
-    buffers.publish()
+    buffers.combine(torch.ones(1, dtype=torch.float64))
+    buffers.direction.publish()
     assert parameter.grad is not None
     assert parameter.grad.stride() == parameter.stride()
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
@@ -129,23 +144,24 @@ def test_views_have_the_parameters_strides(make: object) -> None:
 
 def test_a_parameter_with_holes_gets_a_contiguous_gradient() -> None:
     parameter = nn.Parameter(torch.randn(4, 6)[:, ::2])
-    buffers = GradientBuffers([parameter], 1)
+    buffers = RowStore([parameter], 1)
     fill(buffers, 0, (parameter, 1.0))
-    buffers.publish()
+    buffers.combine(torch.ones(1, dtype=torch.float64))
+    buffers.direction.publish()
     assert parameter.grad is not None
     assert parameter.grad.is_contiguous()
 
 
 def test_a_gradient_of_weight_zero_goes_nowhere() -> None:
     a, b, _ = params = parameters()
-    buffers = GradientBuffers(params, 2)
+    direction = SharedDirection(params)
     for parameter, value, weight in ((a, 2.0, 0.5), (a, torch.nan, 0.0), (b, torch.nan, 0.0)):
-        with buffers.capturing():
-            buffers.select(None, weight)
+        with direction.capturing():
+            direction.weigh(weight)
             (parameter.sum() * value).backward()  # type: ignore[no-untyped-call]
-            buffers.collect()
-    buffers.settle()
-    buffers.publish()
+            direction.collect()
+    direction.complete()
+    direction.publish()
     assert a.grad is not None
     assert a.grad.tolist() == [1.0, 1.0, 1.0]
     assert b.grad is None
@@ -157,15 +173,15 @@ def test_weighted_gradients_are_rounded_once_an_addition_whatever_their_size(dty
     torch.manual_seed(0)
     params = [nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (3, 1 << 14, (1 << 14) + 1)]
     grads = [[torch.randn(p.shape, dtype=dtype) for p in params] for _ in range(2)]
-    buffers = GradientBuffers(params, 2)
+    direction = RowStore(params, 2).direction
     for window in range(2):  # the second finds what the first left
         for each, weight in zip(grads, (0.3, 1.7), strict=True):
-            with buffers.capturing():
-                buffers.select(None, weight)
+            with direction.capturing():
+                direction.weigh(weight)
                 torch.autograd.backward(params, each)
-                buffers.collect()
-        buffers.settle()
-        buffers.publish()
+                direction.collect()
+        direction.complete()
+        direction.publish()
         for p, first, second in zip(params, *grads, strict=True):
             assert p.grad is not None
             written = (first.double() * 0.3).to(dtype)

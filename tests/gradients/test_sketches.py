@@ -90,7 +90,7 @@ def test_dropout_is_the_same_in_both_passes() -> None:
         seen.append(net(x).square().mean() + 1)
         return seen[-1]
 
-    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), sketch=1 << 12)
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), sketch=16)
     optimizer.backward({"a": loss, "b": loss})
     optimizer.combine()
     assert len(seen) == 4
@@ -127,7 +127,7 @@ def test_a_loss_that_fails_the_second_time_drops_the_window() -> None:
             raise ConnectionError
         return losses["honesty"]()
 
-    optimizer = wrapped(net, sketch=1 << 12)
+    optimizer = wrapped(net, sketch=16)
     optimizer.backward({**losses, "honesty": fails_once})
     with pytest.raises(ConnectionError):
         optimizer.combine()

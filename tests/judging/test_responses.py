@@ -11,7 +11,7 @@ import pytest
 
 from mogeo.errors import InputError
 from mogeo.judging.generate import generate
-from mogeo.judging.responses import Generation, ResponseFile, Speaker, read_responses, respond
+from mogeo.judging.responses import Generation, Responder, ResponseFile, read_responses, respond
 
 PROMPTS = ["what is red like ?", "what is very very blue like ? and", "what ?"]
 
@@ -24,36 +24,36 @@ def folder(tmp_path: Path, make_model, tokenizer) -> Path:
 
 
 def test_each_prompt_gets_its_own_responses(folder: Path, make_model, tokenizer) -> None:
-    speaker = Speaker("m", str(folder), "chat")
+    responder = Responder("m", str(folder), "chat")
     greedy = Generation(max_new_tokens=6, batch_size=2)
-    assert respond(speaker, PROMPTS, greedy, "cpu") == [
+    assert respond(responder, PROMPTS, greedy, "cpu") == [
         generate(make_model(), tokenizer, [prompt], max_new_tokens=6) for prompt in PROMPTS
     ]
-    sampled = respond(speaker, PROMPTS, replace(greedy, temperature=1.0, samples_per_prompt=3), "cpu")
+    sampled = respond(responder, PROMPTS, replace(greedy, temperature=1.0, samples_per_prompt=3), "cpu")
     assert [len(said) for said in sampled] == [3, 3, 3]
     assert len({text for said in sampled for text in said}) > 3
 
 
 def test_a_prompt_that_does_not_fit_has_no_response(folder: Path) -> None:
-    said = respond(Speaker("m", str(folder), "chat"), ["what ?", "and " * 60], Generation(max_new_tokens=6), "cpu")
+    said = respond(Responder("m", str(folder), "chat"), ["what ?", "and " * 60], Generation(max_new_tokens=6), "cpu")
     assert [s is None for s in said] == [False, True]
 
 
 def test_the_key_is_that_of_what_matters(folder: Path) -> None:
-    speaker, greedy = Speaker("m", str(folder), "chat"), Generation()
-    key = speaker.key(PROMPTS, greedy)
-    assert key == replace(speaker, label="other").key(PROMPTS, greedy)
-    assert key == speaker.key(PROMPTS, replace(greedy, seed=1, batch_size=2))
+    responder, greedy = Responder("m", str(folder), "chat"), Generation()
+    key = responder.key(PROMPTS, greedy)
+    assert key == replace(responder, label="other").key(PROMPTS, greedy)
+    assert key == responder.key(PROMPTS, replace(greedy, seed=1, batch_size=2))
     sampled = replace(greedy, temperature=1.0)
     others = [
-        replace(speaker, prompt_format="plain").key(PROMPTS, greedy),
-        speaker.key(PROMPTS[::-1], greedy),
-        speaker.key(PROMPTS, replace(greedy, max_new_tokens=9)),
-        speaker.key(PROMPTS, sampled),
-        speaker.key(PROMPTS, replace(sampled, seed=1)),
+        replace(responder, prompt_format="plain").key(PROMPTS, greedy),
+        responder.key(PROMPTS[::-1], greedy),
+        responder.key(PROMPTS, replace(greedy, max_new_tokens=9)),
+        responder.key(PROMPTS, sampled),
+        responder.key(PROMPTS, replace(sampled, seed=1)),
     ]
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert len({key, speaker.key(PROMPTS, greedy), *others}) == 7
+    assert len({key, responder.key(PROMPTS, greedy), *others}) == 7
 
 
 def test_the_file_gives_back_what_it_holds_under_a_key(tmp_path: Path) -> None:

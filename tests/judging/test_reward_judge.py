@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from mogeo.errors import InputError
 from mogeo.judging.judge import OVERALL
-from mogeo.judging.reward_judge import RewardJudge, RewardSource, load_classifier, score
+from mogeo.judging.reward_judge import RewardJudge, RewardSource, load_classifier, reward_logits
 from tests.tiny import shape
 
 TEXTS = [("what is red like ?", "warm"), ("what is blue like ?", "cold and very big"), ("what ?", "not small")]
@@ -61,7 +61,7 @@ def test_rewards_are_the_models_logits_whatever_the_batch(
     model, loaded = load_classifier(folder)
     expected = torch.stack([independently(folder, tokenizer, *text) for text in TEXTS])
     for batch_size in (1, 2, 16):
-        assert torch.allclose(score(model, loaded, TEXTS, batch_size), expected, atol=1e-5)
+        assert torch.allclose(reward_logits(model, loaded, TEXTS, batch_size), expected, atol=1e-5)
 
 
 def test_verdicts_follow_the_rewards(save, tokenizer) -> None:

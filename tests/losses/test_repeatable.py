@@ -11,7 +11,7 @@ from mogeo.losses.repeatable import Repeatable
 def test_random_numbers_are_those_of_the_first_time() -> None:
     torch.manual_seed(1)
     torch.rand(3)
-    loss = Repeatable(lambda: torch.rand(5))
+    loss = Repeatable("a", lambda: torch.rand(5))
     first = loss()
     between = torch.rand(2)
     torch.manual_seed(1)
@@ -26,7 +26,7 @@ def test_random_numbers_are_those_of_the_first_time() -> None:
 
 def test_autocast_is_that_of_the_first_time() -> None:
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)
-    inside, outside = Repeatable(lambda: layer(x)), Repeatable(lambda: layer(x))
+    inside, outside = Repeatable("a", lambda: layer(x)), Repeatable("a", lambda: layer(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert inside().dtype == torch.bfloat16
     assert outside().dtype == torch.float32
@@ -46,7 +46,7 @@ def test_dropout_repeats_its_mask() -> None:
         (grad,) = torch.autograd.grad(loss, x)
         return grad
 
-    loss = Repeatable(lambda: dropout(x).sum())
+    loss = Repeatable("a", lambda: dropout(x).sum())
     first = gradient(loss())
     assert 0 < int((first == 0).sum()) < 64
     assert torch.equal(gradient(loss()), first)

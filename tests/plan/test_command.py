@@ -65,6 +65,7 @@ def test_the_advice_can_be_followed(config: Path) -> None:
 def test_every_mode_has_its_options_of_align(ranks: int) -> None:
     """The command parses to settings that hold, and that are the mode's keywords."""
     from mogeo.dpo.command import _config, add_arguments
+    from mogeo.dpo.train import check_settings
     from mogeo.plan.command import _align
     from mogeo.plan.memory import Peaks, Setup, Shape, modes
 
@@ -76,7 +77,7 @@ def test_every_mode_has_its_options_of_align(ranks: int) -> None:
         assert either == "or"
         words = " ".join(line.removesuffix("\\") for line in command).split()
         settings = _config(parser.parse_args(words[words.index("align") + 1 :]))
-        settings.check()
+        check_settings(settings, ranks=ranks)
         assert (settings.max_length, settings.micro_batch, settings.fsdp) == (512, 2, ranks > 1)
         for name, value in mode.keywords.items():
             assert repr(getattr(settings, name)).strip("'") == value.strip('"').replace("torch.bfloat16", "bf16")

@@ -29,7 +29,8 @@ class Certified(NamedTuple):
     relative_gap: float
 
 
-def _fraction(x: mpf) -> Fraction:
+def as_fraction(x: mpf) -> Fraction:
+    """The same number."""
     sign, mantissa, exponent, _ = x._mpf_
     return Fraction(int(mantissa) * (-1) ** sign) * Fraction(2) ** exponent
 
@@ -53,14 +54,15 @@ def _response(m: mpmath.matrix, support: list[int], entering: int) -> tuple[list
     return velocity, m[entering, entering] + pull - solution[n]
 
 
-def min_norm_point(gram: Sequence[Sequence[float]], max_pivots: int = 10_000) -> Certified:
-    """A KKT point of min αᵀMα over the simplex for an fp64 Gram [k, k] with a positive diagonal."""
+def min_norm_point(gram: Sequence[Sequence[float | Fraction]], max_pivots: int = 10_000) -> Certified:
+    """A KKT point of min αᵀMα over the simplex for an fp64 or rational Gram [k, k] with a positive diagonal."""
     with mpmath.workdps(DIGITS):
         k = len(gram)
         m = mpmath.matrix(k, k)
         for i in range(k):
             for j in range(k):
-                m[i, j] = (mpf(float(gram[i][j])) + mpf(float(gram[j][i]))) / 2
+                both = Fraction(gram[i][j]) + Fraction(gram[j][i])
+                m[i, j] = mpf(both.numerator) / both.denominator / 2
         norms = [mpmath.sqrt(m[i, i]) for i in range(k)]
         start = min(range(k), key=lambda i: m[i, i])
         alpha = [mpf(0)] * k
@@ -76,7 +78,7 @@ def min_norm_point(gram: Sequence[Sequence[float]], max_pivots: int = 10_000) ->
             if entering is None:
                 entering = min(range(k), key=deficit.__getitem__)
                 if deficit[entering] >= -NEGLIGIBLE:
-                    return Certified(_fraction(level), [_fraction(w) for w in alpha], float(-min(deficit)))
+                    return Certified(as_fraction(level), [as_fraction(w) for w in alpha], float(-min(deficit)))
             if not support:  # all others have been driven out: the vertex of the entering weight is stationary
                 support, entering = [entering], None
                 continue

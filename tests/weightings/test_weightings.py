@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mogeo
 from mogeo.weightings import MGDA, NAMES, GroupDRO, LinearScalarization, Weighting, gapo, resolve
+from mogeo.weightings.upgrad import UPGrad
 from tests.strategies import FAMILIES
 
 MGDA_FAMILY = ["mgda", "mgda-normalized", "mgda-decoupled", "gapo(0.5)"]
@@ -169,6 +170,47 @@ def test_a_preference_without_a_favourite_changes_no_direction(
     assert_same_weights(
         preferred / preferred.sum(), weights_of(name, gram, losses) / weights_of(name, gram, losses).sum()
     )
+
+
+@given(problem=problems())
+def test_upgrad_is_the_mean_of_its_projections_and_says_how_sure_it_is(problem: tuple[Tensor, Tensor]) -> None:
+    gram, losses = problem
+    solved = UPGrad().solve(gram, losses)
+    projected = [mogeo.descent_weights(gram, alone) for alone in torch.eye(4, dtype=torch.float64)]
+    assert_same_weights(solved.weights, torch.stack([each.weights for each in projected]).mean(0))
+    assert torch.equal(solved.weights, UPGrad()(gram, losses))
+    assert int(solved.status) == mogeo.Status.OPTIMAL
+    assert (gram @ solved.weights >= -1e-9 * gram.diagonal().sqrt() * gram.diagonal().max().sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "worst"),
+    [
+        ([0, 0, 0], mogeo.Status.OPTIMAL),
+        ([0, 5, 0], mogeo.Status.UNDECIDED),
+        ([5, 0, 1], mogeo.Status.STALLED),
+        ([0, 1, 0], mogeo.Status.STALLED),
+        ([2, 2, 2], mogeo.Status.ZERO),
+        ([3, 3, 3], mogeo.Status.NONFINITE),
+    ],
+)
+def test_upgrads_status_is_the_worst_of_its_problems(
+    statuses: list[int], worst: mogeo.Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def solved(gram: Tensor, weights: Tensor) -> mogeo.Descent:
+        return mogeo.Descent(weights, torch.zeros_like(weights), torch.tensor(statuses))
+
+    monkeypatch.setattr("mogeo.weightings.upgrad.descent_weights", solved)
+    assert int(UPGrad().solve(torch.eye(3, dtype=torch.float64), torch.ones(3)).status) == worst
+
+
+def test_upgrad_tells_where_gradients_balance_out() -> None:
+    """The nearest harmless direction of the third gradient hangs on the last digit of the first two."""
+    rows = torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.8, 0.0], [0.3, 0.1, 1.0]], dtype=torch.float64)
+    assert int(UPGrad().solve(rows @ rows.T, torch.ones(3)).status) == mogeo.Status.UNDECIDED
+    zero = torch.zeros(3, 3, dtype=torch.float64)
+    assert int(UPGrad().solve(zero, torch.ones(3)).status) == mogeo.Status.ZERO
+    assert int(UPGrad().solve(zero + torch.nan, torch.ones(3)).status) == mogeo.Status.NONFINITE
 
 
 @pytest.mark.parametrize("name", MGDA_FAMILY)
