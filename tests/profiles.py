@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -54,3 +55,8 @@ def check(name: str, test: Any) -> None:
     its = getattr(test, "_hypothesis_internal_use_settings", None) or settings()
     if its.deadline is not None or not its.derandomize or its.database is not None:
         raise pytest.UsageError(f"{name} has settings of its own: use examples(n) of tests/profiles.py")
+
+
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters that are all slow but some: for a test whose cases are dear, and one enough for a quick run."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -215,6 +215,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_model(align,
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_optimizers_options_are_the_runs_settings(align, tmp_path):
     steered = ["--preference", "help=2", "truth=1", "--min-weight", "0.05", "--smoothing", "0.9", "--guarantee-descent"]
     assert align(*steered, "--refresh-every", "3", "--row-dtype", "bf16", "--host-rows") == 0

@@ -106,6 +106,7 @@ def test_compiled_is_as_eager(compiler: str, dtype: torch.dtype) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_by_inductor_is_as_eager() -> None:
     assert_as_eager("inductor", torch.float32, 1000)
 

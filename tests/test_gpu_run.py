@@ -232,6 +232,7 @@ print(json.dumps({"launched": keys, "planned": others, "entries": launched, "aft
 
 @needs_triton
 @pytest.mark.parametrize("layout", ["aligned", "offset"])
+@pytest.mark.slow
 def test_a_plan_has_the_keys_of_the_launches(layout: str, tmp_path: Path) -> None:
     """Tensors with data, launched through Triton's own code, find what was compiled from a plan without any."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
@@ -247,6 +248,7 @@ def test_a_plan_has_the_keys_of_the_launches(layout: str, tmp_path: Path) -> Non
 
 
 @needs_triton
+@pytest.mark.slow
 def test_a_cache_is_filled_with_torch_or_without_and_moves(tmp_path: Path) -> None:
     """Two launches, compiled beside torch; a machine without it, and another folder, find both in the archive."""
     launches = [launch for launch in gpu_cache.plan(toy=True) if launch["function"] in ("_settle", "_scale")][:2]
@@ -278,6 +280,7 @@ def test_a_cache_is_filled_with_torch_or_without_and_moves(tmp_path: Path) -> No
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_plan_holds_what_the_stages_launch() -> None:
     """At toy sizes, under the interpreter: every launch of a stage is one that was planned."""
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -321,6 +324,7 @@ def test_the_plan_holds_what_a_step_launches(contestant: str, monkeypatch: pytes
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_plan_can_hold_what_tests_launch() -> None:
     """A kernel's own test, and a property of the backend "cuda", which a CPU has to skip otherwise."""
     chosen = "gram_of_one_block or (cuda and (mixes_huge or one_segment))"
@@ -359,6 +363,7 @@ def test_a_contestant_that_fails_is_written_down_and_the_others_are_timed(monkey
     assert {"rows @ rows.T", "mogeo.combine"} <= {record["name"] for record in found}
 
 
+@pytest.mark.slow
 def test_a_mode_that_fails_is_written_down_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     import memory_modes
     from step_overhead import Setting

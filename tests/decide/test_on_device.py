@@ -32,6 +32,7 @@ from tests.nets import (
     shared_losses,
     wrapped,
 )
+from tests.profiles import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +141,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", [shared_losses, separate_losses, callables])
+@pytest.mark.parametrize("form", slow_but([shared_losses, separate_losses, callables], callables))
 @pytest.mark.parametrize("options", STEPS.values(), ids=STEPS.keys())
 def test_a_step_never_waits(options: dict[str, Any], form: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second step on; the first one makes constants. With all objectives, and with one absent."""

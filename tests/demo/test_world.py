@@ -98,6 +98,7 @@ def test_written_ratings_are_the_raters(world: World, rows: list[Row]) -> None:
             assert list(world.rate(row["instruction"], completion["response"]).values()) == list(written)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_every_bit_whatever_the_hash_seed() -> None:
     program = "import json; from mogeo.demo.world import World; print(json.dumps(World(7).rows(40)))"
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}

@@ -26,6 +26,7 @@ from mogeo.figures.charts import (
 )
 from mogeo.figures.html_report import write_report
 from mogeo.figures.table import Table
+from tests.profiles import slow_but
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMES = ("helpfulness", "honesty", "truthfulness")
@@ -61,7 +62,7 @@ def report(tmp_path: Path, objectives: tuple[str, ...], runs: dict[str, list[dic
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("runs", [1, 2, 5])
+@pytest.mark.parametrize("runs", slow_but([1, 2, 5], 2))
 def test_every_picture_of_complete_runs_is_written(tmp_path: Path, runs: int) -> None:
     histories = {f"run {i}": history(NAMES) for i in range(runs)}
     written = write_report(tmp_path / "new" / "folder", "A run", NAMES, histories, [], [])
@@ -84,11 +85,12 @@ def test_a_picture_without_numbers_is_left_out(tmp_path: Path) -> None:
     assert "cosines.png" not in report(tmp_path, ("alone",), {"run": history(("alone",))})
 
 
-@pytest.mark.parametrize("steps", [1, 2, 400])
+@pytest.mark.parametrize("steps", slow_but([1, 2, 400], 1))
 def test_short_and_long_runs(tmp_path: Path, steps: int) -> None:
     assert len(report(tmp_path, NAMES, {"run": history(NAMES, steps)})) == 5
 
 
+@pytest.mark.slow
 def test_more_objectives_than_colours(tmp_path: Path) -> None:
     names = tuple(f"objective {i}" for i in range(12))
     assert len(report(tmp_path, names, {"run": history(names)})) == 5

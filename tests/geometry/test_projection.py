@@ -175,10 +175,10 @@ def transformer_gradients(generator: torch.Generator) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("kind", "dimension"),
     [
-        (hot_column, 64),
-        (hot_column, 128),
-        (equal, 64),
-        (heavy_tails, 128),
+        pytest.param(hot_column, 64, marks=pytest.mark.slow),
+        pytest.param(hot_column, 128, marks=pytest.mark.slow),
+        pytest.param(equal, 64, marks=pytest.mark.slow),
+        pytest.param(heavy_tails, 128, marks=pytest.mark.slow),
         (small_tensors, 64),
         (transformer_gradients, 128),
     ],

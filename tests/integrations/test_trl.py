@@ -31,6 +31,7 @@ from tests.integrations.tiny import (
     parameters,
     with_labels,
 )
+from tests.profiles import slow_but
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -82,7 +83,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", slow_but(SETTINGS, "precomputed reference", "accumulation", "LoRA"))
 def test_equal_objectives_and_uniform_weights_are_dpo_bit_for_bit(tmp_path: Path, setting: str) -> None:
     options, named = SETTINGS[setting]
     dataset = agreeing(16, NAMES)
@@ -111,7 +112,7 @@ def test_equal_objectives_and_uniform_weights_are_dpo_bit_for_bit(tmp_path: Path
             )
 
 
-@pytest.mark.parametrize("weighting", ["mgda", "mgda-decoupled", "group-dro"])
+@pytest.mark.parametrize("weighting", slow_but(["mgda", "mgda-decoupled", "group-dro"], "mgda-decoupled"))
 def test_equal_objectives_are_dpo_under_every_weighting(tmp_path: Path, weighting: str) -> None:
     dataset = agreeing(16, NAMES[:3])
     original = trained(make_trainer(DPOTrainer, tmp_path, plain(dataset)))
@@ -119,6 +120,7 @@ def test_equal_objectives_are_dpo_under_every_weighting(tmp_path: Path, weightin
     torch.testing.assert_close(trained(trainer), original, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_experts_are_balanced_as_in_dpo(tmp_path: Path) -> None:
     """Their balancing loss is part of each objective: weights that sum to 1 leave it as it was."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -176,7 +178,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "mgda-decoupled", "group-dro"])
+@pytest.mark.parametrize("weighting", slow_but(["uniform", "mgda-decoupled", "group-dro"], "mgda-decoupled"))
 def test_micro_batches_are_the_big_batch(tmp_path: Path, weighting: str) -> None:
     """Though they hold unequal numbers of labels, and some of them none of an objective."""
     rows = with_labels(make_pairs(12), MIXED)
@@ -265,6 +267,7 @@ def test_logs_are_what_the_report_says(tmp_path: Path) -> None:
         assert entry["grad_norm"] == pytest.approx(expected["direction_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_logs_are_means_over_the_steps_between(tmp_path: Path) -> None:
     rows = with_labels(make_pairs(12), MIXED)
     often, seldom = (
@@ -287,6 +290,7 @@ def test_logs_are_means_over_the_steps_between(tmp_path: Path) -> None:
 # ---- numbers, engines, checkpoints -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_grad_scaler_lowers_its_scale_over_an_overflow_and_changes_nothing_else(tmp_path: Path) -> None:
     rows = with_labels(make_pairs(12), MIXED)
 
@@ -315,7 +319,7 @@ def test_a_grad_scaler_lowers_its_scale_over_an_overflow_and_changes_nothing_els
         ({"warm": [1] * 12, "size": [1, -1] * 6}, {"disable_dropout": False}),  # in TRL's
     ],
 )
-@pytest.mark.parametrize("saved", [2, 4])  # in the first epoch, and in the second
+@pytest.mark.parametrize("saved", slow_but([2, 4], 4))  # in the first epoch, and in the second
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, labels: dict[str, list[int]], options: dict[str, Any], saved: int
 ) -> None:
@@ -455,7 +459,7 @@ def ultrafeedback_rows(count: int = 12) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", slow_but([False, True], True))
 def test_every_form_of_data_trains(tmp_path: Path, chat: bool) -> None:
     names = ["warm", "size"]
     sets = {"warm": Dataset.from_list(make_pairs(8)), "size": Dataset.from_list(make_pairs(16)[4:])}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mogeo.geometry.projection import SignedSketch
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
-from tests.profiles import examples
+from tests.profiles import examples, slow_but
 from tests.reference import sketch as reference
 from tests.row_asserts import assert_sketched
 from tests.strategies import DTYPES, Sketched, sketched
@@ -105,7 +105,7 @@ def test_how_chunks_are_dealt(n_chunks: int, dimension: int, parts: int) -> None
     assert kernels.parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but(DTYPES, BF16))
 def test_candidates(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """All are right, whatever is left of a group of chunks; the first is in use; their names tell them apart."""
     monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 4)
@@ -133,6 +133,7 @@ def test_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_half_precision_is_accumulated_in_fp32() -> None:
     """300 chunks of ones with one sign sum to 300; bf16 would stop counting at 256."""
     case = drawn([300 * 4], 4)
