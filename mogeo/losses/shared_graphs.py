@@ -54,19 +54,17 @@ def parameters_reached(losses: Sequence[Tensor], belongs: Callable[[Tensor], boo
         belongs: says so of a parameter.
     """
     found: list[Tensor] = []
-    visited: set[Any] = set()
-    pending = [loss.grad_fn for loss in losses]
+    visited: set[Any] = {None}
+    pending: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        for parent, _ in node.next_functions:
+        for parent, _ in pending.pop().next_functions:
+            if parent in visited:
+                continue
+            visited.add(parent)
             if type(parent) is not _LEAF:
                 pending.append(parent)
-            elif parent not in visited:
-                visited.add(parent)
-                leaf = parent.variable  # type: ignore[union-attr]
-                if isinstance(leaf, torch.nn.Parameter) and not belongs(leaf):
-                    found.append(leaf)
+                continue
+            leaf = parent.variable  # type: ignore[union-attr]
+            if isinstance(leaf, torch.nn.Parameter) and not belongs(leaf):
+                found.append(leaf)
     return found
