@@ -201,8 +201,8 @@ def after_three_steps(
     ("compiler", "kind", "options"),
     [
         ("eager", mogeo.MultiObjectiveOptimizer, {}),
-        ("aot_eager", Narrated, {"sketch": 64}),
-        ("aot_eager", mogeo.MultiObjectiveOptimizer, {"refresh_every": 2}),
+        pytest.param("aot_eager", Narrated, {"sketch": 64}, marks=pytest.mark.slow),
+        pytest.param("aot_eager", mogeo.MultiObjectiveOptimizer, {"refresh_every": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_loop_trains_as_it_does_without_a_compiler(
@@ -213,6 +213,7 @@ def test_a_compiled_loop_trains_as_it_does_without_a_compiler(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_loop_compiled_by_inductor_trains_as_it_does_without_a_compiler() -> None:
     loop = after_three_steps(mogeo.MultiObjectiveOptimizer, torch.compile)
     torch.testing.assert_close(loop, after_three_steps(mogeo.MultiObjectiveOptimizer, lambda step: step))

@@ -8,6 +8,7 @@ others without knowing them.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,6 +75,7 @@ def imported(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
                     yield inner if inner in known else node.module
 
 
+@functools.cache
 def every_import() -> set[tuple[str, str]]:
     """(module, what it imports), for every import statement."""
     known = modules()

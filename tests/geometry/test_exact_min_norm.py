@@ -28,6 +28,7 @@ from tests.min_norm_asserts import (
     judge,
     optimum_of,
 )
+from tests.profiles import slow_but
 from tests.reference import exact, high_precision, nearest, published
 from tests.strategies import FAMILIES, ROW_FAMILIES, WELL_POSED, row_families
 
@@ -44,7 +45,7 @@ SOME = 60
 
 
 @everywhere
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("k", slow_but([1, 2, 3, 4, 5, 8, 16], 1, 2, 3, 5, 8))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_on_every_family(backend: Backend, family: str, k: int) -> None:
     for seed in range(backend.some(5)):
@@ -79,7 +80,7 @@ def assert_solved(gram: Tensor, result: mogeo.MinNorm) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "gaussian, N = 1000", "strong conflict", "duplicates"))
 def test_as_many_objectives_as_the_kernels_take(backend: Backend, family: str) -> None:
     gram = torch.from_numpy(FAMILIES[family](np.random.default_rng(32), 32))
     assert_solved(gram, backend.min_norm_weights(gram))

@@ -19,6 +19,7 @@ import mogeo
 from mogeo.geometry import ops
 from tests import strategies
 from tests.backends import FAST_BACKENDS, Backend, everywhere
+from tests.profiles import slow_but
 from tests.reference import rows as reference
 from tests.row_asserts import WORST_CASE, assert_combined, assert_gram, gaussian
 from tests.strategies import DTYPES, LAYOUTS, lay_out
@@ -42,7 +43,7 @@ def test_gram_matches_the_reference(backend: Backend) -> None:
 
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 32])
+@pytest.mark.parametrize("k", slow_but([1, 2, 3, 5, 8, 32], 1, 2, 3, 5, 8))
 def test_gram_of_many_rows(backend: Backend, k: int, dtype: torch.dtype) -> None:
     rows = gaussian(k, 9_011, dtype)
     assert_gram(rows, backend.gram(rows))
@@ -207,7 +208,7 @@ def test_segments_of_no_columns_are_zero(backend: Backend) -> None:
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", [3, 11])
+@pytest.mark.parametrize("k", slow_but([3, 11], 3))
 def test_segments_of_magnitudes_whose_squares_leave_fp32(backend: Backend, k: int, dtype: torch.dtype) -> None:
     """Each segment is as right as if it stood alone."""
     rows, boundaries = gaussian(k, 810, torch.float64), [0, 270, 540, 810]

@@ -79,7 +79,7 @@ def test_it_is_the_matrix_of_its_definition(example: Sketched) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dimension", [1023, 1024, 2048, 2500])
+@pytest.mark.parametrize("dimension", slow_but([1023, 1024, 2048, 2500], 1023))
 def test_tiles_that_are_whole_cut_or_wrapped_around(dimension: int, dtype: torch.dtype) -> None:
     """Of 1,024 buckets each; the last chunk is short."""
     size = 9 * dimension + 700

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mogeo.cli import main
+from tests.profiles import slow_but
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = {
@@ -83,6 +84,7 @@ def test_every_mode_has_its_options_of_align(ranks: int) -> None:
             assert repr(getattr(settings, name)).strip("'") == value.strip('"').replace("torch.bfloat16", "bf16")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_exactly_is_advised_with_its_options(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +123,9 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["uniform", "exact", "bf16 rows", "sketch", "refresh", "sketch, refresh"])
+@pytest.mark.parametrize(
+    "mode", slow_but(["uniform", "exact", "bf16 rows", "sketch", "refresh", "sketch, refresh"], "exact", "refresh")
+)
 def test_predictions_are_within_a_tenth_of_what_is_allocated(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's own record of allocations, which is the same on every run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
