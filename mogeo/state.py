@@ -269,15 +269,20 @@ class State:
         kind = type(self.weighting).__name__
         if own["weighting_kind"] == kind:
             as_weighting(self.weighting).load_state_dict(own["weighting"])
-        name, here = own.get("weighting_name", kind), _name_of(self.weighting)
+        elif own["weighting"]:
+            warn_user(f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}")
+        name, here = own.get("weighting_name", own["weighting_kind"]), _name_of(self.weighting)
+        held, steering = own.get("held") or {}, own.get("steering") or {}
         if name in (here, kind):
-            if own.get("held"):
-                self.held.load_state_dict(own["held"])
-            self.rules()
-            if own.get("steering") and self._steering is not None:
-                self._steering.load_state_dict(own["steering"])
-        else:
-            warn_user(f"the state was saved under {name}, and what that left is not loaded under {here}")
+            self.rules()  # makes the steering, if there is one
+            if held:
+                self.held.load_state_dict(held)
+            if steering and self._steering is not None:
+                self._steering.load_state_dict(steering)
+        elif held.get("weights") or steering.get("weights"):
+            warn_user(
+                f"the state was saved under {name}: weights that it held or remembered are not loaded under {here}"
+            )
         settings = self._saved_settings()
         others = {key: value for key, value in own.get("settings", {}).items() if settings.get(key, value) != value}
         if others:

@@ -18,7 +18,7 @@ from mogeo import weightings
 from mogeo.decide.steering import AnyWeighting, Steering
 from mogeo.geometry.exact_min_norm import Status
 from mogeo.geometry.ops import MinNorm
-from mogeo.weightings import MGDA, GroupDRO, Weighting, mgda, resolve, upgrad
+from mogeo.weightings import MGDA, GroupDRO, UPGrad, Weighting, mgda, resolve, upgrad
 from tests.decide.test_on_device import nothing_waits
 from tests.profiles import examples
 from tests.reference import exact
@@ -85,7 +85,7 @@ def test_a_uniform_preference_changes_no_bit(gram: Tensor, seed: int, each: floa
     for position, plain in enumerate(every_weighting(len(gram))):
         expected = plain(gram.clone(), losses.clone())
         gap = status = None
-        if isinstance(plain, MGDA):
+        if isinstance(plain, (MGDA, UPGrad)):
             _, gap, status = plain.solve(gram, losses)[:3]
         for steering in steerings:
             found = steering.weigh(every_weighting(len(gram))[position], gram, losses)

@@ -23,6 +23,7 @@ def report(device: str = "cpu", **values: Any) -> StepReport:
         "nonfinite": torch.zeros(2, dtype=torch.bool),
         "absent": torch.zeros(2, dtype=torch.bool),
         "nonfinite_counts": torch.zeros(2, dtype=torch.int64),
+        "absent_counts": torch.zeros(2, dtype=torch.int64),
         **values,
     }
     return StepReport(tuple(NAMES), **{k: None if v is None else v.to(device) for k, v in given.items()})
