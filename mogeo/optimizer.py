@@ -144,7 +144,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         }
         checked = {name: getattr(type(self), name).check(name, value) for name, value in given.items()}
         names = None if objectives is None else checked_names(objectives)
-        self._state = State(resolve(weighting), names, checked, process_group)
+        self._state = State(resolve(weighting), names, checked, settings.group_or_none(process_group))
         if names is not None:
             self._state.rules().constant()  # tells what does not fit these objectives
 
@@ -215,7 +215,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             TypeError: a loss is neither tensor nor callable, or `backward` takes no `retain_graph` although one is
                 needed.
 
-        If anything raises while gradients are captured, those of this step are dropped, and `p.grad` stays as it was.
+        If anything raises while gradients are captured, those of this step are dropped, and the base's parameters keep
+        the `p.grad` that they had.
         On a GPU this may raise for an earlier step as well, as `combine` does, before anything is captured.
         """
         state = self._state
@@ -225,11 +226,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             call = Call(self._terms(losses, objective), backward, bool(retain_graph))
             rules, memory = state.rules(), state.settings["memory"]
             step = state.step or opened_step(rules, state.held, memory)
-            wanted = Wanted(self.base.param_groups, state.names, memory, state.process_group)
+            wanted = Wanted(lambda: self.base.param_groups, state.names, memory, state.process_group)
             step.take(call, state.captures, wanted, rules, is_open=state.step is not None)
         except BaseException:
             state.drop_step()
-            state.objectives = known
+            if known is None:
+                state.forget_objectives()
             raise
         state.step, state.unusable = step, False
 
@@ -269,7 +271,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         rules = state.rules()
         try:
             found = step.finish(state.captures, rules)
-            report = state.reported(step, found, self.base.param_groups)
             on_device = step.keep != "sketches" and decided_on_device(state.captures.direction, state.captures, rules)
             if found.decision.usable:
                 state.captures.publish()
@@ -278,7 +279,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 state.drop_step()
             raise
         state.drop_step()
-        state.report, state.unusable = report, not found.decision.usable
+        report = state.report = state.reported(step, found, self.base.param_groups)
+        state.unusable = not found.decision.usable
         state.news.tell(found.decision, rules, on_device=on_device)
         return report
 

@@ -123,7 +123,8 @@ class OptimizerWrapper(DelegatingOptimizer):
             return self.base.step(prepared)
         finally:
             for parameter, grad in hidden:
-                parameter.grad = grad
+                if parameter.grad is None:  # a later evaluation of the closure may have been of use
+                    parameter.grad = grad
 
     def _hidden_gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Take every gradient away, so that a base in the middle of its step moves nothing; what was taken."""
@@ -258,9 +259,7 @@ class OptimizerWrapper(DelegatingOptimizer):
 
     def _make_state_dict(self) -> dict[str, Any]:
         state_dict = self.base.state_dict()
-        own = self.own_state()
-        if isinstance(self.base, SeveralBases):
-            own = {**own, "group_kinds": self.base.group_kinds}
+        own = {**self.own_state(), "group_kinds": self._group_kinds()}
         written = _written(own)
         if not isinstance(state_dict, dict):
             return {_STATE_KEY: written, _BASE_KEY: state_dict}
@@ -295,15 +294,23 @@ class OptimizerWrapper(DelegatingOptimizer):
         self.load_own_state(own)
 
     def _check_kinds(self, saved: list[str]) -> None:
-        """Raise ValueError if the groups of several bases were stepped by other optimizers than here."""
-        here = [type(unprepared(self.base)).__name__] * len(self.base.param_groups)
-        if isinstance(self.base, SeveralBases):
-            here = self.base.group_kinds
-        if saved != here:
+        """Raise ValueError if the groups of several bases, there or here, were stepped by other optimizers than here.
+
+        From one base to one, of any kinds, torch's own rules are enough.
+        """
+        here = self._group_kinds()
+        several = isinstance(self.base, SeveralBases) or len(set(saved)) > 1
+        if several and saved != here:
             raise ValueError(
                 f"the state was saved for groups of {saved}, and they belong to {here} here: make the same bases, in "
                 "the same order"
             )
+
+    def _group_kinds(self) -> list[str]:
+        """The class that steps each group."""
+        if isinstance(self.base, SeveralBases):
+            return self.base.group_kinds
+        return [type(unprepared(self.base)).__name__] * len(self.base.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

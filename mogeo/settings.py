@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
+import torch.distributed as dist
 
 from mogeo.decide.steering import Steering
 from mogeo.gradients.memory import Memory, Rows, Sketch
@@ -95,10 +96,7 @@ class MemoryKeyword:
         return self if optimizer is None else keywords_of(optimizer.memory)[self.name]
 
     def __set__(self, optimizer: HasSettings, value: Any) -> None:
-        keywords = keywords_of(optimizer.memory)
-        if self.name == "sketch" and value is not None:
-            keywords = {}
-        optimizer.memory = memory_of(None, **{**keywords, self.name: value})
+        optimizer.memory = memory_of(None, **{**keywords_of(optimizer.memory), self.name: value})
 
 
 def keywords_of(memory: Memory) -> dict[str, Any]:
@@ -110,6 +108,13 @@ def keywords_of(memory: Memory) -> dict[str, Any]:
 
 
 # checks of single settings
+
+
+def group_or_none(value: Any) -> Any:
+    """A process group of torch.distributed, or None for all processes."""
+    if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(f"process_group={value!r}: pass what torch.distributed.new_group returned, or None")
+    return value
 
 
 def memory(name: str, value: Any) -> Memory:
@@ -144,7 +149,7 @@ def norm_or_none(name: str, value: Any) -> float | None:
 def whole_number(name: str, value: Any) -> int:
     """Steps, at least 1."""
     number = _number(name, value, "a whole number of steps")
-    if number < 1 or number != math.floor(number) or math.isinf(number):
+    if not math.isfinite(number) or number < 1 or number != math.floor(number):
         raise ValueError(f"{name}={value}: pass a whole number of steps, 1 for a solve at every step")
     return int(number)
 

@@ -25,7 +25,7 @@ from mogeo.report import StepReport
 from mogeo.settings import keywords_of, plain_value
 from mogeo.steps.step import Step
 from mogeo.user_warnings import warn_user
-from mogeo.weightings import as_weighting
+from mogeo.weightings import Weighting, as_weighting
 
 # Lost in copies and pickles: gradients, and what else belongs to the step under way.
 _OF_THE_STEP = ("captures", "news", "step", "unusable")
@@ -82,6 +82,12 @@ class State:
         self.unusable = False
         self.captures.drop()
 
+    def forget_objectives(self) -> None:
+        """The call that named the objectives failed: the next one names them."""
+        self.objectives = None
+        self._steering = None
+        self.begin_counting()
+
     def begin_counting(self) -> None:
         """No step has left out anybody yet."""
         count = len(self.objectives or ())
@@ -114,9 +120,9 @@ class State:
             self.names, weighting, settings["nonfinite"], settings["max_grad_norm"], settings["gram_by_parameter"]
         )
 
-    def _new_steering(self, before: Steering | None = None) -> Steering:
+    def _new_steering(self, before: Steering | None = None, names: tuple[str, ...] | None = None) -> Steering:
         preference, floor, smoothing = (self.settings[name] for name in ("preference", "min_weight", "smoothing"))
-        in_names_order = None if preference is None else in_order(preference, self.objectives)
+        in_names_order = None if preference is None else in_order(preference, names or self.objectives)
         return Steering(in_names_order, floor, smoothing, None if before is None else before.remembered)
 
     def change(self, name: str, value: Any) -> None:
@@ -127,6 +133,8 @@ class State:
             RuntimeError: gradients captured for the step under way do not suit. Nothing is changed then.
             ValueError: the value does not fit the objectives. Nothing is changed then.
         """
+        if value is self.weighting if name == "weighting" else value == self.settings[name]:
+            return
         before = (self.weighting, dict(self.settings), self._steering)
         if name == "weighting":
             self.weighting, self._steering = value, None
@@ -225,6 +233,7 @@ class State:
             "nonfinite_counts": self.nonfinite_counts.tolist(),
             "absent_counts": self.absent_counts.tolist(),
             "weighting_kind": type(self.weighting).__name__,
+            "weighting_name": _name_of(self.weighting),
             "weighting": as_weighting(self.weighting).state_dict(),
             "held": self.held.state_dict(),
             "steering": None if self._steering is None else self._steering.state_dict(),
@@ -239,6 +248,8 @@ class State:
                 f"the state was saved for the objectives {list(saved)}, but this one has {list(self.objectives)}. "
                 f"Make it with objectives={list(saved)}, or load into its base to drop the weighting's state"
             )
+        if saved:
+            self._new_steering(names=saved).constant(as_weighting(self.weighting), len(saved))
 
     def load_state_dict(self, own: dict[str, Any]) -> None:
         """Restore objectives, counters, held weights and the weighting's state; drop gradients captured so far.
@@ -258,17 +269,19 @@ class State:
         kind = type(self.weighting).__name__
         if own["weighting_kind"] == kind:
             as_weighting(self.weighting).load_state_dict(own["weighting"])
+        name, here = own.get("weighting_name", kind), _name_of(self.weighting)
+        if name in (here, kind):
             if own.get("held"):
                 self.held.load_state_dict(own["held"])
             self.rules()
             if own.get("steering") and self._steering is not None:
                 self._steering.load_state_dict(own["steering"])
-        elif own["weighting"]:
-            warn_user(f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}")
-        here = self._saved_settings()
-        others = {name: value for name, value in own.get("settings", {}).items() if here.get(name, value) != value}
+        else:
+            warn_user(f"the state was saved under {name}, and what that left is not loaded under {here}")
+        settings = self._saved_settings()
+        others = {key: value for key, value in own.get("settings", {}).items() if settings.get(key, value) != value}
         if others:
-            saved = ", ".join(f"{name}={value!r}" for name, value in others.items())
+            saved = ", ".join(f"{key}={value!r}" for key, value in others.items())
             warn_user(f"the state was saved with {saved}; this optimizer keeps its own settings")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,3 +300,12 @@ def _names_of(parameters: Sequence[Tensor], groups: Sequence[Mapping[str, Any]])
         given = group.get("param_names") or [f"{number}.{at}" for at in range(len(group["params"]))]
         names |= {id(parameter): name for parameter, name in zip(group["params"], given, strict=True)}
     return tuple(names.get(id(parameter), "removed") for parameter in parameters)
+
+
+def _name_of(weighting: object) -> str:
+    """What a weighting is called in a checkpoint: equal for equal weightings, and of a function only its name."""
+    return (
+        repr(weighting)
+        if isinstance(weighting, Weighting)
+        else getattr(weighting, "__qualname__", type(weighting).__name__)
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 
-from mogeo import Rows, Sketch
+from mogeo import MultiObjectiveOptimizer, Rows, Sketch
 from mogeo.decide.steering import Steering
 from mogeo.weightings import resolve
 from tests.deciders import DECIDERS, let_decide
@@ -92,6 +93,9 @@ def test_a_loss_that_cannot_divide_is_named_with_steering_too(decider: str, monk
         ({"guarantee_descent": "yes"}, "guarantee_descent='yes': pass True or False"),
         ({"max_grad_norm": "1"}, "max_grad_norm='1': pass a positive norm"),
         ({"max_grad_norm": True}, "max_grad_norm=True"),
+        ({"refresh_every": float("inf")}, "refresh_every=inf"),
+        ({"refresh_every": float("nan")}, "refresh_every=nan"),
+        ({"process_group": "all"}, "process_group='all': pass what torch.distributed.new_group"),
         ({"refresh_every": "2"}, "refresh_every='2': pass a whole number"),
         ({"refresh_every": True}, "refresh_every=True"),
         ({"preference": 3.0}, "preference=3.0: pass positive numbers"),
@@ -265,3 +269,71 @@ def test_what_belongs_to_the_run_cannot_be_assigned() -> None:
     for name in ("objectives", "report", "process_group"):
         with pytest.raises(AttributeError):
             setattr(optimizer, name, None)
+
+
+def test_a_first_call_that_fails_leaves_no_order_behind() -> None:
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([p], lr=1.0), "uniform", preference={"a": 1.0, "b": 9.0})
+
+    def exhausted(loss: torch.Tensor) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.backward({"b": p.sum(), "a": p.sum()}, backward=exhausted)
+    optimizer.backward({"a": p.sum(), "b": p.square().sum()})
+    assert optimizer.combine().weights.tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_the_same_value_again_changes_nothing() -> None:
+    net = Net()
+    optimizer = wrapped(net, "mgda", refresh_every=9, smoothing=0.5)
+    optimizer.backward(shared_losses(net, inputs()))
+    optimizer.step()
+    optimizer.backward(shared_losses(net, inputs()))
+    optimizer.memory, optimizer.smoothing, optimizer.weighting = Rows(), 0.5, optimizer.weighting
+    assert optimizer.combine().age == 1
+
+
+@pytest.mark.parametrize("other", ["mgda-normalized", "gapo(0.5)", "linear(1, 2, 3)"])
+def test_held_weights_of_another_weighting_are_not_taken(other: str) -> None:
+    net = Net()
+    optimizer = wrapped(net, "mgda", refresh_every=9)
+    optimizer.backward(shared_losses(net, inputs()))
+    optimizer.step()
+    twin = wrapped(net, other, refresh_every=9, guarantee_descent=True)
+    with pytest.warns(UserWarning, match="saved under mgda|saved with guarantee_descent"):
+        twin.load_state_dict(optimizer.state_dict())
+    twin.backward(shared_losses(net, inputs()))
+    assert twin.combine().age == 0
+
+
+def test_a_state_that_does_not_fit_the_settings_loads_nothing() -> None:
+    net = Net()
+    optimizer = wrapped(net)
+    optimizer.backward(shared_losses(net, inputs()))
+    optimizer.step()
+    for options in ({"preference": {"x": 1.0, "y": 2.0}}, {"weighting": "linear(1, 2)"}, {"min_weight": 0.4}):
+        other = wrapped(net, **options)
+        other.param_groups[0]["lr"] = 0.5
+        with pytest.raises(ValueError, match="objectives"):
+            other.load_state_dict(optimizer.state_dict())
+        assert other.objectives is None
+        assert other.param_groups[0]["lr"] == 0.5
+
+
+def test_leaving_sketches_gives_back_their_memory_and_hooks() -> None:
+    parameter = torch.nn.Parameter(torch.randn(500_000))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter], lr=0.1), "mgda", sketch=4096)
+
+    def step() -> None:
+        optimizer.backward([parameter.square().mean() + 1, (parameter - 1).square().mean()])
+        optimizer.step()
+
+    step()
+    optimizer.memory = Rows()
+    step()
+    assert optimizer._captures.sketches is None
+    optimizer.weighting = "uniform"
+    step()
+    gc.collect()
+    assert len(parameter._post_accumulate_grad_hooks) == 1  # type: ignore[attr-defined]

@@ -401,3 +401,20 @@ def test_accelerate(wrapped: str) -> None:
     assert_equal_nets(net, twin)
     make_optimizer(twin).load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(reference.state_dict())
+
+
+def test_a_checkpoint_of_one_base_is_not_taken_for_several_of_other_kinds() -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def stepped(base: Any) -> MultiObjectiveOptimizer:
+        optimizer = MultiObjectiveOptimizer(base, "mgda")
+        optimizer.backward([(p * q).sum(), (p + q).square().sum()])
+        optimizer.step()
+        return optimizer
+
+    saved = stepped(torch.optim.Adam([{"params": [p]}, {"params": [q]}])).state_dict()
+    others = stepped([torch.optim.Adam([p]), torch.optim.SGD([q], lr=0.1, momentum=0.9)])
+    with pytest.raises(ValueError, match="make the same bases"):
+        others.load_state_dict(saved)
+    stepped([torch.optim.Adam([p]), torch.optim.Adam([q])]).load_state_dict(saved)
+    stepped(torch.optim.AdamW([{"params": [p]}, {"params": [q]}])).load_state_dict(saved)  # torch's own rules

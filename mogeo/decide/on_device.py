@@ -1,6 +1,6 @@
 """From captured rows and losses to one direction without asking the host: as `mogeo.decide.on_host`, on a GPU.
 
-Knows rows (`GradientBuffers`) and weightings; no optimizer. Nothing here waits for the device, and nothing reads a
+Knows gradient stores and weightings; no optimizer. Nothing here waits for the device, and nothing reads a
 number from it. So who is left out, how far to clip and whether to discard are kernels' decisions; what would raise on
 a CPU leaves its objective out, or makes the direction zero, and is told afterwards, through `mogeo.decide.late_news`.
 """

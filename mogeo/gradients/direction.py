@@ -184,32 +184,29 @@ class SharedDirection(GradientStore):
             overflowed = bool(self.ranks.sum_(torch.tensor([float(overflowed)], device=self.device)))
         return overflowed
 
-    def publish(self) -> None:
+    def publish(self, before: list[tuple[Tensor, Tensor | None]] | None = None) -> None:
         """Add the direction to `p.grad` of every parameter that something was written for, and close the window. A
         collective.
 
-        `p.grad` then is a view of the direction: it lasts until the next window. Other parameters keep theirs. If this
-        is interrupted, every parameter keeps the `p.grad` that it had.
+        `p.grad` then is a view of the direction: it lasts until the next window. Other parameters keep theirs.
+
+        Args:
+            before: takes each parameter with the `p.grad` that it had, just before that is replaced.
         """
+        before = [] if before is None else before
         for block in self.flat.blocks:
             if block.gather():
                 self.flat.landed[:] = self.row.dirty[:] = b"\1" * len(self.parameters)
-        before: list[tuple[Tensor, Tensor | None]] = []
-        try:
-            for i, (parameter, flag) in enumerate(zip(self.parameters, self.row.written, strict=True)):
-                if not flag:
-                    continue
-                grad = parameter.grad
-                if grad is not None:
-                    self.row.views[i].add_(gradient_of(parameter, grad))
-                if self._grads[i] is None:
-                    self._grads[i] = like_parameter(self.row.views[i], parameter)
-                before.append((parameter, grad))
-                parameter.grad = self._grads[i]
-        except BaseException:
-            for parameter, grad in before:
-                parameter.grad = grad
-            raise
+        for i, (parameter, flag) in enumerate(zip(self.parameters, self.row.written, strict=True)):
+            if not flag:
+                continue
+            grad = parameter.grad
+            if grad is not None:
+                self.row.views[i].add_(gradient_of(parameter, grad))
+            if self._grads[i] is None:
+                self._grads[i] = like_parameter(self.row.views[i], parameter)
+            before.append((parameter, grad))
+            parameter.grad = self._grads[i]
         self.drop()
 
     def drop(self) -> None:

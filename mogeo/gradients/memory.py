@@ -5,6 +5,7 @@ Knows no parameters and no stores: which store an option stands for is said in `
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +40,30 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise TypeError(f"row_dtype={self.dtype!r}: pass a torch.dtype, such as torch.bfloat16, or None")
+            raise TypeError(f"{_called('dtype', 'row_dtype', self.dtype)}: pass a torch.dtype, such as torch.bfloat16")
         if self.dtype is not None and self.dtype not in ROW_DTYPES:
             raise ValueError(
-                f"row_dtype={self.dtype}: choose a floating dtype that rows can be multiplied in: torch.float64, "
-                "torch.float32, torch.bfloat16 or torch.float16"
+                f"{_called('dtype', 'row_dtype', self.dtype)}: choose a floating dtype that rows can be multiplied in: "
+                "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
             )
-        if self.device is not None and not isinstance(self.device, (str, torch.device)):
-            raise TypeError(f"Rows(device={self.device!r}): pass 'cpu' for the host's memory, or None")
-        if self.device is not None and str(self.device) != "cpu":
-            raise ValueError(
-                f"Rows(device={str(self.device)!r}): choose 'cpu' for the host's memory, or None for where the "
-                "gradients are"
-            )
+        if self.device is not None:
+            try:
+                kind = torch.device(self.device).type if not isinstance(self.device, bool) else ""
+            except (RuntimeError, TypeError):
+                kind = ""
+            if kind != "cpu":
+                raise ValueError(
+                    f"Rows(device={self.device!r}): choose 'cpu' for the host's memory, or None for where the "
+                    "gradients are"
+                )
+            object.__setattr__(self, "device", "cpu")  # one way to say it, so that equal ones compare equal
         if not isinstance(self.scatter, bool):
-            raise TypeError(f"shard_rows={self.scatter!r}: pass True or False")
+            raise TypeError(f"{_called('scatter', 'shard_rows', self.scatter)}: pass True or False")
+
+
+def _called(name: str, keyword: str, value: object) -> str:
+    """An argument of `Rows` under both of the names that it may have been given by."""
+    return f"Rows({name}={value!r}), or {keyword}={value!r}"
 
 
 @dataclass(frozen=True)
@@ -76,15 +86,14 @@ class Sketch:
     dimension: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.dimension, bool) or not isinstance(self.dimension, int):
-            raise TypeError(
-                f"sketch={self.dimension!r}: pass how many numbers to keep per objective, such as 262144, or None"
-            )
+        called = f"Sketch({self.dimension!r}), or sketch={self.dimension!r}"
+        if isinstance(self.dimension, bool) or not isinstance(self.dimension, numbers.Integral):
+            raise TypeError(f"{called}: pass how many numbers to keep per objective, such as 262144")
         if not 1 <= self.dimension <= MOST_BUCKETS:
             raise ValueError(
-                f"sketch={self.dimension}: pass how many numbers to keep per objective, such as 262144, "
-                f"{MOST_BUCKETS} at most"
+                f"{called}: pass how many numbers to keep per objective, such as 262144, {MOST_BUCKETS} at most"
             )
+        object.__setattr__(self, "dimension", int(self.dimension))
 
 
 Memory = Rows | Sketch

@@ -89,33 +89,28 @@ class SketchedRows(ComparableStore):
         for number, sketch in enumerate(self._sketches):
             at = [position for position, i in enumerate(indices) if self._of_parameter[i] == number]
             if at:
-                sketch.add(self._rows[number][self._index], [indices[p] for p in at], [grads[p] for p in at])
+                sketch.add(self._index, [indices[p] for p in at], [grads[p] for p in at])
 
     def collect(self) -> None:
         """A backward is done: store what is left of its gradients, and the sketch of what was gathered in packs."""
         super().collect()
-        for rows, sketch in zip(self._rows, self._sketches, strict=True):
-            sketch.finish(rows[self._index])
+        for sketch in self._sketches:
+            sketch.finish(self._index)
 
     def complete(self) -> None:
         """Average sketches of plain parameters over ranks. Where an engine averaged gradients already, they stay."""
         if self.ranks is None:
             return
-        self._average(self._rows)
+        for sketch in self._sketches:
+            if not sketch.kind.sharded:
+                self.ranks.mean_(sketch.rows)
         touched = torch.tensor(list(self._touched), dtype=torch.uint8, device=self.device)
         self._touched[:] = bytes(self.ranks.max_(touched).tolist())
-
-    def _average(self, rows: Sequence[Tensor]) -> None:
-        assert self.ranks is not None
-        for each, sketch in zip(rows, self._sketches, strict=True):
-            if not sketch.kind.sharded:
-                self.ranks.mean_(each)
 
     def gram(self) -> Tensor:
         """This rank's part of an unbiased estimate of G Gᵀ, fp64 [K, K], on `device`; of G Gᵀ itself, if `exact`."""
         parts = [
-            ops.gram(rows).to(self.device) * sketch.kind.share
-            for rows, sketch in zip(self._rows, self._sketches, strict=True)
+            ops.gram(sketch.rows[:, : sketch.used]).to(self.device) * sketch.kind.share for sketch in self._sketches
         ]
         return torch.stack(parts).sum(0)
 
@@ -123,8 +118,9 @@ class SketchedRows(ComparableStore):
         """Add the direction wᵀG to a store of the same parameters, if sketches are `exact`."""
         assert self.exact
         grads: dict[int, Tensor] = {}
-        for rows, sketch in zip(self._rows, self._sketches, strict=True):
+        for sketch in self._sketches:
             assert isinstance(sketch, _Whole)
+            rows = sketch.rows[:, : sketch.used]
             grads |= sketch.parts(ops.combine(rows, weights.to(rows.device)))
         indices = [i for i, flag in enumerate(self._touched) if flag]
         direction.weigh(1.0)
@@ -141,19 +137,20 @@ class SketchedRows(ComparableStore):
             weights: that they were summed with, fp64 [K].
         """
         indices = [i for i, flag in enumerate(direction.flags()) if flag]
-        again = [torch.zeros_like(rows[0]) for rows in self._rows]
-        for number, (row, sketch) in enumerate(zip(again, self._sketches, strict=True)):
-            mine = [i for i in indices if self._of_parameter[i] == number]
-            sketch.add(row, mine, [direction.row.views[i] for i in mine])
-            sketch.finish(row)
-        if self.ranks is not None:
-            self._average(again)
         off = reach = torch.zeros((), dtype=torch.float64, device=self.device)
-        for row, rows in zip(again, self._rows, strict=True):
-            used = weights.to(rows.device)
-            off = off + (row - ops.combine(rows, used)).double().square().sum().to(self.device)
-            lengths = rows[used != 0].double().norm(dim=1)
-            reach = reach + (lengths @ used[used != 0].abs()).square().to(self.device)
+        for number, sketch in enumerate(self._sketches):
+            if not isinstance(sketch, _Projected):
+                continue
+            row = torch.zeros_like(sketch.rows[0])
+            mine = [i for i in indices if self._of_parameter[i] == number]
+            sketch.sketch_into(row, mine, [direction.row.views[i] for i in mine])
+            sketch.empty_pack_into(row)
+            if self.ranks is not None and not sketch.kind.sharded:
+                self.ranks.mean_(row)
+            used = weights.to(row.device)
+            off = off + (row - ops.combine(sketch.rows, used)).double().square().sum().to(self.device)
+            # Rounding follows the sums on the way, which may be longer than what they end in.
+            reach = reach + (sketch.reach.double()[used != 0] @ used[used != 0].abs()).square().to(self.device)
         wrong = (off > _AGREEMENT**2 * reach).to(torch.float64)
         return bool(wrong if self.ranks is None else self.ranks.max_(wrong))
 
@@ -163,9 +160,8 @@ class SketchedRows(ComparableStore):
 
     def drop(self) -> None:
         """As in `GradientStore`."""
-        for rows, sketch in zip(self._rows, self._sketches, strict=True):
+        for sketch in self._sketches:
             sketch.drop()
-            rows.zero_()
         self._touched[:] = bytes(len(self._touched))
 
 
@@ -182,18 +178,23 @@ class _Sketched(ABC):
     def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
         self.kind = kind
         self.rows = torch.zeros(n_rows, dimension, dtype=kind.dtype, device=kind.device)
+        self.used = dimension
+        #: The longest that each row has been in this window, after any backward, [K].
+        self.reach = torch.zeros(n_rows, dtype=kind.dtype, device=kind.device)
 
     @abstractmethod
-    def add(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Add sketches of gradients to a row [d], now or when the backward is done."""
+    def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Add sketches of gradients to row `index`, now or when the backward is done."""
 
-    @abstractmethod
-    def finish(self, row: Tensor) -> None:
+    def finish(self, index: int) -> None:
         """A backward is done: add what `add` has not added."""
+        row = self.rows[index, : self.used]
+        self.reach[index] = torch.maximum(self.reach[index], row.norm())
 
-    @abstractmethod
     def drop(self) -> None:
-        """Forget what `add` has not added."""
+        """Close the window, and forget what `add` has not added."""
+        self.rows[:, : self.used].zero_()
+        self.reach.zero_()
 
 
 class _Whole(_Sketched):
@@ -202,24 +203,19 @@ class _Whole(_Sketched):
     def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
         super().__init__(kind, shapes, n_rows, dimension)
         self._shapes = dict(shapes)
+        self.used = sum(shape.numel() for shape in shapes.values())
+        self._parts = [self.parts(row) for row in self.rows]  # made once: a view costs as much as adding to it
 
     def parts(self, row: Tensor) -> dict[int, Tensor]:
         """Views of a row [d], by index of the parameter."""
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = torch.split(row[: sum(sizes)], sizes)
+        parts = torch.split(row[: self.used], [shape.numel() for shape in self._shapes.values()])
         return {i: part.view(shape) for (i, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
-    def add(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+    def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add gradients."""
-        parts = self.parts(row)
+        parts = self._parts[index]
         if indices:
             torch._foreach_add_([parts[i] for i in indices], list(grads))
-
-    def finish(self, row: Tensor) -> None:
-        """Nothing was left."""
-
-    def drop(self) -> None:
-        """Nothing was left."""
 
 
 class _Projected(_Sketched):
@@ -240,8 +236,12 @@ class _Projected(_Sketched):
         self._sketch = SignedSketch([len(self._pack), *own], dimension, device=kind.device)
         self._places = {i: place for place, i in enumerate(sizes, start=1)}
 
-    def add(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+    def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add sketches of large gradients, and gather small ones."""
+        self.sketch_into(self.rows[index], indices, grads)
+
+    def sketch_into(self, row: Tensor, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """`add`, into any row [d]."""
         slots, parts = [], []
         for i, grad in zip(indices, grads, strict=True):
             slot = self._slots.get(i)
@@ -254,17 +254,23 @@ class _Projected(_Sketched):
             torch._foreach_add_(slots, parts)
             self._packed = True
 
-    def finish(self, row: Tensor) -> None:
-        """Add the sketch of the pack."""
-        if self._packed:
-            self._sketch.add_(row, 0, self._pack)
-        self.drop()
+    def finish(self, index: int) -> None:
+        """A backward is done: add the sketch of the pack."""
+        self.empty_pack_into(self.rows[index])
+        super().finish(index)
 
-    def drop(self) -> None:
-        """Empty the pack."""
+    def empty_pack_into(self, row: Tensor | None) -> None:
+        """Add the sketch of the pack to a row [d], or (None) to nothing; the pack is empty then."""
         if self._packed:
+            if row is not None:
+                self._sketch.add_(row, 0, self._pack)
             self._pack.zero_()
             self._packed = False
+
+    def drop(self) -> None:
+        """Close the window, and empty the pack."""
+        self.empty_pack_into(None)
+        super().drop()
 
 
 def _holds(dimension: int, elements: int) -> bool:

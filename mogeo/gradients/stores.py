@@ -6,7 +6,7 @@ decided here. Knows no losses and no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from operator import attrgetter
@@ -32,8 +32,8 @@ Keep = Literal["direction", "rows", "sketches"]
 class Wanted(NamedTuple):
     """What an optimizer wants its gradients caught in."""
 
-    #: Of the base optimizer.
-    groups: Sequence[Mapping[str, Any]]
+    #: Those of the base optimizer, as they are when it is called.
+    groups: Callable[[], Sequence[Mapping[str, Any]]]
     #: Of the K objectives.
     names: tuple[str, ...]
     memory: Memory
@@ -114,13 +114,15 @@ class Captures:
         """
         if not is_open and not self._is_clean:  # an interrupt cut `drop` short
             self.drop()
-        mine, others, facts = self._parameters(wanted.groups, is_open)
+        mine, others, facts = self._parameters(wanted.groups(), is_open)
         n_rows = len(wanted.names) if keep == "rows" and isinstance(wanted.memory, Rows) else 0
         if not self._suits(n_rows, facts, others, wanted.memory, is_open):
             ranks = ranks_of(wanted.process_group)
             if ranks is not None:
                 ranks.agreed("the names or the order of the objectives", wanted.names)
             self._make(mine, others, n_rows, ranks, wanted.memory, is_open)
+        if keep == "direction" or not isinstance(wanted.memory, Sketch):
+            self.sketches = None
         if keep == "sketches" and not self._has_sketches(len(wanted.names), facts, wanted.memory):
             if is_open:
                 raise RuntimeError(
@@ -160,6 +162,8 @@ class Captures:
     ) -> None:
         old = (self.rows, self._alone, self.plain) if is_open else (None, None, None)
         self.rows = self._alone = self.plain = None  # freed first, unless they hold a window
+        if not is_open:
+            self.sketches = None  # their hooks go with them
         catcher = self._catcher = Catcher(mine, hooks=ranks is None)
         rows = memory if isinstance(memory, Rows) else Rows()
         if n_rows:
@@ -246,9 +250,15 @@ class Captures:
         return id(parameter) in self._ids
 
     def publish(self) -> None:
-        """Hand direction and means out as `p.grad`. A collective."""
-        for direction in self._directions:
-            direction.publish()
+        """Hand direction and means out as `p.grad`. A collective. If it is interrupted, every `p.grad` stays."""
+        before: list[tuple[Tensor, Tensor | None]] = []
+        try:
+            for direction in self._directions:
+                direction.publish(before)
+        except BaseException:
+            for parameter, grad in before:
+                parameter.grad = grad
+            raise
 
     def drop(self) -> None:
         """Close the window without handing anything out."""

@@ -60,8 +60,11 @@ def by_name(losses: Losses, objective: str | None, names: tuple[str, ...] | None
         TypeError: a loss is neither a tensor, nor a callable, nor None.
     """
     named: dict[str, Loss | None]
-    if losses is None or isinstance(losses, (str, bytes)):
-        raise TypeError(f"losses is {losses!r}: pass a mapping {{name: loss}}, a sequence, or one loss with objective=")
+    if isinstance(losses, (str, bytes)) or not (isinstance(losses, (Mapping, Sequence, Tensor)) or callable(losses)):
+        raise TypeError(
+            f"losses is {losses!r}: pass a mapping {{name: loss}}, a list in the order of the objectives, or one loss "
+            "with objective=name"
+        )
     if isinstance(losses, Tensor) and losses.ndim > 0 and objective is None:
         raise TypeError(
             f"losses is one tensor of shape {tuple(losses.shape)}: pass a mapping {{name: loss}} or a list of scalars, "

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from mogeo.losses.reachable import held_by
+
 # How far apart two values of one loss may be, relative to it. Kernels that add in an order of their own, in half
 # precision, are off by some 1e-4; another mini-batch by more than a percent.
 _AGREEMENT = 2e-3
@@ -36,8 +38,8 @@ class _Autocast(NamedTuple):
 class Repeatable:
     """Wraps a callable loss; later calls see the random state, the autocast and the buffers of the first.
 
-    Buffers are those of the modules that ran: of every module that was called, and of all within it. After a later call
-    they hold again what they held before it. Modules compiled in place (`module.compile()`) do not tell that they ran.
+    Buffers are those of the modules that the callable holds (`mogeo.losses.reachable`), and of every module that was
+    called while it ran, with all within them. After a later call they hold again what they held before it.
 
     Args:
         name: of the objective, for the error.
@@ -72,7 +74,7 @@ class Repeatable:
     def _first(self) -> Tensor:
         self._before = _Randomness()
         self._autocasts = _autocasts(self._before.on_gpu)
-        with _buffers_of_what_runs() as self._buffers:
+        with _buffers_of_what_runs(self._loss) as self._buffers:
             loss = self._loss()
         if isinstance(loss, Tensor):
             self._value = loss.detach().clone()
@@ -130,14 +132,20 @@ class _Buffer(NamedTuple):
 
 
 @contextmanager
-def _buffers_of_what_runs() -> Iterator[list[_Buffer]]:
-    """Within this context, a list gathers the buffers of modules just before they run."""
+def _buffers_of_what_runs(function: Callable[[], Tensor]) -> Iterator[list[_Buffer]]:
+    """Within this context, a list gathers the buffers of modules just before they run.
+
+    Those that the function holds are there from the beginning: a compiled one does not tell which modules it runs.
+    """
     found: list[_Buffer] = []
     seen: set[nn.Module] = set()
 
     def before_forward(module: nn.Module, inputs: object) -> None:
         if torch.compiler.is_compiling() or module in seen:
             return
+        gather(module)
+
+    def gather(module: nn.Module) -> None:
         for inner in module.modules():
             if inner not in seen:
                 seen.add(inner)
@@ -146,6 +154,9 @@ def _buffers_of_what_runs() -> Iterator[list[_Buffer]]:
                     if tensor is not None:
                         found.append(_Buffer(reference, name, tensor, tensor.detach().clone()))
 
+    for held in held_by(function):
+        if isinstance(held, nn.Module):
+            gather(held)
     handle = register_module_forward_pre_hook(before_forward)
     try:
         yield found
@@ -157,8 +168,11 @@ def _buffers_of_what_runs() -> Iterator[list[_Buffer]]:
 def _restored(buffers: list[_Buffer]) -> Iterator[None]:
     """Within this context, modules have buffers of the values that they had; afterwards, the buffers they have now.
 
-    Copies take their place, so that no buffer is written to which a graph has saved for its backward.
+    Copies take their place, so that no buffer is written to which a graph has saved for its backward. What is written
+    to the buffers all the same, by code that holds them itself, is undone, past the counter by which autograd notices.
     """
+    originals = {id(buffer.tensor): buffer.tensor for buffer in buffers}
+    values = {key: tensor.detach().clone() for key, tensor in originals.items()}
     copies = {id(buffer.tensor): buffer.value.clone() for buffer in buffers}  # one buffer may belong to two modules
     now: list[tuple[nn.Module, str, Tensor | None]] = []
     for buffer in buffers:
@@ -171,6 +185,9 @@ def _restored(buffers: list[_Buffer]) -> Iterator[None]:
     finally:
         for module, name, tensor in now:
             module._buffers[name] = tensor
+        for key, original in originals.items():
+            if not torch.equal(original, values[key]):
+                original.data.copy_(values[key])
 
 
 @contextmanager

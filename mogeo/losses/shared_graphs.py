@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogeo.losses.reachable import held_by
+
 # What autograd's graph ends in at a parameter. Half of the nodes of a model are of this type, and tell nothing.
 with torch.inference_mode(False), torch.enable_grad():  # whatever surrounds the import
     _LEAF = type((torch.ones((), requires_grad=True, device="cpu") * 1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
@@ -44,16 +46,18 @@ def shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
     return shared
 
 
-def parameters_reached(losses: Sequence[Tensor], belongs: Callable[[Tensor], bool]) -> list[Tensor]:
-    """Parameters that gradients of these losses reach and that do not belong, each once, in no particular order.
+def leaves_reached(losses: Sequence[Tensor], belongs: Callable[[Tensor], bool]) -> list[Tensor]:
+    """Leaves that gradients of these losses reach and that do not belong, each once, in no particular order.
 
-    Only `torch.nn.Parameter`s count: other leaves are made anew by every forward, as by `enable_input_require_grads`.
+    A reentrant checkpoint keeps its parameters out of the graph: those count that its function holds
+    (`mogeo.losses.reachable`).
 
     Args:
         losses: with their graphs.
-        belongs: says so of a parameter.
+        belongs: says so of a leaf.
     """
     found: list[Tensor] = []
+    hidden: dict[Tensor, None] = {}
     visited: set[Any] = {None}
     pending: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     while pending:
@@ -63,8 +67,18 @@ def parameters_reached(losses: Sequence[Tensor], belongs: Callable[[Tensor], boo
             visited.add(parent)
             if type(parent) is not _LEAF:
                 pending.append(parent)
+                if hasattr(parent, "run_function"):
+                    hidden.update(dict.fromkeys(_parameters_held_by(parent.run_function)))
                 continue
             leaf = parent.variable  # type: ignore[union-attr]
-            if isinstance(leaf, torch.nn.Parameter) and not belongs(leaf):
+            if not belongs(leaf):
                 found.append(leaf)
-    return found
+    known = set(map(id, found))
+    return found + [leaf for leaf in hidden if leaf.requires_grad and not belongs(leaf) and id(leaf) not in known]
+
+
+def _parameters_held_by(function: Any) -> list[Tensor]:
+    held: list[Tensor] = []
+    for each in held_by(function):
+        held.extend(each.parameters() if isinstance(each, torch.nn.Module) else [each])
+    return held

@@ -46,7 +46,7 @@ class SketchThenReplay(Step):
         """
         sketches, direction = self._store(captures), captures.direction
         assert self._wanted is not None
-        if self._calls and captures.changed(self._wanted.groups):
+        if self._calls and captures.changed(self._wanted.groups()):
             self.intact = False
             raise RuntimeError(
                 "parameters were added, removed, frozen or unfrozen between backward() and step(), and the second "
@@ -111,7 +111,7 @@ class SketchThenReplay(Step):
 
 
 class _SecondPass(SumAsTheyCome):
-    """A weighted sum after which parameters outside the base optimizer hold what the first pass gave them."""
+    """A weighted sum after which leaves outside the base optimizer hold what the first pass gave them."""
 
     def _may_sum(self, losses: list[Tensor], captures: Captures) -> bool:
         return True

@@ -128,7 +128,7 @@ class Step(ABC):
 
     def _add_loss(self, index: int, loss: Tensor) -> Tensor:
         """Add to the sum of an objective's losses; returns the value added, fp64 []."""
-        value = value_of(loss.detach()).to(torch.float64).reshape(())
+        value = value_of(loss.detach()).to(torch.float64, copy=True).reshape(())
         self._losses[index] = self._losses[index] + value if index in self._losses else value
         return value
 

@@ -9,7 +9,7 @@ from mogeo.decide.rules import Direction, Rules
 from mogeo.gradients.direction import SharedDirection
 from mogeo.gradients.stores import Captures
 from mogeo.losses.named import Call, Loss, evaluate, run_backward
-from mogeo.losses.shared_graphs import parameters_reached
+from mogeo.losses.shared_graphs import leaves_reached
 from mogeo.steps.decider import decider_for
 from mogeo.steps.step import Step, spoils_a_sum
 
@@ -60,15 +60,18 @@ class SumAsTheyCome(Step):
         self._each(call, captures, rules, keep_graphs=call.retain_graph)
 
     def _may_sum(self, losses: list[Tensor], captures: Captures) -> bool:
-        """Whether losses may be summed before their backward: not if others' parameters want the plain sum."""
-        return not self._outside(losses, captures)
+        """Whether losses may be summed before their backward: not if parameters of others want the plain sum.
+
+        Leaves that are no parameters do not count: every forward makes them anew, as `enable_input_require_grads` does.
+        """
+        return not any(isinstance(leaf, torch.nn.Parameter) for leaf in self._outside(losses, captures))
 
     def _outside(self, losses: list[Tensor], captures: Captures) -> list[Tensor]:
-        """Parameters outside the base optimizer that these losses reach.
+        """Leaves outside the base optimizer that these losses reach.
 
         Graphs of FSDP2 end in parameters that it gathered, which cannot be told from others: there, none are seen.
         """
-        return [] if captures.direction.sharded else parameters_reached(losses, captures.belongs)
+        return [] if captures.direction.sharded else leaves_reached(losses, captures.belongs)
 
     def _about_to_run(self, index: int, captures: Captures) -> None:
         captures.direction.weigh(self._known[index])
@@ -79,7 +82,7 @@ class SumAsTheyCome(Step):
         if self._known[index] != 0:
             self._contributed.add(index)
             return False
-        return captures.plain is None and not self._outside([loss], captures)
+        return captures.plain is None and self._may_sum([loss], captures)
 
     def _all_of_weight_zero(self) -> bool:
         return not self._contributed

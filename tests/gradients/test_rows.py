@@ -109,7 +109,7 @@ def test_buffers_tell_when_they_no_longer_suit_the_parameters(change: object) ->
     captures = Captures()
 
     def fitted(parameters: list[Tensor], names: str = "ab", memory: Rows | Sketch = Rows()) -> object:  # noqa: B008
-        captures.fit(Wanted([{"params": parameters}], tuple(names), memory, None), "rows", is_open=False)
+        captures.fit(Wanted(lambda: [{"params": parameters}], tuple(names), memory, None), "rows", is_open=False)
         return captures.buffers
 
     first = fitted(list(params))

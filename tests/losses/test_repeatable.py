@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -50,3 +55,55 @@ def test_dropout_repeats_its_mask() -> None:
     first = gradient(loss())
     assert 0 < int((first == 0).sum()) < 64
     assert torch.equal(gradient(loss()), first)
+
+
+def batch_norm() -> nn.BatchNorm1d:
+    torch.manual_seed(0)
+    return nn.BatchNorm1d(4)
+
+
+WAYS_TO_RUN: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
+    "called": lambda net, x: lambda: net(x).square().mean(),
+    "forward called": lambda net, x: lambda: net.forward(x).square().mean(),
+    "compiled function": lambda net, x: torch.compile(lambda: net(x).square().mean(), backend="eager"),
+    "compiled in place": lambda net, x: net.compile(backend="eager") or (lambda: net(x).square().mean()),  # type: ignore[func-returns-value]
+    "functional": lambda net, x: (
+        lambda: (
+            torch.func.functional_call(net, (dict(net.named_parameters()), dict(net.named_buffers())), (x,))
+            .square()
+            .mean()
+        )
+    ),
+    "partial": lambda net, x: functools.partial(lambda module, y: module(y).square().mean(), net, x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_RUN)
+def test_buffers_move_once_however_a_module_is_run(way: str) -> None:
+    net, x = batch_norm(), torch.randn(8, 4) + 1
+    loss = Repeatable("a", WAYS_TO_RUN[way](net, x))
+    first = loss()
+    after = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    tensors = dict(net.named_buffers())
+    assert after["num_batches_tracked"] == 1
+    for _ in range(2):
+        torch.testing.assert_close(loss(), first)
+    for name, buffer in net.named_buffers():
+        assert buffer is tensors[name]
+        assert torch.equal(buffer, after[name]), name
+
+
+def test_what_is_not_the_same_twice_names_the_objective() -> None:
+    values = iter([1.0, 1.01, float("nan")])
+    loss = Repeatable("honesty", lambda: torch.tensor(next(values), requires_grad=True))
+    loss()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the loss of objective 'honesty' was 1,"):
+            loss()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.0])
+def test_values_without_a_scale_are_equal_to_themselves(value: float) -> None:
+    loss = Repeatable("a", lambda: torch.tensor(value, requires_grad=True))
+    loss()
+    loss()

@@ -158,3 +158,36 @@ def test_half_precision_is_close_enough_to_agree(d: int) -> None:
             optimizer.backward(callables(net, x))
         optimizer.step()
     assert flat_grad(net).isfinite().all()
+
+
+def test_bf16_micro_batches_that_nearly_cancel_are_no_contradiction() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(64, 64, bias=False).bfloat16(), torch.randn(8, 64).bfloat16()
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "mgda", sketch=512)
+    for sign in (1.0, -0.997):
+        losses: dict[str, Callable[[], Tensor]] = {
+            "a": lambda sign=sign: sign * net(x).float().sum(),
+            "b": lambda sign=sign: sign * net(x).float().square().mean(),
+        }
+        optimizer.backward(losses)
+    optimizer.step()
+
+
+def test_several_bases_notice_a_group_that_comes_too_late() -> None:
+    p, q, r = (nn.Parameter(torch.ones(5)) for _ in range(3))
+    optimizer = MultiObjectiveOptimizer([torch.optim.SGD([p], lr=0.1), torch.optim.SGD([r], lr=0.1)], "mgda", sketch=2)
+    optimizer.backward({"a": (p * q * r).sum(), "b": (p * q * r).square().sum()})
+    optimizer.base.bases[0].add_param_group({"params": [q]})
+    with pytest.raises(RuntimeError, match="added, removed, frozen or unfrozen"):
+        optimizer.step()
+
+
+def test_losses_of_the_report_are_no_views_of_the_users() -> None:
+    net, x = Net(), inputs()
+    optimizer = wrapped(net)
+    losses = shared_losses(net, x)
+    expected = torch.stack(list(losses.values())).detach().clone()
+    optimizer.backward(losses)
+    total = losses["help"].detach()
+    total += 10.0
+    torch.testing.assert_close(optimizer.combine().losses, expected)

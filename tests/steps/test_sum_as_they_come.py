@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mogeo import MultiObjectiveOptimizer
-from mogeo.losses.shared_graphs import parameters_reached
+from mogeo.losses.shared_graphs import leaves_reached
 from tests.deciders import WAYS, let_decide
 
 NAMES = ("a", "b", "c")
@@ -88,13 +89,32 @@ def test_one_backward_where_no_loss_reaches_outside() -> None:
     assert backwards == 1
 
 
-def test_parameters_reached_are_those_of_the_graph_each_once() -> None:
+def test_leaves_reached_are_those_of_the_graph_each_once() -> None:
     net = Split()
     losses = list(net.losses(0).values())
-    reached = parameters_reached(losses, lambda parameter: False)
+    reached = leaves_reached(losses, lambda parameter: False)
     assert {id(p) for p in reached} == {id(p) for p in net.parameters()}
     assert len(reached) == len(list(net.parameters()))
     inside = {id(p) for p in net.head.parameters()}
-    outside = parameters_reached(losses, lambda parameter: id(parameter) in inside)
+    outside = leaves_reached(losses, lambda parameter: id(parameter) in inside)
     assert {id(p) for p in outside} == {id(p) for p in net.outside.parameters()}
-    assert parameters_reached([net.head.weight.sum()], lambda parameter: id(parameter) in inside) == []
+    assert leaves_reached([net.head.weight.sum()], lambda parameter: id(parameter) in inside) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weighting", ["uniform", "mgda"])
+def test_reentrant_checkpoints_hide_no_parameter(weighting: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_decide(way, monkeypatch)
+    inside, outside = (nn.Parameter(torch.ones(5)) for _ in range(2))
+
+    def scaled(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: y * outside, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD([inside], lr=0.0), weighting, refresh_every=2)
+    for _ in range(2):
+        outside.grad = None
+        optimizer.zero_grad()
+        optimizer.backward([scaled(inside).sum(), 2 * scaled(inside).sum() + inside.square().sum()])
+        optimizer.combine()
+        assert outside.grad is not None
+        assert outside.grad.tolist() == [3.0] * 5
