@@ -46,6 +46,7 @@ def test_the_command_prints_a_table_and_writes_a_picture_a_page_and_numbers(
     assert written["command"] == "mogeo demo"
 
 
+@pytest.mark.slow
 def test_seeds_in_processes_give_what_they_give_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

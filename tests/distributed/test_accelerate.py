@@ -201,6 +201,7 @@ def every_plan(plans: list[Plan]) -> dict[Plan, Any]:
     return {plan: Training(Accelerated(plan, sync_each_batch=plan.fsdp), plan).run(range(STEPS)) for plan in plans}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_two_processes_are_one_on_the_same_batches(results: list[dict[Plan, Any]], plan: Plan) -> None:
     assert_same([result[plan] for result in results], reference(plan), TOLERANCE[plan.dtype])

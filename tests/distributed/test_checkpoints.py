@@ -163,6 +163,7 @@ def uninterrupted() -> dict[str, Any]:
     return Training(alone).run(range(STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TOPOLOGIES)
 def test_resumes_from_other_topologies_in_every_form(
     folders: dict[str, Path], uninterrupted: dict[str, Any], target: str

@@ -20,6 +20,8 @@ from tests.distributed.runner import run
 from tests.integrations.test_trl import MIXED
 from tests.integrations.tiny import make_pairs, make_trainer, parameters, with_labels
 
+pytestmark = pytest.mark.slow
+
 # "brief" has two pairs of twelve: most micro-batches, and one of the two ranks, do without it.
 ROWS = with_labels(make_pairs(12), MIXED)
 SETS = {name: [pair for pair, label in zip(make_pairs(12), MIXED[name], strict=True) if label] for name in MIXED}
