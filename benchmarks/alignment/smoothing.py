@@ -84,7 +84,7 @@ def estimates(name: str, weighting: str, stream: Sequence[Seen], decay: float) -
     for seen in stream:
         if name == "Gram averaged":
             average = Seen(*(decay * old + (1 - decay) * new for old, new in zip(average, seen, strict=True)))
-        weights, _, _ = steering.weigh(resolve(weighting), *(average if name == "Gram averaged" else seen))
+        weights = steering.weigh(resolve(weighting), *(average if name == "Gram averaged" else seen)).weights
         found.append(weights / weights.sum())
     return found
 
