@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 # A process of pytest for each core, eight at most: each takes a gigabyte. `make test PROCESSES=2` takes fewer.
 PROCESSES ?= logical
-PARALLEL := --numprocesses $(PROCESSES) --maxprocesses 8 --dist loadfile
+PARALLEL := --numprocesses $(PROCESSES) --maxprocesses 8
 
 .PHONY: demo test test-all lint bench clean
 
@@ -15,11 +15,11 @@ demo: $(INSTALLED)
 
 # What is not marked slow, and a fifth of the examples of each property: four minutes on two cores.
 test: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) -m "not slow" --hypothesis-profile quick
+	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow" --hypothesis-profile quick
 
-# Everything, as CI runs it.
+# Everything, as CI runs it. By files, since what the tests of a slow file share would take as long in a second process.
 test-all: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) --hypothesis-profile full
+	$(BIN)/pytest $(PARALLEL) --dist loadfile --hypothesis-profile full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
