@@ -251,8 +251,8 @@ class _Projected(_Sketched):
                 slots.append(slot)
                 parts.append(grad)
         if slots:
+            self._packed = True  # said before, lest an interrupt leave gradients in the pack for the next window
             torch._foreach_add_(slots, parts)
-            self._packed = True
 
     def finish(self, index: int) -> None:
         """A backward is done: add the sketch of the pack."""

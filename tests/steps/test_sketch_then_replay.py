@@ -191,3 +191,24 @@ def test_losses_of_the_report_are_no_views_of_the_users() -> None:
     total = losses["help"].detach()
     total += 10.0
     torch.testing.assert_close(optimizer.combine().losses, expected)
+
+
+def test_an_interrupt_just_after_the_pack_was_filled_leaves_nothing_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Net(), inputs()
+    optimizer = wrapped(net, sketch=8)
+    add, interrupts = torch._foreach_add_, iter([True])
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        add(*arguments, **options)
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "_foreach_add_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.backward(callables(net, inputs(1)))
+    optimizer.backward(callables(net, x))
+    report = optimizer.combine()
+    fresh = wrapped(net, sketch=8)
+    net.zero_grad()
+    fresh.backward(callables(net, x))
+    torch.testing.assert_close(report.gram, fresh.combine().gram)
