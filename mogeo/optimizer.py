@@ -25,7 +25,6 @@ from mogeo.report import StepReport
 from mogeo.settings import MemoryKeyword, Setting, memory_of
 from mogeo.state import State
 from mogeo.steps.choice import opened_step
-from mogeo.steps.step import decided_on_device
 from mogeo.weightings import WeightingLike, resolve
 
 
@@ -271,7 +270,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         rules = state.rules()
         try:
             found = step.finish(state.captures, rules)
-            on_device = step.keep != "sketches" and decided_on_device(state.captures.direction, state.captures, rules)
             if found.decision.usable:
                 state.captures.publish()
         except BaseException as error:
@@ -281,7 +279,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         state.drop_step()
         report = state.report = state.reported(step, found, self.base.param_groups)
         state.unusable = not found.decision.usable
-        state.news.tell(found.decision, rules, on_device=on_device)
+        state.news.tell(found.decision, rules, on_device=found.by_device)
         return report
 
     # What mogeo.optimizer_wrapper asks for.

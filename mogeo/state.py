@@ -32,7 +32,7 @@ _OF_THE_STEP = ("captures", "news", "step", "unusable")
 
 
 class State:
-    """See above.
+    """What an optimizer remembers from one step to the next, and of the step under way.
 
     Args:
         weighting: the resolved weighting.

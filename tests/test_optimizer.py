@@ -214,7 +214,7 @@ def test_a_parameter_that_stops_being_touched_leaves_no_trace() -> None:
 
 def test_frozen_tied_empty_scalar_and_late_parameters(decider: str) -> None:
     if decider in ("sketched", "replayed"):
-        pytest.skip("sketches cannot move to other parameters: test_sketched.py")
+        pytest.skip("sketches cannot move to other parameters: gradients/test_sketches.py")
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
     frozen = nn.Parameter(torch.randn(3, dtype=torch.float64), requires_grad=False)
@@ -321,7 +321,7 @@ def test_sparse_gradients_become_dense() -> None:
 def test_rows_are_all_there_is(decider: str) -> None:
     """K·N elements, of which p.grad takes none of its own; N for constant weights."""
     if decider not in DECIDERS:
-        pytest.skip("here the direction has memory of its own: test_row_memory.py")
+        pytest.skip("here the direction has memory of its own: gradients/test_row_memory.py")
     net = Net(torch.float32)
     n = sum(p.numel() for p in net.parameters())
     for weighting, rows in (("mgda-decoupled", 3), ("group-dro", 3), ("uniform", 1)):
@@ -390,7 +390,7 @@ def test_callables_have_one_live_graph_at_a_time() -> None:
 
 def test_separate_graphs_are_freed_as_they_are_used(decider: str) -> None:
     if decider == "replayed":
-        pytest.skip("graphs of loss tensors are kept until the weights are known: test_sketched.py")
+        pytest.skip("graphs of loss tensors are kept until the weights are known: gradients/test_sketches.py")
     parameter = nn.Parameter(torch.ones(3))
     optimizer = MultiObjectiveOptimizer(torch.optim.SGD([parameter], lr=0.1))
     losses = {name: (parameter * (k + 1)).square().sum() for k, name in enumerate(NAMES)}
@@ -418,7 +418,7 @@ def is_freed(sum_backward: object) -> bool:
 
 def test_shared_graphs_are_freed_by_their_last_loss(decider: str) -> None:
     if decider == "replayed":
-        pytest.skip("graphs of loss tensors are kept until the weights are known: test_sketched.py")
+        pytest.skip("graphs of loss tensors are kept until the weights are known: gradients/test_sketches.py")
     net, x = Net(), inputs()
     optimizer = wrapped(net)
     losses = shared_losses(net, x)
@@ -737,7 +737,7 @@ def test_a_weighting_may_spoil_its_arguments() -> None:
 
 def test_a_parameter_frozen_within_a_window_keeps_what_it_has(decider: str) -> None:
     if decider in ("sketched", "replayed"):
-        pytest.skip("sketches cannot move to other parameters: test_sketched.py")
+        pytest.skip("sketches cannot move to other parameters: gradients/test_sketches.py")
     net, x = Net(), inputs()
     optimizer = wrapped(net)
     optimizer.backward(shared_losses(net, x))
@@ -885,7 +885,7 @@ def test_a_first_call_with_one_objective_asks_for_the_names() -> None:
 
 def test_a_graph_freed_by_an_earlier_call_says_what_to_do(decider: str) -> None:
     if decider == "replayed":
-        pytest.skip("graphs of loss tensors are kept until the weights are known: test_sketched.py")
+        pytest.skip("graphs of loss tensors are kept until the weights are known: gradients/test_sketches.py")
     net, x = Net(), inputs()
     optimizer = wrapped(net, objectives=NAMES)
     losses = shared_losses(net, x)
@@ -964,7 +964,7 @@ def test_frozen_parameters_may_be_of_any_kind() -> None:
 
 def test_what_is_frozen_within_a_window_is_let_go_after_it(decider: str) -> None:
     if decider in ("sketched", "replayed"):
-        pytest.skip("a parameter may not be frozen between backward and step: test_sketched.py")
+        pytest.skip("a parameter may not be frozen between backward and step: gradients/test_sketches.py")
     kept, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1000))
     optimizer = MultiObjectiveOptimizer(torch.optim.SGD([kept, frozen], lr=0.0), "mgda")
 

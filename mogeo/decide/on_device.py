@@ -66,7 +66,7 @@ def combined(
     if gram is None or any(block.dtype == torch.float16 for block in rows.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
         nonfinite = nonfinite | (_present(absent, decided.losses.device) & _failed(squared_norm, clip))
-    return Direction(decided._replace(nonfinite=nonfinite), squared_norm, clip)
+    return Direction(decided._replace(nonfinite=nonfinite), squared_norm, clip, by_device=True)
 
 
 def weighed_sum(
@@ -99,7 +99,7 @@ def weighed_sum(
     squared_norm = direction.squared_norm().reshape(1) + doubt
     squared_norm, clip = direction.finish(squared_norm, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     nonfinite = nonfinite | (present & _failed(squared_norm, clip))
-    return Direction(Decision(losses, used, None, nonfinite, True), squared_norm, clip)
+    return Direction(Decision(losses, used, None, nonfinite, True), squared_norm, clip, by_device=True)
 
 
 def _min_norm(

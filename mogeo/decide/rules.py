@@ -59,6 +59,8 @@ class Direction(NamedTuple):
     clip_factor: Tensor
     #: fp64 [P, K, K], where it is wanted and rows were kept.
     gram_by_parameter: Tensor | None = None
+    #: Whether a device decided, so that the host hears of it later.
+    by_device: bool = False
 
 
 class NonFiniteError(RuntimeError):

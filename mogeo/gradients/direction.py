@@ -72,7 +72,7 @@ class SharedDirection(GradientStore):
     # gradients coming in
 
     def weigh(self, weight: float) -> None:
-        """Multiply gradients by this weight from now on, and add them up. Of weight 0 they may hold NaN."""
+        """Multiply gradients by this weight from now on, and add them up. With weight 0 they are not read at all."""
         self._weight = weight
 
     def store(self, indices: Sequence[int], grads: list[Tensor]) -> None:

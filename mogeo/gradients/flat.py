@@ -154,9 +154,10 @@ class FlatMemory:
 
     @contextmanager
     def scattering(self, row: int | None, views: Sequence[Tensor]) -> Iterator[None]:
-        """Store the gradients of one objective's backward within this context; they are averaged over ranks at its end.
+        """Store the gradients of one objective's backward within this context.
 
-        A piece is kept of them. With scattered blocks this is a collective, else it does nothing.
+        At its end, those in scattered blocks are averaged over ranks, and each rank keeps a piece: a collective.
+        Without such blocks nothing happens.
 
         Args:
             row: of the objective; None for the direction.

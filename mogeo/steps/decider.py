@@ -12,5 +12,5 @@ from mogeo.steps.step import decided_on_device
 
 
 def decider_for(store: GradientStore, captures: Captures, rules: Rules, absent: tuple[bool, ...]) -> ModuleType:
-    """`mogeo.decide.on_device` or `on_host`. What is known to be nothing is decided by the host."""
+    """`mogeo.decide.on_device` or `on_host`. If every objective is absent, the host decides that there is no step."""
     return on_device if decided_on_device(store, captures, rules) and not all(absent) else on_host

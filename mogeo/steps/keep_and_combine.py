@@ -9,7 +9,7 @@ from mogeo.gradients.rows import RowStore
 from mogeo.gradients.stores import Captures
 from mogeo.losses.named import Call
 from mogeo.steps.decider import decider_for
-from mogeo.steps.step import Step, spoils_a_sum
+from mogeo.steps.step import Step
 
 
 class KeepAndCombine(Step):
@@ -41,10 +41,6 @@ class KeepAndCombine(Step):
 
     def _about_to_run(self, index: int, captures: Captures) -> None:
         self._store(captures).select(index)
-
-    def _skips(self, index: int, loss: Tensor, value: Tensor, captures: Captures, rules: Rules) -> bool:
-        # Only what a group with multi_objective=False takes of it is summed with others.
-        return captures.plain is not None and spoils_a_sum(value, captures, rules)
 
 
 def _gram_by_parameter(rows: RowStore) -> Tensor:

@@ -18,7 +18,7 @@ from mogeo.gradients.sketches import SketchedRows
 from mogeo.gradients.stores import Captures, Wanted
 from mogeo.losses.named import Call
 from mogeo.losses.repeatable import Repeatable, without_autocast
-from mogeo.steps.step import Step, spoils_a_sum
+from mogeo.steps.step import Step
 from mogeo.steps.sum_as_they_come import SumAsTheyCome
 
 
@@ -59,7 +59,7 @@ class SketchThenReplay(Step):
         decided = on_host.decide(sketches, self.losses(count, sketches.device), absent, rules)
         self.intact = False
         if decided.usable:
-            # Where NaN is to propagate, every gradient brings its own.
+            # With nonfinite="propagate", all gradients are summed, so that what is not finite reaches the direction.
             weights = torch.ones_like(decided.weights) if decided.poisoned else decided.weights
             if sketches.exact:
                 with direction.capturing():  # `p.grad` may be the last direction, which is overwritten now
@@ -105,9 +105,6 @@ class SketchThenReplay(Step):
 
     def _about_to_run(self, index: int, captures: Captures) -> None:
         self._store(captures).select(index)
-
-    def _skips(self, index: int, loss: Tensor, value: Tensor, captures: Captures, rules: Rules) -> bool:
-        return captures.plain is not None and spoils_a_sum(value, captures, rules)
 
 
 class _SecondPass(SumAsTheyCome):

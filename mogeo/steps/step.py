@@ -94,9 +94,13 @@ class Step(ABC):
     def _about_to_run(self, index: int, captures: Captures) -> None:
         """The backward of objective `index` comes next."""
 
-    @abstractmethod
     def _skips(self, index: int, loss: Tensor, value: Tensor, captures: Captures, rules: Rules) -> bool:
-        """Whether no backward is needed of a loss, `value` being its number, fp64 []."""
+        """Whether no backward is needed of a loss, `value` being its number, fp64 [].
+
+        By default gradients are kept apart by objective, and only those of groups with multi_objective=False summed:
+        a loss that is not finite must not reach that sum.
+        """
+        return captures.plain is not None and spoils_a_sum(value, captures, rules)
 
     def _all_of_weight_zero(self) -> bool:
         """Whether no gradient is expected, since every loss so far has weight 0."""

@@ -1,4 +1,4 @@
-"""Directions that the host decides: who is left out, what raises, when nothing moves. GPUs: test_deferred.py."""
+"""Directions that the host decides: who is left out, what raises, when nothing moves. GPUs: test_on_device.py."""
 
 from __future__ import annotations
 
