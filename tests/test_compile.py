@@ -219,24 +219,30 @@ def test_a_loop_compiled_by_inductor_trains_as_it_does_without_a_compiler() -> N
     torch.testing.assert_close(loop, after_three_steps(mogeo.MultiObjectiveOptimizer, lambda step: step))
 
 
-def test_a_compiled_model_stays_compiled_inside_backward() -> None:
-    """A callable runs inside backward(), which itself is not compiled."""
-    graphs: list[int] = []
+@pytest.mark.parametrize(("memory", "times"), [(mogeo.Rows(), 1), (mogeo.Sketch(4), 2)], ids=["rows", "sketch"])
+def test_a_compiled_model_stays_compiled_inside_backward(memory: Any, times: int) -> None:
+    """A callable runs inside backward(), which itself is not compiled, and compiles the model once for all runs."""
+    compiled: list[int] = []
+    ran: list[int] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(1)
+
         def run(*arguments: Tensor) -> Any:
-            graphs.append(1)
+            ran.append(1)
             return graph(*arguments)
 
         return run
 
     net = nn.Linear(6, 2)
     model = torch.compile(net, backend=count)
-    optimizer = mogeo.MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters()))
+    optimizer = mogeo.MultiObjectiveOptimizer(torch.optim.AdamW(net.parameters()), memory=memory)
     x = torch.randn(5, 6)
-    optimizer.backward({name: (lambda n=name: two_losses(model(x))[n]) for name in ("left", "right")})
-    optimizer.step()
-    assert len(graphs) == 2
+    for _ in range(2):
+        optimizer.backward({name: (lambda n=name: two_losses(model(x))[n]) for name in ("left", "right")})
+        optimizer.step()
+    assert len(ran) == 2 * 2 * times
+    assert len(compiled) == 1
 
 
 def test_a_compiled_forward_that_cannot_keep_its_graph_is_named() -> None:

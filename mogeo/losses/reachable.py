@@ -1,48 +1,56 @@
 """What a function holds: the modules and parameters that it can reach without being called.
 
 Knows Python's functions and torch's modules; no losses and no gradients. It looks where users put models: closures,
-arguments bound by `functools.partial`, methods, defaults, globals that the code names, and lists or dicts of these.
-What a function finds in any other way stays unseen.
+arguments bound by `functools.partial`, methods, defaults, globals that the code names, lists or dicts of these, and
+attributes of objects among these, such as a trainer's `self.model`. What a function finds in any other way stays
+unseen, and so does what lies deep inside large objects: the search is short, since it is made in every step.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 _DEEPEST = 6
+#: Of a list, a dict or an object, how many entries count; and how many things in all. A data set has a million rows.
+_WIDEST, _MOST = 200, 2000
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, type, types.ModuleType)
 
 
 def held_by(function: Any) -> Iterator[nn.Module | nn.Parameter]:
-    """Modules and parameters within reach of a function, each once; of modules, those on top."""
+    """Modules and parameters within reach of a function, each once and the nearest first; of modules, those on top."""
     seen: set[int] = set()
-    pending: list[tuple[Any, int]] = [(function, 0)]
-    while pending:
-        thing, depth = pending.pop()
-        if id(thing) in seen or depth > _DEEPEST:
+    pending: deque[tuple[Any, int]] = deque([(function, 0)])
+    while pending and len(seen) < _MOST:
+        thing, depth = pending.popleft()
+        if id(thing) in seen:
             continue
         seen.add(id(thing))
         if isinstance(thing, (nn.Module, nn.Parameter)):
             yield thing
-        else:
+        elif depth < _DEEPEST and not isinstance(thing, _PLAIN):
             pending.extend((inner, depth + 1) for inner in _within(thing))
 
 
 def _within(thing: Any) -> list[Any]:
     if isinstance(thing, (list, tuple, set, frozenset)):
-        return list(thing)
+        return list(islice(thing, _WIDEST))
     if isinstance(thing, dict):
-        return list(thing.values())
+        return list(islice(dict.values(thing), _WIDEST))
     if isinstance(thing, functools.partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
     if isinstance(thing, types.MethodType):
         return [thing.__self__, thing.__func__]
     if not isinstance(thing, types.FunctionType):
-        return []
+        return _attributes(thing)
     # A compiled function, or one that wraps another, says which.
     inner = [getattr(thing, name, None) for name in ("_torchdynamo_orig_callable", "__wrapped__")]
     cells = []
@@ -52,5 +60,18 @@ def _within(thing: Any) -> list[Any]:
         except ValueError:  # not filled yet
             continue
     named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
-    held = [each for each in named if isinstance(each, (nn.Module, nn.Parameter, types.FunctionType))]
-    return [*inner, *cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *held]
+    return [*inner, *cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *named]
+
+
+def _attributes(thing: Any) -> list[Any]:
+    """What an object keeps, past any `__getattr__`, and how it is called: a loss may be an object with `__call__`."""
+    kind, held = type(thing), []
+    if isinstance(kind.__call__, types.FunctionType):  # else that of `type`, which makes objects
+        held.append(kind.__call__)
+    with suppress(AttributeError):
+        held.extend(islice(object.__getattribute__(thing, "__dict__").values(), _WIDEST))
+    for slot in (slot for each in kind.__mro__ if "__slots__" in vars(each) for slot in vars(each).values()):
+        if isinstance(slot, types.MemberDescriptorType):
+            with suppress(AttributeError):  # nothing in it yet
+                held.append(slot.__get__(thing))
+    return held

@@ -133,9 +133,11 @@ class _Buffer(NamedTuple):
 
 @contextmanager
 def _buffers_of_what_runs(function: Callable[[], Tensor]) -> Iterator[list[_Buffer]]:
-    """Within this context, a list gathers the buffers of modules just before they run.
+    """Within this context, a list gathers the buffers of modules before they run.
 
     Those that the function holds are there from the beginning: a compiled one does not tell which modules it runs.
+    Others are noticed as they are called, but not where the function holds a compiled module, which warns of hooks on
+    all modules.
     """
     found: list[_Buffer] = []
     seen: set[nn.Module] = set()
@@ -157,11 +159,20 @@ def _buffers_of_what_runs(function: Callable[[], Tensor]) -> Iterator[list[_Buff
     for held in held_by(function):
         if isinstance(held, nn.Module):
             gather(held)
-    handle = register_module_forward_pre_hook(before_forward)
+    if any(hasattr(module, "_orig_mod") for module in seen):
+        yield found
+        return
+    # The hook goes with this object: an interrupt may come before any line, that of a `finally` included.
+    watch = _Watch()
+    unwatch = weakref.finalize(watch, register_module_forward_pre_hook(before_forward).remove)
     try:
         yield found
     finally:
-        handle.remove()
+        unwatch()
+
+
+class _Watch:
+    """Something that ends, and is told of."""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -66,6 +67,9 @@ WAYS_TO_RUN: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
     "called": lambda net, x: lambda: net(x).square().mean(),
     "forward called": lambda net, x: lambda: net.forward(x).square().mean(),
     "compiled function": lambda net, x: torch.compile(lambda: net(x).square().mean(), backend="eager"),
+    "compiled module": lambda net, x: functools.partial(
+        lambda module: module(x).square().mean(), torch.compile(net, backend="eager")
+    ),
     "compiled in place": lambda net, x: net.compile(backend="eager") or (lambda: net(x).square().mean()),  # type: ignore[func-returns-value]
     "functional": lambda net, x: (
         lambda: (
@@ -75,6 +79,7 @@ WAYS_TO_RUN: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
         )
     ),
     "partial": lambda net, x: functools.partial(lambda module, y: module(y).square().mean(), net, x),
+    "out of reach": lambda net, x: functools.partial(lambda made: next(made)(x).square().mean(), itertools.repeat(net)),
 }
 
 
