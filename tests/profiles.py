@@ -58,5 +58,13 @@ def check(name: str, test: Any) -> None:
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """Parameters that are all slow but some: for a test whose cases are dear, and one enough for a quick run."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Parameters that are all slow but some: for a test whose cases are dear, and few of them enough for a quick run.
+
+    A tuple is a case of several parameters, as pytest's `parametrize` has it.
+    """
+    return [
+        value
+        if value in quick
+        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
+        for value in values
+    ]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.deciders import WAYS, let_decide
+from tests.deciders import QUICK_WAYS, WAYS, let_decide
 from tests.nets import NAMES, Net, callables, flat_grad, gradient_rows, inputs, shared_losses, wrapped
+from tests.profiles import slow_but
 
 
-@pytest.fixture(autouse=True, params=WAYS)
+@pytest.fixture(autouse=True, params=slow_but(WAYS, *QUICK_WAYS))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test of this file holds however a step is made."""
     let_decide(request.param, monkeypatch)

@@ -111,12 +111,13 @@ def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
     assert {"trade-off-base-greedy.png", "trade-off-noisehelp-sampled.png", "weights-noisehelp.png"} <= pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),
     [
         ("kernels.py", ["--quick", "--columns", "3e3", "--objectives", "2"]),
-        pytest.param("step_overhead.py", ["--tokens", "128", "--only", "plain"], marks=pytest.mark.slow),
-        pytest.param("memory_modes.py", ["--quick", "--rounds", "2"], marks=pytest.mark.slow),
+        ("step_overhead.py", ["--tokens", "128", "--only", "plain"]),
+        ("memory_modes.py", ["--quick", "--rounds", "2"]),
     ],
 )
 def test_what_no_time_is_left_for_is_left_out_aloud(script: str, options: list[str], tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def conducted(stages: list[gpu_run.Stage], output: Path, budget: float = 60.0) -
 # The conductor
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_hangs_or_is_not_there_does_not_stop_the_next(tmp_path: Path) -> None:
     hang = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     stages = [
@@ -83,6 +84,7 @@ while not (os.path.exists("pid") and os.path.getsize("pid")): time.sleep(0.05)
     raise AssertionError("it is still there")
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_and_shared(tmp_path: Path) -> None:
     """Three stages that would take all there is: each has its share, and what is not started is said."""
     stages = [python("import time; time.sleep(600)", name=name, seconds=300.0) for name in ("a", "b", "c")]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import mogeo
 from mogeo import MultiObjectiveOptimizer
 from mogeo.gradients import arrivals
-from tests.deciders import DECIDERS, WAYS, let_decide
+from tests.deciders import DECIDERS, QUICK_WAYS, WAYS, let_decide
 from tests.nets import (
     NAMES,
     WEIGHTINGS,
@@ -35,7 +35,7 @@ from tests.nets import (
 )
 from tests.profiles import examples, slow_but
 
-pytestmark = pytest.mark.parametrize("decider", WAYS, indirect=True)
+pytestmark = pytest.mark.parametrize("decider", slow_but(WAYS, *QUICK_WAYS), indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mogeo import MultiObjectiveOptimizer
-from tests.deciders import WAYS, let_decide
+from tests.deciders import QUICK_WAYS, WAYS, let_decide
 from tests.nets import (
     NAMES,
     Net,
@@ -25,11 +25,12 @@ from tests.nets import (
     shared_losses,
     wrapped,
 )
+from tests.profiles import slow_but
 
 FORMS = [shared_losses, separate_losses, callables]
 
 
-@pytest.fixture(autouse=True, params=WAYS)
+@pytest.fixture(autouse=True, params=slow_but(WAYS, *QUICK_WAYS))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test of this file holds however a step is made."""
     let_decide(request.param, monkeypatch)

@@ -207,6 +207,7 @@ def test_two_processes_are_one_on_the_same_batches(results: list[dict[Plan, Any]
     assert_same([result[plan] for result in results], reference(plan), TOLERANCE[plan.dtype])
 
 
+@pytest.mark.slow
 def test_fsdp2_without_sync_each_batch_is_refused() -> None:
     """Accelerate then tells FSDP2 to keep gradients to itself, which has no place for one per objective."""
     for message in run(2, accumulating_unsynced):

@@ -12,6 +12,7 @@ from tests.distributed.engines import alone, train
 from tests.distributed.runner import run
 from tests.distributed.test_replicas import unsynced
 from tests.distributed.test_same_answer import TOLERANCE, assert_all_same, assert_same, train_all
+from tests.profiles import slow_but
 
 #: A sketch much longer than the gradient loses nothing.
 MODES: tuple[dict[str, Any], ...] = (
@@ -27,7 +28,7 @@ MODES: tuple[dict[str, Any], ...] = (
 SPREADS = {"ddp": engines.ddp, "no_sync": unsynced, "fsdp": engines.fsdp}
 
 
-@pytest.mark.parametrize("engine", SPREADS)
+@pytest.mark.parametrize("engine", slow_but(SPREADS, "fsdp"))
 def test_every_mode(engine: str) -> None:
     cases = [(torch.float64, "mgda-decoupled", {"max_grad_norm": 0.3, **mode}) for mode in MODES]
     assert_all_same(run(2, train_all, SPREADS[engine], cases), cases)
@@ -41,7 +42,7 @@ def test_shared_out_rows_refresh_as_well() -> None:
     assert_all_same(run(2, train_all, unsynced, cases), cases)
 
 
-@pytest.mark.parametrize("engine", SPREADS)
+@pytest.mark.parametrize("engine", slow_but(SPREADS, "fsdp"))
 def test_narrow_rows_are_right_to_their_rounding(engine: str) -> None:
     """Averages are rounded once more: the same on every rank, and near those of one process."""
     options = [{"row_dtype": torch.bfloat16, "shard_rows": shard_rows} for shard_rows in (False, True)]
@@ -62,7 +63,7 @@ def test_loss_tensors_are_summed_in_between() -> None:
     assert_same([result for (result,) in results], expected, TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("engine", SPREADS)
+@pytest.mark.parametrize("engine", slow_but(SPREADS, "fsdp"))
 def test_an_objective_of_weight_zero(engine: str) -> None:
     """FSDP lets go of gathered parameters in the backward: without one, the next step would use the old ones."""
     cases = [(torch.float64, "linear(1,1,0)", {"form": form}) for form in ("callables", "tensors")]

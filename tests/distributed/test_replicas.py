@@ -17,9 +17,10 @@ from tests.distributed import engines
 from tests.distributed.engines import NAMES, alone, batches, full, loss_of, make_net, share_of, train
 from tests.distributed.runner import RankFailedError, run
 from tests.distributed.test_same_answer import assert_all_same, train_all
+from tests.profiles import slow_but
 
 
-@pytest.mark.parametrize("how", ["no_sync", "plain", "synced"])
+@pytest.mark.parametrize("how", slow_but(["no_sync", "plain", "synced"], "plain"))
 def test_gradients_are_reduced_once_or_twice_or_by_mogeo_alone(how: str) -> None:
     """In `no_sync`, with no engine at all, and where DDP did it already."""
     cases = [
@@ -121,7 +122,7 @@ def one_sided(shard_rows: bool) -> tuple[Tensor, Any]:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform", "group-dro"])
+@pytest.mark.parametrize("weighting", slow_but(["mgda-decoupled", "uniform", "group-dro"], "mgda-decoupled"))
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all(weighting: str, engine: str) -> None:
     results = run(2, one_bad_rank, engine, weighting)
     for skipped, weights, parameters in results:
@@ -132,7 +133,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(weighting: str, engin
             assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("form", ["callables", "tensors"])
+@pytest.mark.parametrize("form", slow_but(["callables", "tensors"], "callables"))
 @pytest.mark.parametrize(("weighting", "options"), [("linear(1,0,1)", {}), ("mgda-decoupled", {"sketch": 4096})])
 def test_fsdp_leaves_out_nothing_but_what_is_not_finite(weighting: str, options: dict[str, Any], form: str) -> None:
     """Its weight is 0, and it takes its backward, for which FSDP waits; NaN of it goes nowhere."""

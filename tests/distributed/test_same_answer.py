@@ -10,6 +10,7 @@ import torch
 from tests.distributed import engines
 from tests.distributed.engines import ENGINES, alone, train
 from tests.distributed.runner import run
+from tests.profiles import slow_but
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
@@ -24,7 +25,7 @@ def assert_same(results: list[dict[str, Any]], expected: dict[str, Any], toleran
             torch.testing.assert_close(result["parameters"][name], parameter, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_but(ENGINES, "ddp", "fsdp × tp"))
 def test_every_engine(engine: str) -> None:
     ranks, spread = ENGINES[engine]
     cases = [(dtype, "mgda-decoupled", {"max_grad_norm": 0.3}) for dtype in TOLERANCE]

@@ -17,6 +17,7 @@ from mogeo.dpo.tokens import ShuffledEpochs
 from mogeo.dpo.train import AlignConfig, Interrupted, align
 from mogeo.errors import InputError
 from tests.interruptions import stop_after
+from tests.profiles import slow_but
 
 SETTINGS = {
     "learning_rate": 3e-3,
@@ -63,7 +64,7 @@ def same_bits(one, other):
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "mgda-decoupled"])
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss", slow_but(["sigmoid", "ipo"], "sigmoid"))
 def test_both_objectives_are_learned_and_carry_over_to_held_out_prompts(run, weighting, loss):
     result = run(weighting=weighting, loss=loss, max_steps=40, learning_rate=1e-2)
     assert result.before.accuracy == {"warm": 0.5, "size": 0.5}
@@ -267,9 +268,7 @@ def read_metrics(folder):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"weighting": "mgda-decoupled"},
-        {"weighting": "group-dro(0.5)"},
-        {"weighting": "uniform"},
+        *slow_but([{"weighting": "mgda-decoupled"}, {"weighting": "group-dro(0.5)"}, {"weighting": "uniform"}]),
         {"sketch": 64, "refresh_every": 5},  # steps 3 and 4 are held
         OPTIONS,
     ],

@@ -82,7 +82,7 @@ def test_gram_of_a_long_row_keeps_small_contributions(backend: Backend) -> None:
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 5, 4096, 9001])
+@pytest.mark.parametrize("n", slow_but([1, 5, 4096, 9001], 1, 9001))
 @pytest.mark.parametrize("scales", SCALES_BEYOND_FP32)
 def test_gram_of_entries_whose_squares_leave_fp32(
     backend: Backend, scales: tuple[float, ...], n: int, dtype: torch.dtype
@@ -183,7 +183,7 @@ def test_segments_match_the_reference(backend: Backend) -> None:
 
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 4, 9])
+@pytest.mark.parametrize("k", slow_but([1, 4, 9], 4))
 def test_segments_that_cut_blocks(backend: Backend, k: int, dtype: torch.dtype) -> None:
     """Of one column, of less than a block within one, across one edge and several, on an edge, and of none."""
     rows = gaussian(k, 4500, dtype)
@@ -273,7 +273,7 @@ def test_combine_matches_the_reference(backend: Backend) -> None:
 
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "contiguous", "transposed"))
 @pytest.mark.parametrize(
     "weights", [(0.3, 0.2, 0.5), (0.0, 0.5, 0.5), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
 )

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mogeo import MultiObjectiveOptimizer
-from tests.deciders import WAYS, let_decide
+from tests.deciders import QUICK_WAYS, WAYS, let_decide
 from tests.nets import NAMES, Net, callables, gradient_rows, inputs, poisoned, separate_losses, shared_losses
+from tests.profiles import slow_but
 
 
-@pytest.fixture(autouse=True, params=WAYS)
+@pytest.fixture(autouse=True, params=slow_but(WAYS, *QUICK_WAYS))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test of this file holds however a step is made."""
     let_decide(request.param, monkeypatch)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tests.distributed.runner import run
 from tests.integrations.test_lightning import Module, by_manual_backward, fit, plain_loop, plain_step, two_lines
-from tests.profiles import slow_but
 
 
 @lru_cache
@@ -22,7 +21,8 @@ def on_two_processes() -> list[dict[str, list[Tensor]]]:
     return run(2, train_on_a_share, timeout=240.0)
 
 
-@pytest.mark.parametrize("how", slow_but(["Lightning", "Lightning, two lines", "Fabric"], "Fabric"))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Lightning", "Lightning, two lines", "Fabric"])
 def test_ddp(how: str) -> None:
     first, second = on_two_processes()
     for p, q, r in zip(first[how], second[how], plain_loop(plain_step).parameters(), strict=True):

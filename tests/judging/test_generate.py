@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mogeo.demo.world import World, tiny_model, tokenizer
 from mogeo.judging.generate import generate
+from tests.profiles import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_response_without_end_is_cut(tokens: PreTrainedTokenizerBase) -> None:
     assert ours(saying(tokens, "the the the the"), tokens, ["List"], max_new_tokens=3) == ["the the the"]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", slow_but([0.5, 1.0, 2.0], 0.5))
 def test_sampling_follows_the_softmax_of_the_logits_over_the_temperature(
     tokens: PreTrainedTokenizerBase, temperature: float
 ) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mogeo.judging.judge import RatingJudge, Verdict
 from mogeo.judging.win_rates import Estimate, bca, estimate, net_win_rates
+from tests.profiles import slow_but
 
 OBJECTIVES = ("wit", "tact")
 
@@ -104,7 +105,9 @@ def test_the_interval_is_scipys() -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.025)
 
 
-@pytest.mark.parametrize(("p_win", "p_loss", "n"), [(0.5, 0.5, 40), (0.6, 0.2, 60), (0.75, 0.25, 80)])
+@pytest.mark.parametrize(
+    ("p_win", "p_loss", "n"), slow_but([(0.5, 0.5, 40), (0.6, 0.2, 60), (0.75, 0.25, 80)], (0.6, 0.2, 60))
+)
 def test_the_interval_covers_the_truth_as_often_as_it_says(p_win: float, p_loss: float, n: int) -> None:
     rng = np.random.default_rng(1)
     repeats, hits = 400, 0

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
+from tests.profiles import slow_but
 from tests.reference import rows as reference
 from tests.row_asserts import WORST_CASE, assert_gram, gaussian
 from tests.strategies import LAYOUTS, lay_out, spread_out
@@ -27,10 +28,11 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 # K and dtype on both sides of every choice that is made of them: rows or dot, a square of 16 or 32, full or not.
 SHAPES = [
-    *((k, FP32) for k in (1, 2, 10, 11, 16, 17)),
-    *((k, BF16) for k in (1, 7, 8, 16)),
+    *((k, FP32) for k in (1, 2, 10, 11)),
+    *((k, BF16) for k in (1, 7, 8)),
     *((k, FP16) for k in (3, 9)),
-    *(pytest.param(k, dtype, marks=pytest.mark.slow) for k, dtype in ((32, FP32), (31, BF16))),
+    *(pytest.param(k, FP32, marks=pytest.mark.slow) for k in (16, 17, 32)),
+    *(pytest.param(k, BF16, marks=pytest.mark.slow) for k in (16, 31)),
 ]
 # Those that an interpreter is through with soon, of either kernel.
 SMALL_SHAPES = [(2, FP32), (7, BF16), (3, FP16), (11, FP32), (8, BF16), (9, FP16)]
@@ -100,7 +102,7 @@ def test_chunks_of_several_tiles_in_any_layout(three_tiles: None, k: int, dtype:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("k", "dtype"), SMALL_SHAPES)
+@pytest.mark.parametrize(("k", "dtype"), slow_but(SMALL_SHAPES, (2, FP32), (8, BF16)))
 def test_segments_within_chunks_of_several_tiles(three_tiles: None, k: int, dtype: torch.dtype) -> None:
     """Chunks with a head, a tail, both, and both within one tile."""
     t = tile(k, dtype)
@@ -131,7 +133,7 @@ def test_the_longest_chunks_sum_accurately(few_chunks: None, k: int, dtype: torc
 
 
 @needs_kernels
-@pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
+@pytest.mark.parametrize(("k", "dtype"), slow_but(ROWS_AND_DOT, (3, FP32), (9, BF16)))
 def test_cuts_do_not_matter_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch, k: int, dtype: torch.dtype) -> None:
     rows = torch.randint(-8, 9, (k, 400), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = reference.gram(rows)
@@ -147,7 +149,7 @@ def test_cuts_do_not_matter_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("k", [1, 2, 4, 8, 11])
+@pytest.mark.parametrize("k", slow_but([1, 2, 4, 8, 11], 4))
 def test_candidates(few_chunks: None, k: int, dtype: torch.dtype) -> None:
     """All are right, over chunks of several tiles; the first is in use; their names tell them apart."""
     candidates = kernels.candidates(k, dtype)
@@ -164,7 +166,7 @@ def test_candidates(few_chunks: None, k: int, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
+@pytest.mark.parametrize(("k", "dtype"), slow_but(ROWS_AND_DOT, (3, BF16), (11, FP32)))
 @pytest.mark.parametrize(
     ("scale", "beside"),
     [
@@ -190,7 +192,7 @@ def test_some_chunks_leave_fp32(three_tiles: None, k: int, dtype: torch.dtype, s
 
 
 @needs_kernels
-@pytest.mark.parametrize(("k", "dtype"), [*ROWS_AND_DOT, (3, FP16), (9, FP16)])
+@pytest.mark.parametrize(("k", "dtype"), slow_but([*ROWS_AND_DOT, (3, FP16), (9, FP16)], (3, FP32), (9, BF16)))
 @pytest.mark.parametrize("entry", [math.nan, math.inf])
 def test_a_nonfinite_entry_beside_values_that_leave_fp32(
     three_tiles: None, k: int, dtype: torch.dtype, entry: float

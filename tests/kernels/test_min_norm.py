@@ -18,6 +18,7 @@ from mogeo import Status
 from mogeo.geometry import torch_backend as cpu
 from tests.backends import KERNEL_DEVICE, needs_kernels
 from tests.min_norm_asserts import assert_gap_is_true, assert_same_direction, judge
+from tests.profiles import slow_but
 from tests.reference import high_precision
 from tests.strategies import FAMILIES, WELL_POSED
 
@@ -78,9 +79,9 @@ def without(rows: list[int], k: int) -> list[int]:
 # Normalisation
 
 
-@pytest.mark.parametrize("family", WELL_POSED)
+@pytest.mark.parametrize("family", slow_but(WELL_POSED, "near-collinear", "strong conflict"))
 @pytest.mark.parametrize("power", [1.0, 0.5])
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("normalize", slow_but(NORMALIZATIONS, "l2", "loss+"))
 def test_normalized_weights(normalize: str, power: float, family: str) -> None:
     gram, losses = problem(family, 4)
     n = normalizers(gram, losses, normalize, power)
@@ -99,7 +100,7 @@ def test_normalized_weights(normalize: str, power: float, family: str) -> None:
     assert_gap_is_true(judge(normalized, raw.weights), raw.gap)
 
 
-@pytest.mark.parametrize("family", DETERMINED)
+@pytest.mark.parametrize("family", slow_but(DETERMINED, "strong conflict"))
 def test_agrees_with_the_cpu(family: str) -> None:
     for k, normalize in itertools.product((2, 5, 9), NORMALIZATIONS):
         gram, losses = problem(family, k, seed=1)

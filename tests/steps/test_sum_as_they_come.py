@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mogeo import MultiObjectiveOptimizer
 from mogeo.losses.shared_graphs import leaves_reached
-from tests.deciders import WAYS, let_decide
+from tests.deciders import QUICK_WAYS, WAYS, let_decide
+from tests.profiles import slow_but
 
 NAMES = ("a", "b", "c")
 
@@ -51,7 +52,7 @@ def plain_sum(net: Split, seed: int) -> list[Tensor]:
         ("group-dro", {}),
     ],
 )
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(WAYS, *QUICK_WAYS))
 def test_outside_the_base_gradients_add_up_as_autograd_has_them(
     way: str, weighting: str, options: dict[str, Any], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +102,7 @@ def test_leaves_reached_are_those_of_the_graph_each_once() -> None:
     assert leaves_reached([net.head.weight.sum()], lambda parameter: id(parameter) in inside) == []
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(WAYS, *QUICK_WAYS))
 @pytest.mark.parametrize("weighting", ["uniform", "mgda"])
 def test_reentrant_checkpoints_hide_no_parameter(weighting: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     let_decide(way, monkeypatch)
