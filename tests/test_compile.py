@@ -267,6 +267,7 @@ def test_a_compiled_forward_that_cannot_keep_its_graph_is_named() -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_importing_mogeo_does_not_import_the_compiler() -> None:
     code = "import sys, mogeo; mogeo.MultiObjectiveOptimizer; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

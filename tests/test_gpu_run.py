@@ -24,6 +24,8 @@ import gpu_run
 import timing
 from gpu_records import SPOILT, Records, read
 
+from tests.profiles import slow_but
+
 ROOT = Path(__file__).absolute().parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -303,7 +305,7 @@ def test_the_plan_holds_what_the_stages_launch() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("contestant", ["mogeo", "mogeo uniform"])
+@pytest.mark.parametrize("contestant", slow_but(["mogeo", "mogeo uniform"], "mogeo"))
 def test_the_plan_holds_what_a_step_launches(contestant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a small model, decided by the kernels as on a GPU."""
     from gpu_cases import _stepped

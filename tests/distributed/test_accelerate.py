@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mogeo import MultiObjectiveOptimizer
 from tests.distributed.engines import NAMES, batches, full, loss_of, make_net, share_of
 from tests.distributed.runner import run
+from tests.profiles import slow_but
 
 STEPS, MICRO_BATCHES = 3, 2
 MAX_NORM = 0.3
@@ -225,7 +226,9 @@ def accumulating_unsynced() -> str:
 SAVED_AFTER = 2
 
 
-@pytest.mark.parametrize(("wrapped", "fsdp"), [("before", False), ("after", False), ("before", True)])
+@pytest.mark.parametrize(
+    ("wrapped", "fsdp"), slow_but([("before", False), ("after", False), ("before", True)], ("before", True))
+)
 def test_save_state_and_load_state(tmp_path: Path, wrapped: str, fsdp: bool) -> None:
     plan = Plan(wrapped, weighting="group-dro(0.5)", fsdp=fsdp)
     expected = reference(plan)

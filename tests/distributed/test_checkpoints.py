@@ -182,6 +182,7 @@ def test_resumes_from_other_topologies_in_every_form(
                 torch.testing.assert_close(other["state"], first["state"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_several_bases_resume_from_another_topology_in_every_form(tmp_path: Path) -> None:
     run(2, saving, ddp, tmp_path, True)
     expected = Training(alone, several=True).run(range(STEPS))

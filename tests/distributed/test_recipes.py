@@ -23,6 +23,7 @@ def test_there_are_recipes() -> None:
     assert len(RECIPES) == len(re.findall("```python", PAGE.read_text())) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "code"), RECIPES, ids=[title for title, _ in RECIPES])
 def test_a_recipe_trains_alike_on_both_ranks(title: str, code: str) -> None:
     first, second = run(2, follow, code)

@@ -60,8 +60,8 @@ def row_memory(shard_rows: bool) -> tuple[int, int]:
     return sum(p.numel() for p in net.parameters() if p.requires_grad), held
 
 
-@pytest.mark.parametrize("shard_rows", [False, True])
-@pytest.mark.parametrize("last_synced", [False, True])
+@pytest.mark.parametrize("shard_rows", slow_but([False, True], False))
+@pytest.mark.parametrize("last_synced", slow_but([False, True], True))
 def test_accumulation(last_synced: bool, shard_rows: bool) -> None:
     """Micro-batches without a reduction and then one with it, as Accelerate's `accumulate` does: nothing is lost."""
     expected = accumulate(False, False, spread=False)

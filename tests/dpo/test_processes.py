@@ -100,6 +100,7 @@ def refuse():
     raise InputError("no such file")
 
 
+@pytest.mark.slow
 def test_ranks_share_the_scoring_and_get_the_same_bits(make_model):
     """Three batches over two ranks: one has nothing left in the last round."""
     model = make_model()

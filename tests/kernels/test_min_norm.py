@@ -289,7 +289,7 @@ def test_an_empty_batch(batch: tuple[int, ...]) -> None:
     assert (result.weights.shape, result.gap.shape, result.status.shape) == ((*batch, 3), batch, batch)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8])
+@pytest.mark.parametrize("k", slow_but([1, 2, 4, 8], 2, 4))
 def test_iterations_are_told_and_few(k: int) -> None:
     """Each objective enters about once; where fp64 did not suffice, once more in double-double."""
     for family in FAMILIES:

@@ -105,7 +105,8 @@ def test_how_chunks_are_dealt(n_chunks: int, dimension: int, parts: int) -> None
     assert kernels.parts(n_chunks, dimension, kernels.variant(FP32)._replace(programs=2048)) == parts
 
 
-@pytest.mark.parametrize("dtype", slow_but(DTYPES, BF16))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_candidates(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """All are right, whatever is left of a group of chunks; the first is in use; their names tell them apart."""
     monkeypatch.setattr(kernels, "_FEWEST_CHUNKS", 4)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from mogeo.losses.shared_graphs import shared_with_later
-from tests.profiles import slow_but
 
 
 def test_separate_forwards_share_leaves_only() -> None:
@@ -46,9 +45,8 @@ def test_leaves_as_losses() -> None:
     assert shared_with_later([]) == []
 
 
-@pytest.mark.parametrize(
-    "context", slow_but(["torch.no_grad()", "torch.inference_mode()", "torch.device('meta')"], "torch.no_grad()")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["torch.no_grad()", "torch.inference_mode()", "torch.device('meta')"])
 def test_imported_within_any_context(context: str) -> None:
     code = f"import torch, mogeo\nwith {context}: mogeo.MultiObjectiveOptimizer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

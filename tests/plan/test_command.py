@@ -85,6 +85,7 @@ def test_every_mode_has_its_options_of_align(ranks: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_what_does_not_fit_exactly_is_advised_with_its_options(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
