@@ -66,6 +66,7 @@ def numbers(result: SeedResult) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_itself_whatever_the_global_state(result: SeedResult) -> None:
     torch.manual_seed(99)
     threads = torch.get_num_threads()

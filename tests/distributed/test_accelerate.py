@@ -227,7 +227,7 @@ SAVED_AFTER = 2
 
 
 @pytest.mark.parametrize(
-    ("wrapped", "fsdp"), slow_but([("before", False), ("after", False), ("before", True)], ("before", True))
+    ("wrapped", "fsdp"), slow_but([("before", False), ("after", False), ("before", True)], ("before", False))
 )
 def test_save_state_and_load_state(tmp_path: Path, wrapped: str, fsdp: bool) -> None:
     plan = Plan(wrapped, weighting="group-dro(0.5)", fsdp=fsdp)

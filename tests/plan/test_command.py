@@ -85,7 +85,6 @@ def test_every_mode_has_its_options_of_align(ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_does_not_fit_exactly_is_advised_with_its_options(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +97,7 @@ def test_what_does_not_fit_exactly_is_advised_with_its_options(
     assert all(f"--{name.replace('_', '-')}" in printed.split("mogeo align")[1] for name in keywords)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(config, "--objectives", "4", "--memory", "0.001", "--reserve", "0")["chosen"] is None
     assert "Nothing fits" in capsys.readouterr().out
