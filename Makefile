@@ -13,7 +13,7 @@ PARALLEL := --numprocesses $(PROCESSES) --maxprocesses 8
 demo: $(INSTALLED)
 	$(BIN)/mogeo demo --output runs/demo
 
-# What is not marked slow, and a fifth of the examples of each property: four minutes on two cores.
+# What is not marked slow, and a tenth of the examples of each property: four minutes on two cores.
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow" --hypothesis-profile quick
 

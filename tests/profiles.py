@@ -1,4 +1,4 @@
-"""How many examples a property test tries: `full` is what CI runs, `quick` a fifth of it, for `make test`.
+"""How many examples a property test tries: `full` is what CI runs, `quick` a tenth of it, for `make test`.
 
 `pytest --hypothesis-profile=quick`, or HYPOTHESIS_PROFILE=quick in the environment, chooses. Neither has a deadline
 nor minds slow strategies, so that a busy machine fails no test, and both try the same examples every time: a red run
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: Examples of a property that does not say how many it wants.
-FULL, QUICK = 100, 20
+FULL, QUICK = 100, 10
 PATIENT = (HealthCheck.too_slow,)
 
 
