@@ -24,8 +24,9 @@ from mogeo.gradients import arrivals, blocks, sketches
 
 DECIDERS = ("host", "device")
 WAYS = (*DECIDERS, "rows apart", "sketched", "replayed")
-# Enough for a quick run: the others share most of their code with one of these.
-QUICK_WAYS = ("host", "device", "replayed")
+# Enough for a quick run: the kernels under their interpreter take four times as long, and have quick tests of their own
+# (tests/decide/test_on_device.py); the others share most of their code with one of these.
+QUICK_WAYS = ("host", "replayed")
 
 SKETCH = 1 << 16
 

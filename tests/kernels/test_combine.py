@@ -17,7 +17,7 @@ from hypothesis import given
 from torch import Tensor
 
 from tests.backends import KERNEL_DEVICE, elsewhere, needs_kernels
-from tests.profiles import examples
+from tests.profiles import examples, slow_but
 from tests.reference import rows as reference
 from tests.row_asserts import assert_combined, gaussian
 from tests.strategies import DTYPES, LAYOUTS, lay_out, spread_out
@@ -108,7 +108,7 @@ def test_rows_of_weight_zero_do_not_spoil_the_clipping() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 2, 4, 8, 9])
+@pytest.mark.parametrize("k", slow_but([1, 2, 4, 8, 9], 4))
 def test_candidates_write_the_same_bits(monkeypatch: pytest.MonkeyPatch, k: int, dtype: torch.dtype) -> None:
     """Over several tiles a program; the first is in use; their names tell them apart. A row of weight zero is NaN."""
     monkeypatch.setattr(kernels, "_MOST_PROGRAMS", 2)

@@ -94,7 +94,7 @@ def test_chunks_of_several_tiles(three_tiles: None, k: int, dtype: torch.dtype) 
 
 
 @needs_kernels
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "transposed"))
 @pytest.mark.parametrize(("k", "dtype"), ROWS_AND_DOT)
 def test_chunks_of_several_tiles_in_any_layout(three_tiles: None, k: int, dtype: torch.dtype, layout: str) -> None:
     rows = lay_out(gaussian(k, 4 * tile(k, dtype) + 5, dtype), layout)

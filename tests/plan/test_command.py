@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from mogeo.cli import main
-from tests.profiles import slow_but
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = {
@@ -124,9 +123,8 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "mode", slow_but(["uniform", "exact", "bf16 rows", "sketch", "refresh", "sketch, refresh"], "exact")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["uniform", "exact", "bf16 rows", "sketch", "refresh", "sketch, refresh"])
 def test_predictions_are_within_a_tenth_of_what_is_allocated(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's own record of allocations, which is the same on every run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
