@@ -17,9 +17,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow" --hypothesis-profile quick
 
-# Everything, as CI runs it. By files, since what the tests of a slow file share would take as long in a second process.
+# Everything, as CI runs it. By files, since what the tests of a slow file share would take as long in a second process;
+# in their own order, since the default leaves files of few tests to the end, and those are slow.
 test-all: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) --dist loadfile --hypothesis-profile full
+	$(BIN)/pytest $(PARALLEL) --dist loadfile --no-loadscope-reorder --hypothesis-profile full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

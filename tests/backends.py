@@ -58,36 +58,38 @@ class Backend:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
-    return cuda.gram(rows.detach())
+    return triton_backend.gram(rows.detach())
 
 
 def _gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
-    grams = cuda.gram_by_segment(rows.detach(), boundaries)
+    grams = triton_backend.gram_by_segment(rows.detach(), boundaries)
     return grams[-1], grams[:-1]
 
 
 def _combine(rows: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
     rows, weights = rows.detach(), weights.detach().to(torch.float64)
-    return cuda.combine(rows, weights, rows.new_empty(rows.shape[1]) if out is None else out)
+    return triton_backend.combine(rows, weights, rows.new_empty(rows.shape[1]) if out is None else out)
 
 
 def _min_norm_weights(gram: Tensor) -> mogeo.MinNorm:
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
-    return mogeo.MinNorm(*cuda.min_norm(gram.detach().to(torch.float64), None, "none", 1.0, "raw"))
+    return mogeo.MinNorm(*triton_backend.min_norm(gram.detach().to(torch.float64), None, "none", 1.0, "raw"))
 
 
 def _descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = None) -> mogeo.Descent:
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
     rounding = 4 * torch.finfo(gram.dtype).eps if rounding is None else rounding
-    return mogeo.Descent(*cuda.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64), rounding))
+    return mogeo.Descent(
+        *triton_backend.descent(gram.detach().to(torch.float64), weights.detach().to(torch.float64), rounding)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

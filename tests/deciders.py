@@ -47,9 +47,9 @@ def let_decide(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if not triton.knobs.runtime.interpret:
         pytest.skip("on a machine with a GPU the kernels run there, not under the interpreter")
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
     def device_code(blocks: Sequence[Tensor]) -> ModuleType | None:
-        return cuda if len(blocks[0]) <= cuda.MOST_ROWS else None
+        return triton_backend if len(blocks[0]) <= triton_backend.MOST_ROWS else None
 
     monkeypatch.setattr(ops, "device_code", device_code)

@@ -206,7 +206,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, "benchmarks")
 import json, torch
 import gpu_cache, gpu_cases
-from mogeo.geometry import triton_backend as cuda
+from mogeo.geometry import triton_backend
 from mogeo.kernels.target import Launch
 
 gpu_cache.prepare()
@@ -218,15 +218,15 @@ def compile_only(self):
 Launch.run = compile_only
 case = gpu_cases.Case(2, "bf16", 4096, sys.argv[1])
 rows = gpu_cases.rows_of(case, torch.device("cpu"))
-cuda.gram(rows)
-cuda.combine(rows, gpu_cases.weights_of(2, rows.device), torch.empty(4096, dtype=rows.dtype))
+triton_backend.gram(rows)
+triton_backend.combine(rows, gpu_cases.weights_of(2, rows.device), torch.empty(4096, dtype=rows.dtype))
 launched = len(gpu_cache.entries(gpu_cache.Path(os.environ["TRITON_CACHE_DIR"])))
 
 planned = []
 with gpu_cache.noted(planned):
     rows = gpu_cases.rows_of(case, torch.device("meta"))
-    cuda.gram(rows)
-    cuda.combine(rows, gpu_cases.weights_of(2, rows.device), torch.empty(4096, dtype=rows.dtype, device="meta"))
+    triton_backend.gram(rows)
+    triton_backend.combine(rows, gpu_cases.weights_of(2, rows.device), torch.empty_like(rows[0]))
 again = json.loads(json.dumps(planned))  # by way of a file
 others = [gpu_cache.compile_one(launch, launcher=False) for launch in again]
 print(json.dumps({"launched": keys, "planned": others, "entries": launched, "after":

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mogeo.geometry import torch_backend as cpu
+from mogeo.geometry import torch_backend
 from mogeo.geometry.exact_harmless import ROUNDING
 
 _OLDEST_TRITON = (3, 3)  # earlier ones cannot compile loops that carry tuples
@@ -226,7 +226,7 @@ def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device)
         signs: ±1, int8 [n].
         chunks: per tensor int32 [C, 3], a chunk's rotation, the first entry of its window, and its sign.
     """
-    code = _for_cuda() if device.type == "cuda" else cpu
+    code = _for_cuda() if device.type == "cuda" else torch_backend
     table, moved = code.sketch_tables(signs, chunks, device)
     return table, moved
 
@@ -255,10 +255,10 @@ def _for_cuda() -> ModuleType:
             RuntimeWarning,
             stacklevel=2,
         )
-        return cpu
-    from mogeo.geometry import triton_backend as cuda
+        return torch_backend
+    from mogeo.geometry import triton_backend
 
-    return cuda
+    return triton_backend
 
 
 def device_code(blocks: Sequence[Tensor]) -> ModuleType | None:
@@ -269,7 +269,7 @@ def device_code(blocks: Sequence[Tensor]) -> ModuleType | None:
     if any(block.device.type != "cuda" or block.device != blocks[0].device for block in blocks):
         return None
     code = _for_cuda()
-    return code if code is not cpu and len(blocks[0]) <= code.MOST_ROWS else None
+    return code if code is not torch_backend and len(blocks[0]) <= code.MOST_ROWS else None
 
 
 _OPERATORS = {
@@ -326,7 +326,7 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
 
 
-_register("CompositeExplicitAutograd", lambda: cpu)  # all devices but those named below
+_register("CompositeExplicitAutograd", lambda: torch_backend)  # all devices but those named below
 _register("CUDA", _for_cuda)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogeo.geometry import torch_backend as cpu
+from mogeo.geometry import torch_backend
 from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import descent as descent_kernel
 from mogeo.kernels import gram as gram_kernels
@@ -36,7 +36,7 @@ def finish_(parts: Sequence[Tensor], squares: Tensor, *arguments: Any, **options
 
 def gram(rows: Tensor) -> Tensor:
     """G Gᵀ for rows G [K, N] → fp64 [K, K], exactly symmetric."""
-    result: Tensor = gram_kernels.gram(rows) if _suits(rows) else cpu.gram(rows)
+    result: Tensor = gram_kernels.gram(rows) if _suits(rows) else torch_backend.gram(rows)
     return result
 
 
@@ -47,13 +47,13 @@ def gram_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
         if _suits(block):
             gram_kernels.gram(block, add_to=total)
         else:
-            total += cpu.gram(block)
+            total += torch_backend.gram(block)
     return total
 
 
 def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
     """The Gram of each segment, columns b_s … b_{s+1} − 1, and last that of all: fp64 [S + 1, K, K]."""
-    code = gram_kernels if _suits(rows) else cpu
+    code = gram_kernels if _suits(rows) else torch_backend
     result: Tensor = code.gram_by_segment(rows, boundaries)
     return result
 
@@ -61,7 +61,7 @@ def gram_by_segment(rows: Tensor, boundaries: Sequence[int]) -> Tensor:
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """wᵀ rows → `out` [N], which may be rows[0]. Each row is read once; a row with weight 0 is not read at all."""
     if len(rows) > MOST_ROWS:
-        return cpu.combine(rows, weights, out)
+        return torch_backend.combine(rows, weights, out)
     combine_kernels.combine_into(rows, weights.contiguous(), out)
     return out
 
@@ -74,7 +74,7 @@ def min_norm(
     `options` as in `mogeo.kernels.min_norm.min_norm`, for up to 32 objectives.
     """
     if gram.shape[-1] > MOST_ROWS:
-        return cpu.min_norm(gram, losses, normalize, power, apply_to, **options)
+        return torch_backend.min_norm(gram, losses, normalize, power, apply_to, **options)
     losses = None if losses is None else losses.to(torch.float64).contiguous()
     weights, gap, status = min_norm_kernel.min_norm(
         gram.contiguous(), losses, normalize=normalize, power=power, apply_to=apply_to, **options
@@ -88,7 +88,7 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = descent_kernel.ROUN
     `rounding` as in `mogeo.descent_weights`.
     """
     if gram.shape[-1] > MOST_ROWS:
-        return cpu.descent(gram, weights, rounding)
+        return torch_backend.descent(gram, weights, rounding)
     weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous(), rounding)
     return weights, correction, status
 

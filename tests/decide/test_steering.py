@@ -517,9 +517,9 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_that_may_not_divide_is_told_and_not_remembered_by_the_kernel_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mogeo.geometry import triton_backend as cuda
+    from mogeo.geometry import triton_backend
 
-    monkeypatch.setattr(mgda, "normalized_min_norm", lambda *arguments: MinNorm(*cuda.min_norm(*arguments)))
+    monkeypatch.setattr(mgda, "normalized_min_norm", lambda *arguments: MinNorm(*triton_backend.min_norm(*arguments)))
     steering, gram = Steering(smoothing=0.5), torch.eye(2, dtype=torch.float64)
     losses = [torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, 1.0], [1.0, -1.0], [1.0, 1.0])]
     found = [steering.weigh(resolve("mgda-decoupled"), gram, each)[:3] for each in losses]

@@ -15,7 +15,7 @@ from tests.strategies import DTYPES
 pytest.importorskip("triton")
 
 from mogeo import Status
-from mogeo.geometry import triton_backend as cuda
+from mogeo.geometry import triton_backend
 
 pytestmark = needs_kernels
 
@@ -30,33 +30,33 @@ def test_gram_of_blocks_of_several_dtypes(first: int) -> None:
     blocks = [gaussian(3, 700, dtype, seed) for seed, dtype in enumerate(DTYPES)]
     blocks = [*blocks[first:], torch.zeros(3, 0), *blocks[:first]]
     before = [block.clone() for block in blocks]
-    together = cuda.gram_of_blocks([there(block) for block in blocks]).cpu()
+    together = triton_backend.gram_of_blocks([there(block) for block in blocks]).cpu()
     assert_gram(torch.cat([block.double() for block in blocks], dim=1), together, 1e-6)
     assert all(torch.equal(a, b) for a, b in zip(blocks, before, strict=True))
 
 
 def test_gram_of_one_block_is_its_gram() -> None:
     rows = there(gaussian(4, 900, torch.bfloat16))
-    assert torch.equal(cuda.gram_of_blocks([rows]), cuda.gram(rows))
+    assert torch.equal(triton_backend.gram_of_blocks([rows]), triton_backend.gram(rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_rows_than_the_kernels_take(dtype: torch.dtype) -> None:
-    k = cuda.MOST_ROWS + 1
+    k = triton_backend.MOST_ROWS + 1
     rows, weights = gaussian(k, 200, dtype), torch.linspace(-1, 1, k, dtype=torch.float64)
-    assert_gram(rows, cuda.gram(there(rows)).cpu())
-    assert_gram(torch.cat([rows, rows], dim=1), cuda.gram_of_blocks([there(rows), there(rows)]).cpu())
-    *_, second, total = cuda.gram_by_segment(there(rows), [0, 50, 200]).cpu()
+    assert_gram(rows, triton_backend.gram(there(rows)).cpu())
+    assert_gram(torch.cat([rows, rows], dim=1), triton_backend.gram_of_blocks([there(rows), there(rows)]).cpu())
+    *_, second, total = triton_backend.gram_by_segment(there(rows), [0, 50, 200]).cpu()
     assert_gram(rows[:, 50:], second)
     assert_gram(rows, total)
     assert_combined(
-        rows, weights, cuda.combine(there(rows), there(weights), there(torch.empty(200, dtype=dtype))).cpu()
+        rows, weights, triton_backend.combine(there(rows), there(weights), there(torch.empty(200, dtype=dtype))).cpu()
     )
 
 
 def test_more_objectives_than_the_kernel_takes() -> None:
-    gram = reference.gram(gaussian(cuda.MOST_ROWS + 1, 500, torch.float64))
-    weights, _, status = cuda.min_norm(there(gram), None, "none", 1.0, "raw")
+    gram = reference.gram(gaussian(triton_backend.MOST_ROWS + 1, 500, torch.float64))
+    weights, _, status = triton_backend.min_norm(there(gram), None, "none", 1.0, "raw")
     assert int(status) == Status.OPTIMAL
     assert_kkt(judge(gram, weights.cpu()))
 
@@ -64,11 +64,11 @@ def test_more_objectives_than_the_kernel_takes() -> None:
 def test_arguments_of_any_stride_and_precision() -> None:
     """Kernels want contiguous fp64; users need not know."""
     rows, weights = gaussian(3, 100), torch.tensor([0.5, 9, -1, 9, 2, 9], dtype=torch.float64)[::2]
-    combined = cuda.combine(there(rows), there(weights), there(torch.empty(100)))
+    combined = triton_backend.combine(there(rows), there(weights), there(torch.empty(100)))
     assert_combined(rows, weights, combined.cpu())
     gram, losses = reference.gram(rows), torch.tensor([1.0, 9, 2, 9, 4, 9])[::2]
     strided = torch.full((3, 6), 9.0, dtype=torch.float64)
     strided[:, ::2] = gram
-    plain = cuda.min_norm(there(gram), there(losses.double().contiguous()), "loss", 1.0, "raw")
-    given = cuda.min_norm(there(strided)[:, ::2], there(losses), "loss", 1.0, "raw")
+    plain = triton_backend.min_norm(there(gram), there(losses.double().contiguous()), "loss", 1.0, "raw")
+    given = triton_backend.min_norm(there(strided)[:, ::2], there(losses), "loss", 1.0, "raw")
     assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
