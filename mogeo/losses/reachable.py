@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -25,8 +24,9 @@ _WIDEST, _MOST = 200, 2000
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, type, types.ModuleType)
 
 
-def held_by(function: Any) -> Iterator[nn.Module | nn.Parameter]:
+def held_by(function: Any) -> list[nn.Module | nn.Parameter]:
     """Modules and parameters within reach of a function, each once and the nearest first; of modules, those on top."""
+    found: list[nn.Module | nn.Parameter] = []
     seen: set[int] = set()
     pending: deque[tuple[Any, int]] = deque([(function, 0)])
     while pending and len(seen) < _MOST:
@@ -34,10 +34,12 @@ def held_by(function: Any) -> Iterator[nn.Module | nn.Parameter]:
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if isinstance(thing, (nn.Module, nn.Parameter)):
-            yield thing
-        elif depth < _DEEPEST and not isinstance(thing, _PLAIN):
-            pending.extend((inner, depth + 1) for inner in _within(thing))
+        with suppress(Exception):  # an object may run any code when it is looked at: one that fails holds nothing
+            if isinstance(thing, (nn.Module, nn.Parameter)):
+                found.append(thing)
+            elif depth < _DEEPEST and not isinstance(thing, _PLAIN):
+                pending.extend((inner, depth + 1) for inner in _within(thing))
+    return found
 
 
 def _within(thing: Any) -> list[Any]:

@@ -136,8 +136,8 @@ def _buffers_of_what_runs(function: Callable[[], Tensor]) -> Iterator[list[_Buff
     """Within this context, a list gathers the buffers of modules before they run.
 
     Those that the function holds are there from the beginning: a compiled one does not tell which modules it runs.
-    Others are noticed as they are called, but not where the function holds a compiled module, which warns of hooks on
-    all modules.
+    A hook on all modules notices the others when they are called. There is none where the function holds a compiled
+    module: under such a hook it would warn, and be compiled anew.
     """
     found: list[_Buffer] = []
     seen: set[nn.Module] = set()
@@ -159,10 +159,10 @@ def _buffers_of_what_runs(function: Callable[[], Tensor]) -> Iterator[list[_Buff
     for held in held_by(function):
         if isinstance(held, nn.Module):
             gather(held)
-    if any(hasattr(module, "_orig_mod") for module in seen):
+    if any(hasattr(module, "_orig_mod") for module in seen):  # what `torch.compile` returns for a module
         yield found
         return
-    # The hook goes with this object: an interrupt may come before any line, that of a `finally` included.
+    # An interrupt may come before any line, that of a `finally` included. The hook is then removed with this object.
     watch = _Watch()
     unwatch = weakref.finalize(watch, register_module_forward_pre_hook(before_forward).remove)
     try:
@@ -172,7 +172,7 @@ def _buffers_of_what_runs(function: Callable[[], Tensor]) -> Iterator[list[_Buff
 
 
 class _Watch:
-    """Something that ends, and is told of."""
+    """Lives while modules are watched: `weakref.finalize` needs an object whose end it waits for."""
 
 
 @contextmanager

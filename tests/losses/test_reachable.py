@@ -98,38 +98,67 @@ PLACES: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_module_is_found_where_users_put_it(place: str) -> None:
     net = nn.Sequential(nn.Linear(1, 1))
-    assert list(held_by(PLACES[place](net))) == [net]  # once, and the one on top only
+    assert held_by(PLACES[place](net)) == [net]  # once, and the one on top only
 
 
 @pytest.mark.parametrize("function", [lambda: GLOBAL(1), lambda: IN_A_TABLE["here"], Unnamed(), Unnamed().__call__])
 def test_globals_that_the_code_names_count(function: Callable[[], Any]) -> None:
-    assert list(held_by(function)) == [GLOBAL]
+    assert held_by(function) == [GLOBAL]
 
 
 def test_objects_without_attributes_hold_nothing() -> None:
     empty = Slotted.__new__(Slotted)  # its slot is not filled
-    assert list(held_by(functools.partial(print, empty, object(), range(3), torch.float32, torch))) == []
+    assert held_by(functools.partial(print, empty, object(), range(3), torch.float32, torch)) == []
+
+
+class Refuses(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__call__":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+class OfAnOddType(metaclass=Refuses):
+    pass
+
+
+class WithoutAClass:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("not yet")
+
+
+class WithoutADict:
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("not yet")
+
+
+@pytest.mark.parametrize("kind", [OfAnOddType, WithoutAClass, WithoutADict])
+def test_objects_that_do_not_like_to_be_looked_at_hold_nothing(kind: Callable[[], Any]) -> None:
+    net, odd = nn.Linear(1, 1), kind()
+    assert held_by(lambda: (odd, net)) == [net]
 
 
 def test_parameters_count_and_tensors_do_not() -> None:
     parameter, tensor = nn.Parameter(torch.ones(1)), torch.ones(1, requires_grad=True)
-    assert list(held_by(lambda: parameter * tensor)) == [parameter]
+    assert held_by(lambda: parameter * tensor) == [parameter]
 
 
 def test_a_function_may_hold_itself_or_nothing_yet() -> None:
     def loss() -> Any:
         return loss() if later else None
 
-    assert list(held_by(loss)) == []  # `later` is a cell that nobody has filled
+    assert held_by(loss) == []  # `later` is a cell that nobody has filled
     later = [loss]
-    assert list(held_by(loss)) == []
+    assert held_by(loss) == []
     assert later
 
 
 def test_the_nearest_come_first() -> None:
     near, far = nn.Linear(1, 1), nn.Linear(1, 1)
     table = [[[far]], near]
-    assert list(held_by(lambda: table)) == [near, far]
+    assert held_by(lambda: table) == [near, far]
 
 
 @pytest.mark.parametrize("data", [list, dict.fromkeys, set], ids=["list", "dict", "set"])
@@ -139,11 +168,11 @@ def test_a_large_data_set_is_not_walked(data: Callable[..., Any], monkeypatch: p
     looked_into: list[int] = []
     within = reachable._within
     monkeypatch.setattr(reachable, "_within", lambda thing: looked_into.append(1) or within(thing))  # type: ignore[func-returns-value]
-    assert list(held_by(lambda: net(rows))) == [net]
+    assert held_by(lambda: net(rows)) == [net]
     assert len(looked_into) < 1000
 
 
 def test_what_lies_deep_is_left() -> None:
     net = nn.Linear(1, 1)
-    assert list(held_by(functools.partial(print, within(3, net)))) == [net]
-    assert list(held_by(functools.partial(print, within(30, net)))) == []
+    assert held_by(functools.partial(print, within(3, net))) == [net]
+    assert held_by(functools.partial(print, within(30, net))) == []
