@@ -17,8 +17,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow" --hypothesis-profile quick
 
-# Everything, as CI runs it. By files, since what the tests of a slow file share would take as long in a second process;
-# in their own order, since the default leaves files of few tests to the end, and those are slow.
+# Everything, as CI runs it. One process runs all tests of a file, so that slow fixtures which they share are made once.
+# Files keep their order: xdist would run those of the fewest tests last, which are the slowest.
 test-all: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist loadfile --no-loadscope-reorder --hypothesis-profile full
 

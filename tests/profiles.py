@@ -58,13 +58,12 @@ def check(name: str, test: Any) -> None:
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """Parameters that are all slow but some: for a test whose cases are dear, and few of them enough for a quick run.
+    """Parameters that are all slow but some: for a test whose cases take long, where a few are enough for a quick run.
 
     A tuple is a case of several parameters, as pytest's `parametrize` has it.
     """
-    return [
-        value
-        if value in quick
-        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
-        for value in values
-    ]
+
+    def slow(value: Any) -> Any:
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in quick else slow(value) for value in values]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mogeo
 import mogeo.geometry.ops
+from tests.profiles import slow_but
 from tests.row_asserts import assert_combined, gaussian
 from tests.strategies import lay_out
 
@@ -201,8 +202,8 @@ def after_three_steps(
     ("compiler", "kind", "options"),
     [
         ("eager", mogeo.MultiObjectiveOptimizer, {}),
-        pytest.param("aot_eager", Narrated, {"sketch": 64}, marks=pytest.mark.slow),
-        pytest.param("aot_eager", mogeo.MultiObjectiveOptimizer, {"refresh_every": 2}, marks=pytest.mark.slow),
+        *slow_but([("aot_eager", Narrated, {"sketch": 64})]),
+        *slow_but([("aot_eager", mogeo.MultiObjectiveOptimizer, {"refresh_every": 2})]),
     ],
 )
 def test_a_compiled_loop_trains_as_it_does_without_a_compiler(

@@ -1,8 +1,7 @@
 """What only hardware can tell: no synchronisation, CUDA graphs, determinism, mixed precision, lengths beyond 2³¹.
 
-The property tests of the kernels run on a GPU as well, and `pytest -m gpu` runs all of it: tests/kernels,
-test_triton_backend.py,
-and test_ops.py, test_min_norm.py, test_descent.py with the backend "cuda".
+The property tests of the kernels run on a GPU as well, and `pytest -m gpu` runs all of it: tests/kernels, and
+tests/geometry with the backend "cuda".
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ import numpy as np
 from torch import Tensor, nn
 
 _DEEPEST = 6
-#: Of a list, a dict or an object, how many entries count; and how many things in all. A data set has a million rows.
+# How many entries of a list, a dict or an object are looked at, and how many things in all: it may be a data set.
 _WIDEST, _MOST = 200, 2000
+# Types that hold no module, or too much to search, as Python's modules and classes do.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, type, types.ModuleType)
 
 
@@ -53,22 +54,20 @@ def _within(thing: Any) -> list[Any]:
         return [thing.__self__, thing.__func__]
     if not isinstance(thing, types.FunctionType):
         return _attributes(thing)
-    # A compiled function, or one that wraps another, says which.
+    # torch.compile and functools.wraps keep the original function in these attributes.
     inner = [getattr(thing, name, None) for name in ("_torchdynamo_orig_callable", "__wrapped__")]
     cells = []
     for cell in thing.__closure__ or ():
-        try:
+        with suppress(ValueError):  # not filled yet
             cells.append(cell.cell_contents)
-        except ValueError:  # not filled yet
-            continue
     named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
     return [*inner, *cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *named]
 
 
 def _attributes(thing: Any) -> list[Any]:
-    """What an object keeps, past any `__getattr__`, and how it is called: a loss may be an object with `__call__`."""
+    """Values of an object's attributes, without calling its `__getattr__`; and its `__call__`, if its class has one."""
     kind, held = type(thing), []
-    if isinstance(kind.__call__, types.FunctionType):  # else that of `type`, which makes objects
+    if isinstance(kind.__call__, types.FunctionType):  # a class without one has that of `type`, which makes objects
         held.append(kind.__call__)
     with suppress(AttributeError):
         held.extend(islice(object.__getattribute__(thing, "__dict__").values(), _WIDEST))

@@ -38,8 +38,9 @@ class _Autocast(NamedTuple):
 class Repeatable:
     """Wraps a callable loss; later calls see the random state, the autocast and the buffers of the first.
 
-    Buffers are those of the modules that the callable holds (`mogeo.losses.reachable`), and of every module that was
-    called while it ran, with all within them. After a later call they hold again what they held before it.
+    Buffers are those of the modules that the callable holds (`mogeo.losses.reachable`), and, if none of these is
+    compiled, of every other module that was called while it ran; with all modules within them. After a later call they
+    hold again what they held before it.
 
     Args:
         name: of the objective, for the error.
@@ -179,8 +180,9 @@ class _Watch:
 def _restored(buffers: list[_Buffer]) -> Iterator[None]:
     """Within this context, modules have buffers of the values that they had; afterwards, the buffers they have now.
 
-    Copies take their place, so that no buffer is written to which a graph has saved for its backward. What is written
-    to the buffers all the same, by code that holds them itself, is undone, past the counter by which autograd notices.
+    Copies take their place, so that no buffer is written to which a graph has saved for its backward. Code that
+    holds the buffers themselves, as compiled code does, still writes to them: their values are then put back, through
+    `.data`, since autograd would otherwise refuse the backward of that graph.
     """
     originals = {id(buffer.tensor): buffer.tensor for buffer in buffers}
     values = {key: tensor.detach().clone() for key, tensor in originals.items()}

@@ -54,7 +54,7 @@ def leaves_reached(losses: Sequence[Tensor], belongs: Callable[[Tensor], bool]) 
 
     Args:
         losses: with their graphs.
-        belongs: says so of a leaf.
+        belongs: tells whether a leaf is one of those to leave out.
     """
     found: list[Tensor] = []
     hidden: dict[Tensor, None] = {}

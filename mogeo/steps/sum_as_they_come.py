@@ -60,7 +60,8 @@ class SumAsTheyCome(Step):
         self._each(call, captures, rules, keep_graphs=call.retain_graph)
 
     def _may_sum(self, losses: list[Tensor], captures: Captures) -> bool:
-        """Whether losses may be summed before their backward: not if parameters of others want the plain sum.
+        """Whether losses may be summed, weighed, before their backward: not if they reach parameters outside the base
+        optimizer, which get the plain sum of all gradients.
 
         Leaves that are no parameters do not count: every forward makes them anew, as `enable_input_require_grads` does.
         """

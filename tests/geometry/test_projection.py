@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mogeo.geometry import ops
 from mogeo.geometry.projection import SignedSketch
-from tests.profiles import examples
+from tests.profiles import examples, slow_but
 from tests.reference import sketch as reference
 from tests.row_asserts import assert_sketched
 from tests.strategies import DTYPES, Sketched, sketched
@@ -175,10 +175,7 @@ def transformer_gradients(generator: torch.Generator) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("kind", "dimension"),
     [
-        pytest.param(hot_column, 64, marks=pytest.mark.slow),
-        pytest.param(hot_column, 128, marks=pytest.mark.slow),
-        pytest.param(equal, 64, marks=pytest.mark.slow),
-        pytest.param(heavy_tails, 128, marks=pytest.mark.slow),
+        *slow_but([(hot_column, 64), (hot_column, 128), (equal, 64), (heavy_tails, 128)]),
         (small_tensors, 64),
         (transformer_gradients, 128),
     ],

@@ -31,8 +31,7 @@ SHAPES = [
     *((k, FP32) for k in (1, 2, 10, 11)),
     *((k, BF16) for k in (1, 7, 8)),
     *((k, FP16) for k in (3, 9)),
-    *(pytest.param(k, FP32, marks=pytest.mark.slow) for k in (16, 17, 32)),
-    *(pytest.param(k, BF16, marks=pytest.mark.slow) for k in (16, 31)),
+    *slow_but([(16, FP32), (17, FP32), (32, FP32), (16, BF16), (31, BF16)]),
 ]
 # Those that an interpreter is through with soon, of either kernel.
 SMALL_SHAPES = [(2, FP32), (7, BF16), (3, FP16), (11, FP32), (8, BF16), (9, FP16)]
@@ -168,12 +167,7 @@ def test_candidates(few_chunks: None, k: int, dtype: torch.dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize(("k", "dtype"), slow_but(ROWS_AND_DOT, (3, BF16), (11, FP32)))
 @pytest.mark.parametrize(
-    ("scale", "beside"),
-    [
-        (1e25, "normal"),
-        pytest.param(1e-25, "normal", marks=pytest.mark.slow),
-        pytest.param(1e-40, "zero", marks=pytest.mark.slow),
-    ],
+    ("scale", "beside"), slow_but([(1e25, "normal"), (1e-25, "normal"), (1e-40, "zero")], (1e25, "normal"))
 )
 def test_some_chunks_leave_fp32(three_tiles: None, k: int, dtype: torch.dtype, scale: float, beside: str) -> None:
     """Rows 0 and 2 do, in the second chunk; right to the digits of what each segment holds."""

@@ -41,15 +41,15 @@ class Slotted:
         return self.net(torch.ones(1, 1)).sum()
 
 
-class Unnamed:
-    """Whose class says how it is called, and with what."""
+class CallsAGlobal:
+    """Holds nothing itself: its `__call__` names a global."""
 
     def __call__(self) -> Tensor:
         return GLOBAL(torch.ones(1, 1)).sum()
 
 
 class Loud:
-    """Whose attributes are made as they are asked for."""
+    """Fails where an attribute is asked for that it does not have."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -101,7 +101,9 @@ def test_a_module_is_found_where_users_put_it(place: str) -> None:
     assert held_by(PLACES[place](net)) == [net]  # once, and the one on top only
 
 
-@pytest.mark.parametrize("function", [lambda: GLOBAL(1), lambda: IN_A_TABLE["here"], Unnamed(), Unnamed().__call__])
+@pytest.mark.parametrize(
+    "function", [lambda: GLOBAL(1), lambda: IN_A_TABLE["here"], CallsAGlobal(), CallsAGlobal().__call__]
+)
 def test_globals_that_the_code_names_count(function: Callable[[], Any]) -> None:
     assert held_by(function) == [GLOBAL]
 

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 import mogeo
 from tests.deciders import let_decide
 from tests.nets import Net, callables, gradient_rows, inputs, shared_losses, wrapped
+from tests.profiles import slow_but
 
 _ROOT = Path(mogeo.__file__).parent
 #: Where lines count: geometry and weightings only compute, and leave nothing behind.
@@ -59,7 +60,7 @@ def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
     )
 
 
-@pytest.mark.parametrize("every", [61, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", slow_but([61, 9], 61))
 @pytest.mark.parametrize("what", ["backward", "combine"])
 @pytest.mark.parametrize("had_gradients", [False, True])
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_an_interrupt_leaves_nothing_behind(
     optimizer = wrapped(net, weighting)
     optimizer.backward(form(net, inputs(7)))  # a step before, so that rows hold something
     optimizer.combine()
-    at, came_far = 0, True
+    at, came_far = every // 2 if had_gradients else 0, True  # other lines than without gradients
     while came_far:
         at += every
         optimizer.zero_grad()
