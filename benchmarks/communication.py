@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import multiprocessing
 import statistics
@@ -40,6 +39,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mogeo import MultiObjectiveOptimizer
+from mogeo.dpo.processes import leave_process_group
 
 LAYERS = 8
 
@@ -134,11 +134,8 @@ def measure(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> 
     if rank == 0:
         with open(f"{folder}/figures.json", "w") as file:
             json.dump({"bytes": moved, "seconds": taken}, file)
-    # Models first, which hold the group, and nobody before the others: or a thread of gloo's may outlive the process.
-    del steps
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    del steps  # its models hold the group
+    leave_process_group()
 
 
 def print_scale(objectives: int) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 from mogeo import MultiObjectiveOptimizer
 from mogeo.dpo.engines import make_engine
 from mogeo.dpo.losses import dpo_loss
-from mogeo.dpo.processes import current_processes
+from mogeo.dpo.processes import current_processes, leave_process_group
 from mogeo.plan.activations import outline, trace
 from mogeo.plan.memory import Mode, Setup, memory, modes
 
@@ -224,7 +224,7 @@ def measure_here(case: Case, by: str) -> int:
     _, mode = planned(case)  # imports and caches whatever a model needs, before anything is measured
     found = {"allocations": allocated, "resident": resident}[by](lambda: take_steps(case, mode))
     if case.ranks > 1:
-        dist.destroy_process_group()
+        leave_process_group()
     return found
 
 

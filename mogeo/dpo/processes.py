@@ -6,9 +6,10 @@ finds no such variables is alone; nothing here then communicates. Knows no model
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -197,6 +198,19 @@ def join_processes(device: str) -> Iterator[Processes]:
         if place.type != "cuda":
             dist.destroy_process_group()
         raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End torch's default process group, when all ranks have come here and nothing holds it any more. A collective.
+
+    A model in `DistributedDataParallel` holds the group, and reference cycles hold the model: it is collected first.
+    Otherwise, as the process ends, gloo may find a thread of its own still running, and abort: a run that has done all
+    its work is then reported as failed.
+    """
+    gc.collect()
+    with suppress(RuntimeError):  # another rank failed, and says itself why
+        current_processes().any(False)  # waits for all ranks
     dist.destroy_process_group()
 
 

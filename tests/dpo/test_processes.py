@@ -1,12 +1,26 @@
 """Which processes there are, what is told to whom, and what is refused before anybody waits."""
 
 import contextlib
+import gc
+import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mogeo.dpo.config import AlignConfig
-from mogeo.dpo.processes import Processes, current_processes, device_of_rank, join_processes, launched_processes
+from mogeo.dpo.processes import (
+    Processes,
+    current_processes,
+    device_of_rank,
+    join_processes,
+    launched_processes,
+    leave_process_group,
+)
 from mogeo.dpo.scoring import score_sequences
 from mogeo.dpo.tokens import TokenSequence
 from mogeo.errors import InputError
@@ -108,3 +122,43 @@ def test_ranks_share_the_scoring_and_get_the_same_bits(make_model):
     for result, told, any_set in run(2, scores, model):
         assert torch.equal(result, expected)
         assert (told, any_set) == ("rank 0", True)
+
+
+def test_a_model_that_holds_the_group_is_gone_before_it_ends(monkeypatch):
+    """Though a reference cycle holds the model."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    object.__setattr__(model, "itself", model)
+    reference, destroy, gone = weakref.ref(model), dist.destroy_process_group, []
+
+    def end():
+        gone.append(reference() is None)
+        destroy()
+
+    monkeypatch.setattr(dist, "destroy_process_group", end)
+    gc.disable()
+    try:
+        del model
+        assert reference() is not None
+        leave_process_group()
+    finally:
+        gc.enable()
+    assert gone == [True]
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_nobody_leaves_before_the_others_have_come(tmp_path):
+    assert run(2, leave_late, str(tmp_path / "come")) == [True, True]
+
+
+def leave_late(path):
+    """Of two ranks the first comes late. Afterwards they meet in a new group, as the runner expects them to."""
+    if dist.get_rank() == 0:
+        time.sleep(1.0)
+        Path(path).touch()
+    rank = dist.get_rank()
+    leave_process_group()
+    all_had_come = Path(path).exists()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{path}.store", 2), rank=rank, world_size=2)
+    return all_had_come
