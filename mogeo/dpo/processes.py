@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mogeo.errors import InputError
 
 T = TypeVar("T")
 
+_LET_GO = 0.2  # seconds that threads of a process group have, to take Python's lock for a moment
 _VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher, as is WORLD_SIZE
 
 
@@ -196,22 +198,33 @@ def join_processes(device: str) -> Iterator[Processes]:
     except BaseException:
         # With NCCL this would wait for the other ranks, which may never come. The group ends with the process anyway.
         if place.type != "cuda":
-            dist.destroy_process_group()
+            _end_group()
         raise
     leave_process_group()
 
 
 def leave_process_group() -> None:
-    """End torch's default process group, when all ranks have come here and nothing holds it any more. A collective.
+    """End torch's default process group, when all ranks have come here. A collective.
 
-    A model in `DistributedDataParallel` holds the group, and reference cycles hold the model: it is collected first.
-    Otherwise, as the process ends, gloo may find a thread of its own still running, and abort: a run that has done all
-    its work is then reported as failed.
+    Whoever calls this is about to end the process, which must not abort: a run that has done all its work would be
+    reported as failed.
     """
-    gc.collect()
+    gc.collect()  # a model in DistributedDataParallel holds the group, and reference cycles hold the model
     with suppress(RuntimeError):  # another rank failed, and says itself why
         current_processes().any(False)  # waits for all ranks
+    _end_group()
+
+
+def _end_group() -> None:
+    """Destroy the default group, and let gloo's threads let go of the tensors that they were given.
+
+    A thread of gloo needs Python's lock for that, some time after the collective has returned. If it asks for the lock
+    when Python has begun to end the process, the process aborts ("terminate called without an active exception"). A
+    group that nothing holds waits for its threads as it is destroyed; but torch's own caches hold the group of an
+    FSDP2 model. While this thread sleeps, the lock is free.
+    """
     dist.destroy_process_group()
+    time.sleep(_LET_GO)
 
 
 def _number(variable: str, default: str = "") -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -145,6 +146,27 @@ def test_a_model_that_holds_the_group_is_gone_before_it_ends(monkeypatch):
         gc.enable()
     assert gone == [True]
     assert not dist.is_initialized()
+
+
+def test_threads_of_a_group_that_somebody_holds_let_go_of_every_tensor():
+    """Otherwise they may ask for Python's lock while the process ends, which aborts it.
+
+    No thread is made to give up the lock here: the others have it only while this one waits.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    holder, given, interval = dist.group.WORLD, [], sys.getswitchinterval()
+    sys.setswitchinterval(100.0)
+    try:
+        for _ in range(100):
+            tensor = torch.zeros(1000)
+            given.append(weakref.ref(tensor))
+            dist.all_reduce(tensor, async_op=True)
+        del tensor
+        leave_process_group()
+        assert holder is not None
+        assert not any(reference() is not None for reference in given)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.slow
