@@ -134,7 +134,7 @@ def measure(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> 
     if rank == 0:
         with open(f"{folder}/figures.json", "w") as file:
             json.dump({"bytes": moved, "seconds": taken}, file)
-    del steps  # its models hold the group
+    del steps  # or its models would still hold the group
     leave_process_group()
 
 

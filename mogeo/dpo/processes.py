@@ -22,7 +22,7 @@ from mogeo.errors import InputError
 
 T = TypeVar("T")
 
-_LET_GO = 0.2  # seconds that threads of a process group have, to take Python's lock for a moment
+_LET_GO = 0.2  # seconds that gloo's threads are given to let go of their tensors
 _VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher, as is WORLD_SIZE
 
 
@@ -216,12 +216,12 @@ def leave_process_group() -> None:
 
 
 def _end_group() -> None:
-    """Destroy the default group, and let gloo's threads let go of the tensors that they were given.
+    """Destroy the default group, and give gloo's threads time to let go of the tensors of its collectives.
 
-    A thread of gloo needs Python's lock for that, some time after the collective has returned. If it asks for the lock
-    when Python has begun to end the process, the process aborts ("terminate called without an active exception"). A
-    group that nothing holds waits for its threads as it is destroyed; but torch's own caches hold the group of an
-    FSDP2 model. While this thread sleeps, the lock is free.
+    A thread of gloo does so some time after the collective has returned, and needs Python's lock (the GIL) for it. If
+    it asks for the lock while Python ends the process, the process aborts ("terminate called without an active
+    exception"). A group that nothing refers to any more waits for its threads when it is destroyed. But torch's caches
+    still refer to the group of an FSDP2 model, and then nothing waits: so this function sleeps, which frees the lock.
     """
     dist.destroy_process_group()
     time.sleep(_LET_GO)
