@@ -166,11 +166,11 @@ def complementarity(matrix: list[list[Any]], start: list[Any], scale: list[Any],
         pivot = tableau[driving][driving]
         independent = pivot > arithmetic.pivot_tolerance
         if independent and (block is None or -constant[driving] / pivot <= block):
-            _pivot(tableau, constant, driving)
+            exchange(tableau, constant, driving)
             support[driving] = True
             driving = -1
         elif block is not None:
-            _pivot(tableau, constant, blocker)
+            exchange(tableau, constant, blocker)
             support[blocker] = False
             reached = block
         else:
@@ -180,8 +180,11 @@ def complementarity(matrix: list[list[Any]], start: list[Any], scale: list[Any],
     return [constant[i] if support[i] else zero for i in indices]
 
 
-def _pivot(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
-    """Exchange basic and non-basic variable `index`, in place."""
+def exchange(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
+    """Exchange basic and non-basic variable `index`, in place.
+
+    A column after those of the variables changes as the constants do.
+    """
     row = tableau[index]
     inverse = 1 / row[index]
     start = constant[index]
