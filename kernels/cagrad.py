@@ -1,9 +1,9 @@
 """Conflict-averse weights, CAGrad's and RACO's, from the Gram matrix, in one launch.
 
-Knows tensors only; arguments come checked, from `mogeo.geometry.ops`. The problem, and how its solution is followed from
-kink to kink until its length is s, is derived in `mogeo.geometry.exact_cagrad`; pivots and both arithmetics are those of
-`mogeo.kernels.min_norm`. Here too rows are scaled by powers of two, which round nothing, and the optimality conditions
-are certified in double-double.
+Knows tensors only; arguments come checked, from `mogeo.geometry.ops`. The problem, and how its solution is followed
+from kink to kink until its length is s, is derived in `mogeo.geometry.exact_cagrad`; the exchange of variables and both
+arithmetics are those of `mogeo.kernels.min_norm`. Here too rows are scaled by powers of two, which round nothing, and
+the optimality conditions are certified in double-double.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.double_double import add, divide, fine_total, less, multiply, times_vector, total, two_product, two_sum
+from mogeo.kernels.double_double import (
+    add,
+    divide,
+    fine_total,
+    less,
+    multiply,
+    times_vector,
+    total,
+    two_product,
+    two_sum,
+)
 from mogeo.kernels.min_norm import (
     MAX_OBJECTIVES,
     exchange_factors,
@@ -122,9 +132,8 @@ def _followed(
         y, y_low = tl.where(inside, y, 0.0), tl.where(inside, y_low, 0.0)
         growth, growth_low = tl.where(support, r, 0.0), tl.where(support, r_low, 0.0)
         step = _step_to(A, y, y_low, growth, growth_low, squared, squared_low, FINE)
-        ahead, _ = add(
-            tl.where(straight_on, reached, kink), tl.where(straight_on, reached_low, kink_low), -reached, -reached_low, FINE
-        )  # fmt: skip
+        goal, goal_low = tl.where(straight_on, reached, kink), tl.where(straight_on, reached_low, kink_low)
+        ahead, _ = add(goal, goal_low, -reached, -reached_low, FINE)
         begun = tl.max(support.to(tl.int32), axis=0) != 0
         done = tl.where(begun & (straight_on | (step <= ahead)), 1, 0)
 
@@ -301,9 +310,7 @@ def cagrad(gram: Tensor, base: Tensor, c: float, clipped: bool) -> tuple[Tensor,
     return weights, gap, status
 
 
-def launch(
-    gram: Tensor, base: Tensor, weights: Tensor, gap: Tensor, status: Tensor, c: float, clipped: bool
-) -> Launch:
+def launch(gram: Tensor, base: Tensor, weights: Tensor, gap: Tensor, status: Tensor, c: float, clipped: bool) -> Launch:
     """What `cagrad` launches."""
     count = gram.shape[-1]
     options: dict[str, Any] = {
@@ -311,7 +318,7 @@ def launch(
         "SIDE": square_side(count),
         "C": float(c),
         "CLIPPED": clipped,
-        "num_warps": 4 if count > 16 else 1,
+        "num_warps": 8 if count > 16 else 4 if count > 8 else 1,  # with fewer, registers spill
         "enable_fp_fusion": False,
     }
     return Launch(_cagrad, (gap.numel(),), [gram, base, weights, gap, status], options)

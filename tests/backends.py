@@ -23,6 +23,7 @@ from hypothesis import given
 from torch import Tensor
 
 import mogeo
+from mogeo.geometry.ops import ConflictAverse, conflict_averse_weights
 from tests import profiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -37,6 +38,7 @@ class Backend:
     combine: Callable[..., Tensor]
     min_norm_weights: Callable[[Tensor], mogeo.MinNorm]
     descent_weights: Callable[..., mogeo.Descent]
+    conflict_averse_weights: Callable[..., ConflictAverse]
     thrift: int  #: one example is tried where others try this many
     max_k: int  #: rows of a random example
 
@@ -92,6 +94,13 @@ def _descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = 
     )
 
 
+def _conflict_averse_weights(gram: Tensor, weights: Tensor, c: float, *, clipped: bool = False) -> ConflictAverse:
+    from mogeo.geometry import triton_backend
+
+    gram, weights = gram.detach().to(torch.float64), weights.detach().to(torch.float64)
+    return ConflictAverse(*triton_backend.cagrad(gram, weights, c, clipped))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # CUDA
 
@@ -139,10 +148,15 @@ def elsewhere(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------------
 # The table
 
-_FUNCTIONS = (mogeo.gram, mogeo.gram_by_segment, mogeo.combine, mogeo.min_norm_weights, mogeo.descent_weights)
+_FUNCTIONS = (
+    mogeo.gram, mogeo.gram_by_segment, mogeo.combine, mogeo.min_norm_weights, mogeo.descent_weights,
+    conflict_averse_weights,
+)  # fmt: skip
 
 CPU = Backend(*_FUNCTIONS, thrift=1, max_k=32)
-TRITON = Backend(_gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, thrift=10, max_k=8)
+TRITON = Backend(
+    _gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, _conflict_averse_weights, thrift=10, max_k=8
+)
 CUDA = Backend(*(elsewhere(function, "cuda") for function in _FUNCTIONS), thrift=1, max_k=32)  # type: ignore[misc, arg-type]
 
 _CPU = pytest.param(CPU, id="cpu")

@@ -65,8 +65,8 @@ def conflict_averse(
 ) -> tuple[list[float], float, Status]:
     """Weights of CAGrad's direction on the raw gradients; or RACO's, where p is clipped.
 
-    Rows whose diagonal is not positive (solved objectives) and rows that are not finite take no part, and v is scaled to
-    the sum 1 over the others.
+    Rows whose diagonal is not positive (solved objectives) and rows that are not finite take no part, and v is scaled
+    to the sum 1 over the others.
 
     Args:
         gram: M, symmetric positive semi-definite up to rounding, [K][K].
@@ -79,8 +79,8 @@ def conflict_averse(
         clipping, ≥ f(p) − min f, in units of `gram`; and the status:
 
         - `OPTIMAL`: no ⟨d, g_k⟩ is below f(p) by more than 1e-13 ‖g_k‖ Σ_j w_j ‖g_j‖, w being the weights of d.
-        - `UNDECIDED`: g_p (or its clipped like) is zero to the rounding of a Gram matrix, so that it has no direction to
-          speak of: gradients balance out, as at a Pareto-stationary point. The weights are v.
+        - `UNDECIDED`: gradients balance out, as at a Pareto-stationary point: g_p (or its clipped like) is zero to the
+          rounding of a Gram matrix (`BALANCED`), and has no direction that is known. The weights are v.
         - `STALLED`: M is not positive semi-definite; the weights are those of the p that was found.
         - `ZERO`: no objective has a gradient; v. `NONFINITE`: none has a finite one; zeros.
     """
@@ -104,9 +104,7 @@ def conflict_averse(
     return found, math.ldexp(gap, -exponent), status
 
 
-def _solve(
-    matrix: list[list[float]], base: list[float], c: float, clipped: bool
-) -> tuple[list[float], float, Status]:
+def _solve(matrix: list[list[float]], base: list[float], c: float, clipped: bool) -> tuple[list[float], float, Status]:
     """`conflict_averse` for a finite matrix with a positive diagonal, and v on the simplex."""
     mixture = _followed(matrix, base, c, FLOATS)
     ending = _ended(matrix, base, c, mixture, clipped, FLOATS)

@@ -32,14 +32,17 @@ CERTIFICATE_TOLERANCE = 1e-13
 
 
 class Status(IntEnum):
-    """What `min_norm` and `mogeo.geometry.exact_harmless.nearest_descent` say of their result; docs/solver.md."""
+    """What `min_norm`, `nearest_descent` of `exact_harmless` and `conflict_averse` of `exact_cagrad` say of a result.
+
+    docs/solver.md has what each promises.
+    """
 
     OPTIMAL = 0  #: the optimality conditions hold to rounding; and the direction is right for any rows with this Gram
     STALLED = 1  #: they do not, for the matrix is no Gram matrix to rounding; weights are the best of those tried
     ZERO = 2  #: every gradient is zero: nothing is left to descend, and the direction is zero
     NONFINITE = 3  #: no objective has a finite gradient; the weights of `min_norm` are zero
     NONPOSITIVE_LOSS = 4  #: a loss that divides is not positive; its objective has weight 0 (found on a GPU only)
-    UNDECIDED = 5  #: some gradients balance out, and the Gram's rounding hides which harmless direction is nearest
+    UNDECIDED = 5  #: some gradients balance out, and the Gram's rounding hides which direction is the right one
 
 
 class Arithmetic(NamedTuple):

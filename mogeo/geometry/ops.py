@@ -1,5 +1,6 @@
 """The functional core: gram, combine, min_norm_weights, descent_weights, conflict_averse_weights; and the arithmetic of
-sketches. Checks its arguments (`mogeo.geometry.projection` checks those of sketches); the one place that chooses an implementation.
+sketches. Checks its arguments (`mogeo.geometry.projection` checks those of sketches); the one place that chooses an
+implementation.
 
 Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels
 (`mogeo.geometry.triton_backend`), all others PyTorch operations and the scalar solver (`mogeo.geometry.torch_backend`).
@@ -211,7 +212,8 @@ def conflict_averse_weights(gram: Tensor, weights: Tensor, c: float, *, clipped:
     d = g₀ + s g_p / ‖g_p‖: exact and certified, as the weights of `min_norm_weights` are. RACO's direction has
     min(p, v) in place of p. Solved objectives and gradients that are not finite take no part and get weight 0.
 
-    - `OPTIMAL`: for the d of CAGrad, no ⟨d, g_k⟩ lies below the optimum by more than 1e-13 ‖g_k‖ Σ_j w_j ‖g_j‖.
+    - `OPTIMAL`: no ⟨d, g_k⟩ of CAGrad's d lies below the optimum by more than 1e-13 ‖g_k‖ Σ_j w_j ‖g_j‖, w being the
+      weights of d.
     - `UNDECIDED`: gradients balance out: g_p is shorter than 1e-3 Σ_k p_k ‖g_k‖, which may be the rounding of a Gram
       matrix of fp32 rows, and its direction is not known. The weights are v.
     - `STALLED`: M is not positive semi-definite; the weights are those of the p that was found.
@@ -220,7 +222,7 @@ def conflict_averse_weights(gram: Tensor, weights: Tensor, c: float, *, clipped:
     Args:
         gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding; or [..., K, K].
         weights: v [K], > 0; scaled to the sum 1 over who takes part. Or [..., K].
-        c: ≥ 0. Below 1, where all gradients are those of one batch, d never ascends on Σ_k v_k L_k.
+        c: ≥ 0. Below 1, d descends on Σ_k v_k L_k.
         clipped: RACO's.
 
     Returns:
@@ -237,7 +239,7 @@ def conflict_averse_weights(gram: Tensor, weights: Tensor, c: float, *, clipped:
     if weights.shape != gram.shape[:-1]:
         raise ValueError(f"weights have shape {tuple(weights.shape)}: a Gram {tuple(gram.shape)} needs [..., K]")
     if not 0 <= c < math.inf:
-        raise ValueError(f"c={c}: pass a finite number ≥ 0, the radius around the mean gradient in units of its length")
+        raise ValueError(f"c={c}: pass a finite number ≥ 0, the radius around the mean in units of its length")
     weights = weights.detach().to(device=gram.device, dtype=torch.float64)
     return ConflictAverse(*torch.ops.mogeo.cagrad(gram.detach().to(torch.float64), weights, c, clipped))
 

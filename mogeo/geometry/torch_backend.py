@@ -132,7 +132,10 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = scalar_descent.ROUN
 
 
 def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights fp64 [..., K], gap fp64 [...] and status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K]."""
+    """Weights fp64 [..., K], gap fp64 [...], status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K].
+
+    As `mogeo.geometry.exact_cagrad.conflict_averse`.
+    """
     count = gram.shape[-1]
     matrices = (gram / 2 + gram.mT / 2).reshape(-1, count, count).tolist()
     found = [

@@ -95,7 +95,10 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = descent_kernel.ROUN
 
 
 def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights fp64 [..., K], gap fp64 [...] and status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K]."""
+    """Weights fp64 [..., K], gap fp64 [...], status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K].
+
+    As `mogeo.geometry.exact_cagrad.conflict_averse`.
+    """
     if gram.shape[-1] > MOST_ROWS:
         return torch_backend.cagrad(gram, weights, c, clipped)
     made, gap, status = cagrad_kernel.cagrad(gram.contiguous(), weights.contiguous(), c, clipped)
