@@ -370,40 +370,34 @@ def alignment_tables(result: AlignResult) -> list[Table]:
 
     One table; none for a run without alignments, whose weighting needed no objective's gradient by itself.
     """
-    from mogeo.figures.records import column, mean, of_mean_gradients, of_training, share_hurt
+    from mogeo.figures.records import alignments, column, mean, of_mean_gradients, of_training, share_hurt
 
     records = of_training(result.history, "alignment")
     if not records:
         return []
-    tracked = of_training(records, "noise_scale")
-    header = ["objective", "steps that hurt, %", "mean alignment"]
+    tracked = of_mean_gradients(records)
+    header, rows = ["objective", "mean alignment", "steps that hurt, %"], []
     if tracked:
-        header += ["noise scale at the end", "mean evidence"]
-    rows = []
+        header += ["surely, %", "noise scale at the end", "mean evidence"]
     for name in result.after.accuracy:
-        row = [name, f"{100 * share_hurt(records, name):.1f}", f"{mean(column(records, 'alignment', name)):+.3f}"]
+        row = [name, f"{mean(alignments(records, name)):+.3f}", f"{100 * share_hurt(records, name):.1f}"]
         if tracked:
-            row += [_noise_scale(tracked[-1:], name), f"{mean(column(tracked, 'evidence', name)):.2f}"]
+            surely, evidence = share_hurt(records, name, errors=2), mean(column(records, "evidence", name))
+            row += [f"{100 * surely:.1f}", _noise_scale(records[-1:], name), f"{evidence:.2f}"]
         rows.append(row)
-    lines = [
-        "alignment: cosine between the direction of a step and the objective's gradient; below zero the step hurts."
-    ]
-    if of_mean_gradients(records):
-        lines.append(
-            "The gradients are mean gradients, tracked over the steps; steps in which they cannot be told do not count."
-        )
-    else:
-        lines.append(
-            "The gradients are those of the step's own batch, which flatter it by their noise; --track tells more."
-        )
-    if tracked:
-        lines.append(
-            "noise scale: how many of a step's batches to average until the gradient's signal equals its noise."
-        )
-        lines.append(
-            "evidence: how far the weight rested on measured gradients, and not on the preference; from 0 to 1."
-        )
-    return [Table("What the steps did to each objective", header, rows, "\n".join(lines))]
+    note = _OF_MEAN_GRADIENTS if tracked else _OF_MINI_BATCHES
+    return [Table("What the steps did to each objective", header, rows, note)]
+
+
+_OF_MEAN_GRADIENTS = """\
+alignment: cosine between a step's direction and the objective's mean gradient, as tracked; below zero, the step hurts
+it, and surely so if by two standard errors. noise scale: how many of a step's batches to average until the signal in
+the gradient equals the noise. evidence: how far the weight rested on measured gradients, and not on the preference."""
+
+_OF_MINI_BATCHES = """\
+alignment: cosine between a step's direction and the objective's gradient in the step's batch; below zero, the step
+hurts it. The direction is made of the same gradients, and their noise flatters it: --track tells what steps do on
+average."""
 
 
 def _noise_scale(of_step: Sequence[Record], name: str) -> str:

@@ -27,9 +27,10 @@ from mogeo.figures.panels import (
 )
 from mogeo.figures.records import (
     StepRecord,
+    alignments,
     column,
+    cosines,
     lower_bounds,
-    matrices,
     of_mean_gradients,
     of_training,
     quantile,
@@ -53,7 +54,8 @@ def draw_over_steps(path: Path, what: str, objectives: Sequence[str], runs: Runs
     """
 
     def draw(ax: Any, label: str, records: Sequence[StepRecord]) -> None:
-        _draw_objectives(ax, objectives, records, field)
+        for i, name in enumerate(objectives):
+            draw_noisy(ax, _steps(records), column(records, field, name), name, line(i))
         head(ax, label, dots_and_line(len(records)))
 
     return _draw_runs(path, f"{what} of each objective", runs, field, draw)
@@ -63,29 +65,33 @@ def draw_alignment(path: Path, objectives: Sequence[str], runs: Runs) -> Path | 
     """Draw the cosine between each step's direction and each objective's gradient: one panel per run."""
 
     def draw(ax: Any, label: str, records: Sequence[StepRecord]) -> None:
-        _draw_objectives(ax, objectives, records, "alignment")
-        whose = _whose_gradients(records)
-        if of_training(records, "alignment_error"):
-            _draw_errors(ax, objectives, records)
-            whose += "; band: 2 standard errors"
+        for i, name in enumerate(objectives):
+            draw_noisy(ax, _steps(records), alignments(records, name), name, line(i))
         ax.axhline(0, color="black", linewidth=0.8)
-        head(ax, label, f"{whose}\n{dots_and_line(len(records))}")
+        head(ax, label, f"{_whose_gradients(records)}\n{dots_and_line(len(records))}")
 
     title = "Cosine between direction and gradient (below zero: the step hurts the objective)"
     return _draw_runs(path, title, runs, "alignment", draw)
 
 
 def draw_hurt(path: Path, objectives: Sequence[str], runs: Runs) -> Path | None:
-    """Draw the share of the steps so far that hurt each objective: one panel per run."""
+    """Draw the share of the steps so far that hurt each objective: one panel per run.
+
+    Where alignments have standard errors, another line counts only the steps that hurt it by two of them.
+    """
 
     def draw(ax: Any, label: str, records: Sequence[StepRecord]) -> None:
         from matplotlib.ticker import PercentFormatter
 
-        shares = [share_hurt_so_far(records, name) for name in objectives]
-        for i, (name, share) in enumerate(zip(objectives, shares, strict=True)):
-            ax.plot(_steps(records), share, label=plain(name), **line(i))
+        remark = "line: all steps up to there"
+        for i, name in enumerate(objectives):
+            ax.plot(_steps(records), share_hurt_so_far(records, name), label=plain(name), **line(i))
+        if of_training(records, "alignment_error"):
+            remark += "; thin: by 2 standard errors"
+            for i, name in enumerate(objectives):
+                ax.plot(_steps(records), share_hurt_so_far(records, name, 2), **{**line(i), "linewidth": 0.6})
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        head(ax, label, f"{_whose_gradients(records)}\nline: share of all steps up to there, not a running mean")
+        head(ax, label, f"{_whose_gradients(records)}\n{remark}")
 
     title = "Share of the steps so far that hurt each objective (alignment below zero)"
     return _draw_runs(path, title, runs, "alignment", draw)
@@ -187,28 +193,15 @@ def _draw_runs(
     return path
 
 
-def _draw_objectives(ax: Any, objectives: Sequence[str], records: Sequence[StepRecord], field: str) -> None:
-    for i, name in enumerate(objectives):
-        draw_noisy(ax, _steps(records), column(records, field, name), name, line(i))
-
-
-def _draw_errors(ax: Any, objectives: Sequence[str], records: Sequence[StepRecord]) -> None:
-    """Draw where each objective's alignment may lie: two standard errors around it, and always a cosine."""
-    for i, name in enumerate(objectives):
-        alignment, error = column(records, "alignment", name), column(records, "alignment_error", name)
-        low, high = (np.clip(alignment + n * error, -1, 1) for n in (-2, 2))
-        ax.fill_between(_steps(records), low, high, color=line(i)["color"], alpha=0.12, linewidth=0)
-
-
 def _draw_pairs(ax: Any, objectives: Sequence[str], records: Sequence[StepRecord], field: str) -> None:
     """Draw the cosines of each pair of objectives; of many pairs, their range and the middle one."""
-    of_steps = matrices(records, field)
-    cosines = {(i, j): of_steps[:, i, j] for i, j in combinations(range(len(objectives)), 2)}
-    if len(cosines) <= _MAX_PAIRS:
-        for n, ((i, j), values) in enumerate(cosines.items()):
+    of_steps = cosines(records, field)
+    pairs = {(i, j): of_steps[:, i, j] for i, j in combinations(range(len(objectives)), 2)}
+    if len(pairs) <= _MAX_PAIRS:
+        for n, ((i, j), values) in enumerate(pairs.items()):
             draw_noisy(ax, _steps(records), values, f"{objectives[i]} · {objectives[j]}", line(n))
         return
-    of_pairs = np.stack([*cosines.values()])  # [pairs, steps]
+    of_pairs = np.stack([*pairs.values()])  # [pairs, steps]
     low, middle, high = (quantile(of_pairs, q) for q in (0.0, 0.5, 1.0))
     ax.fill_between(_steps(records), low, high, color=LINES[0], alpha=0.2, label="range of all pairs, step by step")
     draw_noisy(ax, _steps(records), middle, "median pair", line(0))

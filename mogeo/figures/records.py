@@ -33,9 +33,20 @@ def lower_bounds(records: Sequence[StepRecord], name: str) -> Floats:
     return _floats([((record.get("noise_scale_interval") or {}).get(name) or [None])[0] for record in records])
 
 
-def matrices(records: Sequence[StepRecord], field: str) -> Floats:
-    """`record[field]` of each record that has it, a matrix of K rows and columns: fp64 [len(records), K, K]."""
-    return _floats([record[field] for record in records])
+def alignments(records: Sequence[StepRecord], name: str) -> Floats:
+    """The cosine between the direction of each step and an objective's gradient, fp64 [len(records)].
+
+    Estimates from few steps may lie beyond what a cosine can be: ±1 then.
+    """
+    return np.clip(column(records, "alignment", name), -1, 1)
+
+
+def cosines(records: Sequence[StepRecord], field: str) -> Floats:
+    """`record[field]` of records that have it, the cosines of K gradients, fp64 [len(records), K, K].
+
+    As in `alignments`, ±1 is the most.
+    """
+    return np.clip(_floats([record[field] for record in records]), -1, 1)
 
 
 def of_mean_gradients(records: Sequence[StepRecord]) -> bool:
@@ -48,28 +59,22 @@ def of_mean_gradients(records: Sequence[StepRecord]) -> bool:
     return told == {"mean gradients"}
 
 
-def hurts(records: Sequence[StepRecord], name: str) -> Floats:
-    """1.0 where the alignment of an objective is negative, 0.0 where it is not, NaN where it is not known.
-
-    Args:
-        records: of training steps.
-        name: of the objective.
-    """
-    alignment = column(records, "alignment", name)
-    return np.where(np.isnan(alignment), np.nan, alignment < 0)
-
-
-def share_hurt(records: Sequence[StepRecord], name: str) -> float:
+def share_hurt(records: Sequence[StepRecord], name: str, errors: float = 0.0) -> float:
     """The share of a run's steps that hurt an objective: whose alignment with it is negative.
 
     Steps whose alignment is not known are left out; NaN if there are no others.
+
+    Args:
+        records: of a run.
+        name: of the objective.
+        errors: count only steps whose alignment is negative by more than so many of its standard errors.
     """
-    return mean(hurts(of_training(records), name))
+    return mean(_hurts(of_training(records), name, errors))
 
 
-def share_hurt_so_far(records: Sequence[StepRecord], name: str) -> Floats:
+def share_hurt_so_far(records: Sequence[StepRecord], name: str, errors: float = 0.0) -> Floats:
     """For each of these records, `share_hurt` of it and all before it, fp64 [len(records)]."""
-    found = hurts(records, name)
+    found = _hurts(records, name, errors)
     known = np.cumsum(~np.isnan(found))
     return np.where(known > 0, np.nancumsum(found) / np.maximum(known, 1), np.nan)
 
@@ -93,6 +98,14 @@ def mean(values: Floats) -> float:
 def quantile(rows: Floats, q: float) -> Floats:
     """Quantile of each column, NaNs left out. NaN for a column of NaNs (np.nanquantile would also warn)."""
     return np.array([np.nan if np.isnan(c).all() else np.nanquantile(c, q) for c in rows.T])
+
+
+def _hurts(records: Sequence[StepRecord], name: str, errors: float) -> Floats:
+    """1.0 where an objective is hurt, 0.0 where it is not, NaN where its alignment is not known."""
+    alignment = column(records, "alignment", name)
+    # Where an error is not known, nothing is certain: NaN is not below zero.
+    upper = alignment + errors * column(records, "alignment_error", name) if errors else alignment
+    return np.where(np.isnan(alignment), np.nan, upper < 0)
 
 
 def _floats(values: Any) -> Floats:

@@ -116,17 +116,12 @@ def test_an_alignment_says_whether_noise_flatters_it(drawn: Drawn, draw: Any) ->
     assert "flattered" not in drawn.heads[2]
 
 
-def test_an_estimate_has_a_band_of_two_standard_errors_within_what_a_cosine_can_be(drawn: Drawn) -> None:
-    records = history(
-        NAMES, tracked=True, alignment=dict.fromkeys(NAMES, 0.5), alignment_error=dict.fromkeys(NAMES, 0.3)
-    )
-    draw_alignment(drawn.path, NAMES, {"run": records, "untracked": history(NAMES)})
-    heights = drawn.axes[0].collections[0].get_paths()[0].vertices[:, 1]
-    assert heights.min() == pytest.approx(0.5 - 2 * 0.3)
-    assert heights.max() == 1
-    assert "band: 2 standard errors" in drawn.heads[0]
-    assert not drawn.axes[1].collections
-    assert "band" not in drawn.heads[1]
+def test_an_estimate_beyond_what_a_cosine_can_be_is_drawn_at_its_edge(drawn: Drawn) -> None:
+    beyond = history(NAMES, tracked=True, alignment=dict.fromkeys(NAMES, -40.0), mean_cosines=[[40.0] * 3] * 3)
+    draw_alignment(drawn.path, NAMES, {"run": beyond})
+    assert set(lines(drawn.axes[0], ".")[0]) == {-1}
+    draw_cosines(drawn.path, NAMES, {"run": beyond})
+    assert set(lines(drawn.axes[1], ".")[0]) == {1}
 
 
 def test_the_share_of_steps_that_hurt_is_that_of_all_steps_so_far(drawn: Drawn) -> None:
@@ -136,7 +131,20 @@ def test_the_share_of_steps_that_hurt_is_that_of_all_steps_so_far(drawn: Drawn) 
     ]
     draw_hurt(drawn.path, ("honesty",), {"run": records})
     assert lines(drawn.axes[0])[0].tolist() == pytest.approx([1, 1 / 2, 1 / 2, 2 / 3, 1 / 2, 1 / 2])
-    assert "share of all steps up to there" in drawn.heads[0]
+    assert "line: all steps up to there" in drawn.heads[0]
+    assert "standard errors" not in drawn.heads[0]
+
+
+def test_a_thin_line_counts_what_hurts_by_two_standard_errors(drawn: Drawn) -> None:
+    records: Records = [
+        {"kind": "train", "step": i + 1, "alignment": {"honesty": -0.5}, "alignment_error": {"honesty": error}}
+        for i, error in enumerate([None, 0.2, 0.3, 0.24])
+    ]
+    draw_hurt(drawn.path, ("honesty",), {"run": records})
+    thick, thin = lines(drawn.axes[0])
+    assert thick.tolist() == [1, 1, 1, 1]
+    assert thin.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert "thin: by 2 standard errors" in drawn.heads[0]
 
 
 def test_cosines_of_mean_gradients_are_beside_those_of_mini_batches(drawn: Drawn) -> None:

@@ -45,6 +45,22 @@ def test_the_share_that_hurts_is_over_the_steps_that_can_tell(values: list[Any])
     assert math.isnan(share_hurt(runs(values), "taste"))
 
 
+@given(st.lists(st.tuples(VALUES, st.one_of(st.floats(0, 1), st.sampled_from(UNKNOWN))), max_size=20), st.floats(0, 3))
+@examples(100)
+def test_a_step_surely_hurts_if_its_alignment_is_so_many_errors_below_zero(
+    pairs: list[tuple[Any, Any]], errors: float
+) -> None:
+    values = [value for value, _ in pairs]
+    records = runs(values)
+    for record, (_, error) in zip(records[1:], pairs, strict=True):
+        record["alignment_error"] = {"honesty": error}
+    known = [(v, e) for v, e in pairs if v is not None and math.isfinite(v)]
+    far = [v < 0 and (errors == 0 or (e is not None and math.isfinite(e) and v + errors * e < 0)) for v, e in known]
+    expected = sum(far) / len(known) if known else math.nan
+    assert share_hurt(records, "honesty", errors) == pytest.approx(expected, nan_ok=True)
+    assert not share_hurt(runs(values), "honesty", 2) > 0  # without errors nothing is sure
+
+
 @given(st.lists(VALUES, min_size=1, max_size=20))
 @examples(100)
 def test_the_share_so_far_is_that_of_the_run_cut_there(values: list[Any]) -> None:
