@@ -428,7 +428,9 @@ class _Run:
 
     def restore(self) -> None:
         """Go on with a run from its last checkpoint."""
-        self._on_folder(lambda folder: folder.check_settings(self.settings, AlignConfig().to_dict()))
+        # A run of a version that could not track was not tracked, whatever the default has become.
+        defaults = {**AlignConfig().to_dict(), "track": None}
+        self._on_folder(lambda folder: folder.check_settings(self.settings, defaults))
         self._spread()
         read: Record = {"model": {}, "optimizer": {}}
 
