@@ -370,7 +370,7 @@ def alignment_tables(result: AlignResult) -> list[Table]:
 
     One table; none for a run without alignments, whose weighting needed no objective's gradient by itself.
     """
-    from mogeo.figures.records import alignments, column, mean, of_mean_gradients, of_training, share_hurt
+    from mogeo.figures.records import column, mean, of_mean_gradients, of_training, share_hurt
 
     records = of_training(result.history, "alignment")
     if not records:
@@ -380,7 +380,7 @@ def alignment_tables(result: AlignResult) -> list[Table]:
     if tracked:
         header += ["surely, %", "noise scale at the end", "mean evidence"]
     for name in result.after.accuracy:
-        row = [name, f"{mean(alignments(records, name)):+.3f}", f"{100 * share_hurt(records, name):.1f}"]
+        row = [name, f"{mean(column(records, 'alignment', name)):+.3f}", f"{100 * share_hurt(records, name):.1f}"]
         if tracked:
             surely, evidence = share_hurt(records, name, errors=2), mean(column(records, "evidence", name))
             row += [f"{100 * surely:.1f}", _noise_scale(records[-1:], name), f"{evidence:.2f}"]

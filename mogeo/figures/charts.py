@@ -27,7 +27,6 @@ from mogeo.figures.panels import (
 )
 from mogeo.figures.records import (
     StepRecord,
-    alignments,
     column,
     cosines,
     lower_bounds,
@@ -66,7 +65,7 @@ def draw_alignment(path: Path, objectives: Sequence[str], runs: Runs) -> Path | 
 
     def draw(ax: Any, label: str, records: Sequence[StepRecord]) -> None:
         for i, name in enumerate(objectives):
-            draw_noisy(ax, _steps(records), alignments(records, name), name, line(i))
+            draw_noisy(ax, _steps(records), column(records, "alignment", name), name, line(i))
         ax.axhline(0, color="black", linewidth=0.8)
         head(ax, label, f"{_whose_gradients(records)}\n{dots_and_line(len(records))}")
 

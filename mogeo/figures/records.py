@@ -17,6 +17,9 @@ StepRecord = Mapping[str, Any]
 
 Floats = NDArray[np.float64]
 
+ROUNDING = 1e-5
+"""An alignment this far below zero is taken for rounding, as by `mogeo.StepReport.hurt`."""
+
 
 def of_training(records: Sequence[StepRecord], field: str = "step") -> list[StepRecord]:
     """The records of training steps that say something of `field`."""
@@ -33,18 +36,10 @@ def lower_bounds(records: Sequence[StepRecord], name: str) -> Floats:
     return _floats([((record.get("noise_scale_interval") or {}).get(name) or [None])[0] for record in records])
 
 
-def alignments(records: Sequence[StepRecord], name: str) -> Floats:
-    """The cosine between the direction of each step and an objective's gradient, fp64 [len(records)].
-
-    Estimates from few steps may lie beyond what a cosine can be: ±1 then.
-    """
-    return np.clip(column(records, "alignment", name), -1, 1)
-
-
 def cosines(records: Sequence[StepRecord], field: str) -> Floats:
     """`record[field]` of records that have it, the cosines of K gradients, fp64 [len(records), K, K].
 
-    As in `alignments`, ±1 is the most.
+    Estimates from few steps may lie beyond what a cosine can be: ±1 then.
     """
     return np.clip(_floats([record[field] for record in records]), -1, 1)
 
@@ -60,7 +55,7 @@ def of_mean_gradients(records: Sequence[StepRecord]) -> bool:
 
 
 def share_hurt(records: Sequence[StepRecord], name: str, errors: float = 0.0) -> float:
-    """The share of a run's steps that hurt an objective: whose alignment with it is negative.
+    """The share of a run's steps that hurt an objective: whose alignment with it is negative by more than rounding.
 
     Steps whose alignment is not known are left out; NaN if there are no others.
 
@@ -105,7 +100,7 @@ def _hurts(records: Sequence[StepRecord], name: str, errors: float) -> Floats:
     alignment = column(records, "alignment", name)
     # Where an error is not known, nothing is certain: NaN is not below zero.
     upper = alignment + errors * column(records, "alignment_error", name) if errors else alignment
-    return np.where(np.isnan(alignment), np.nan, upper < 0)
+    return np.where(np.isnan(alignment), np.nan, upper < -ROUNDING)
 
 
 def _floats(values: Any) -> Floats:

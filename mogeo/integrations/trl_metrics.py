@@ -68,13 +68,15 @@ class Tally:
         """
         self._add_step("loss", report.losses)  # logged under the same name as the mean over pairs, in place of it
         self._add_step("weights", report.weights)
-        norms, alignment, noise = report.grad_norms, report.alignment, report.noise_scale_interval
+        norms, alignment, hurt = report.grad_norms, report.alignment, report.hurt
+        noise = report.noise_scale_interval
         if norms is not None:
             norms = norms if scale is None else norms / scale
             norms = norms.masked_fill(report.absent, torch.nan)
         self._add_step("grad_norm", norms)
         self._add_step("alignment", alignment)
-        self._add_step("hurt", None if alignment is None else (alignment < 0).where(~alignment.isnan(), torch.nan))
+        if alignment is not None and hurt is not None:
+            self._add_step("hurt", hurt.to(alignment.dtype).masked_fill(alignment.isnan(), torch.nan))
         self._add_step("cosine", report.cosines)
         self._add_step("mean_cosine", report.mean_cosines)
         self._add_step("noise_scale", report.noise_scale)
