@@ -98,27 +98,31 @@ def draw_hurt(path: Path, objectives: Sequence[str], runs: Runs) -> Path | None:
 
 def draw_cosines(path: Path, objectives: Sequence[str], runs: Runs) -> Path | None:
     """Draw the cosines between the gradients of each pair of objectives: of each step's mini-batch, and, beside them,
-    of mean gradients where the run was tracked. One or two panels per run.
+    of mean gradients where a run was tracked.
     """
-    panels = []
-    for label, records in runs.items():
-        for field, whose in (
-            ("cosines", "of each step's mini-batch: noise draws them to zero"),
-            ("mean_cosines", "of mean gradients (tracked)"),
-        ):
-            known = of_training(records, field)
-            if known:
-                panels.append((label, whose, known, field))
-    if not panels or len(objectives) < 2:
+    kinds = {
+        "cosines": "of each step's mini-batch: noise draws them to zero",
+        "mean_cosines": "of mean gradients (tracked)",
+    }
+    known = {field: {label: of_training(records, field) for label, records in runs.items()} for field in kinds}
+    shown = [label for label in runs if any(of_field[label] for of_field in known.values())]
+    if not shown or len(objectives) < 2:
         return None
+    fields = [field for field in kinds if any(known[field].values())]
+    places = [(label, field) for label in shown for field in fields]  # a row for each run, if there are both kinds
     title = "Cosine between two objectives' gradients (below zero: conflict)"
-    tracked = any(field == "mean_cosines" for *_, field in panels)
-    figure, axes = make_panels(len(panels), title, xlabel="step", share_y=True, columns=2 if tracked else None)
-    for ax, (label, whose, records, field) in zip(axes, panels, strict=True):
-        _draw_pairs(ax, objectives, records, field)
-        ax.axhline(0, color="black", linewidth=0.8)
-        head(ax, label, f"{whose}\n{dots_and_line(len(records))}")
-    legend_below(figure, axes[0])
+    columns = len(fields) if len(fields) > 1 else None
+    figure, axes = make_panels(len(places), title, xlabel="step", share_y=True, columns=columns)
+    drawn = []
+    for ax, (label, field) in zip(axes, places, strict=True):
+        records = known[field][label]
+        ax.set_visible(bool(records))
+        if records:
+            _draw_pairs(ax, objectives, records, field)
+            ax.axhline(0, color="black", linewidth=0.8)
+            head(ax, label, f"{kinds[field]}\n{dots_and_line(len(records))}")
+            drawn.append(ax)
+    legend_below(figure, drawn[0])
     figure.savefig(path)
     return path
 

@@ -155,6 +155,12 @@ def test_cosines_of_mean_gradients_are_beside_those_of_mini_batches(drawn: Drawn
         np.testing.assert_equal(lines(ax, ".")[0], of_steps[:, 0, 1])
     draw_cosines(drawn.path, NAMES, {"run": history(NAMES)})
     assert len(drawn.axes) == 1
+    draw_cosines(drawn.path, NAMES, {"no": history(NAMES, geometry=False), "one": history(NAMES), "two": records})
+    assert [head.splitlines()[0] for head in drawn.heads] == ["one", "two", "two"]
+    one, two, beside = (ax.get_position() for ax in drawn.axes)
+    assert (two.x0, two.y0) == pytest.approx((one.x0, beside.y0))
+    assert beside.x0 > two.x1
+    assert one.y0 > two.y1
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

@@ -115,9 +115,7 @@ def test_of_tracked_steps_what_is_known_of_mean_gradients_is_logged() -> None:
     tally = Tally(NAMES, torch.device("cpu"))
     told = report(mean=estimate([[4.0, -1.0], [-1.0, 1.0]], error=0.1))
     tally.add_report(told)
-    tally.add_report(
-        report(mean=estimate([[math.nan] * 2] * 2, error=math.inf))
-    )  # a first step tells nothing
+    tally.add_report(report(mean=estimate([[math.nan] * 2] * 2, error=math.inf)))  # a first step tells nothing
     values, expected = tally.values(), told.to_dict()
     for name in NAMES:
         assert values[f"alignment/{name}"] == expected["alignment"][name]
