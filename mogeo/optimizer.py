@@ -65,6 +65,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             elements in the parameters' dtypes. Weightings whose weights are constant (uniform, linear) take N.
         guarantee_descent: take the direction nearest to d that hurts no objective to first order, ⟨v, g_k⟩ ≥ 0 for all
             k (`mogeo.descent_weights`). Fixed weights and GroupDRO then need K rows and a Gram matrix as well.
+        track: β, 0 < β < 1: weights, guarantee and report follow the Gram matrix of *mean* gradients, in place of that
+            of this step's mini-batch, which is mostly noise (docs/geometry.md). Per objective, an exponential average
+            of sketches of its gradients is kept, and the noise that is left in it is taken out. What cannot be told
+            from noise decides nothing: weights then are those of the preference, or equal; fixed weights stay as they
+            are. Gradients are kept apart, whatever the weighting. "auto": each objective's window follows its noise
+            scale. None: this step's mini-batch decides, as in the papers.
         refresh_every: T: solve for the weights at every T-th step only. In between, gradients are weighed by what the
             last solve found while autograd brings them: one backward of the weighted sum where losses are tensors. A
             guarantee of descent then is one for the steps that solve. A GPU is waited for once per solve.
@@ -100,6 +106,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     max_grad_norm = Setting(settings.norm_or_none, "Norm to which the direction is clipped, or None.")
     nonfinite = Setting(settings.reaction, "'skip', 'raise' or 'propagate'.")
     guarantee_descent = Setting(settings.true_or_false, "Whether the direction must hurt no objective.")
+    track = Setting(settings.decay_or_none, "Decay of averages over steps, 'auto', or None.")
     refresh_every = Setting(settings.whole_number, "T: the weights are solved at every T-th step.")
     preference = Setting(settings.preference, "Positive numbers by name or in order, or None.")
     min_weight = Setting(settings.floor, "A floor under the coefficients.")
@@ -118,6 +125,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
         memory: Memory | None = None,
         guarantee_descent: bool = False,
+        track: float | Literal["auto"] | None = None,
         refresh_every: int = 1,
         preference: Mapping[str, float] | Sequence[float] | None = None,
         min_weight: float = 0.0,
@@ -135,6 +143,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             "nonfinite": nonfinite,
             "memory": memory_of(memory, row_dtype=row_dtype, host_rows=host_rows, shard_rows=shard_rows, sketch=sketch),
             "guarantee_descent": guarantee_descent,
+            "track": track,
             "refresh_every": refresh_every,
             "preference": preference,
             "min_weight": min_weight,

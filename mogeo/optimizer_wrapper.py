@@ -6,6 +6,7 @@ Parameters, their groups, state and learning rates belong to the base alone.
 
 from __future__ import annotations
 
+import base64
 import json
 import weakref
 from collections.abc import Callable, Sequence
@@ -340,25 +341,35 @@ def _has_groups(state_dict: Any) -> bool:
 # knows no objectives yet.
 
 
+_AS_NUMBERS = 1024  # elements up to which a tensor is written as numbers; beyond, its bytes take a quarter of the room
+
+
 def _written(own: dict[str, Any]) -> str:
-    def tensor_as_lists(value: Any) -> dict[str, Any]:
+    def tensor_as_text(value: Any) -> dict[str, Any]:
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the weighting's state_dict holds a {type(value).__name__}: return dicts, lists, strings, numbers, "
                 "None and tensors"
             )
-        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)
+        if value.numel() <= _AS_NUMBERS:
+            return {"tensor": value.tolist(), "dtype": dtype, "shape": shape}
+        data = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return {"bytes": base64.b64encode(data).decode("ascii"), "dtype": dtype, "shape": shape}
 
-    return json.dumps(own, default=tensor_as_lists)
+    return json.dumps(own, default=tensor_as_text)
 
 
 def _read(entry: str | dict[str, Any]) -> dict[str, Any]:
-    def lists_as_tensor(value: dict[str, Any]) -> Any:
-        if value.keys() != {"tensor", "dtype", "shape"}:
-            return value
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])).reshape(value["shape"])
+    def text_as_tensor(value: dict[str, Any]) -> Any:
+        if value.keys() == {"tensor", "dtype", "shape"}:
+            return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])).reshape(value["shape"])
+        if value.keys() == {"bytes", "dtype", "shape"}:
+            data = torch.frombuffer(bytearray(base64.b64decode(value["bytes"])), dtype=torch.uint8)
+            return data.view(getattr(torch, value["dtype"])).reshape(value["shape"])
+        return value
 
     if isinstance(entry, dict):  # as it was written at first
         return entry
-    own: dict[str, Any] = json.loads(entry, object_hook=lists_as_tensor)
+    own: dict[str, Any] = json.loads(entry, object_hook=text_as_tensor)
     return own

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogeo.geometry.tracking import Estimate, noise_scale, noise_scale_interval
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -23,7 +25,8 @@ class StepReport:
     losses: Tensor
     #: w, weights on the raw gradients before clipping, fp64 [K]. 0 for an objective left out.
     weights: Tensor
-    #: ⟨g_i, g_j⟩, fp64 [K, K]; with `sketch`, an unbiased estimate. None where this step needed none.
+    #: ⟨g_i, g_j⟩ of this step's mini-batch, fp64 [K, K]; with `sketch` or `track`, an unbiased estimate from sketches.
+    #: None where this step needed none.
     gram: Tensor | None
     #: ‖d‖², before clipping, fp64 [].
     squared_norm: Tensor
@@ -57,6 +60,51 @@ class StepReport:
     gram_by_parameter: Tensor | None = field(default=None)
     #: Steps since these weights were solved for: 0 but in between the solves of `refresh_every`.
     age: int = 0
+    #: With `track`: what is known of mean gradients, as of the last solve. None without.
+    mean: Estimate | None = field(default=None, repr=False)
+
+    # mean gradients
+
+    @property
+    def mean_gram(self) -> Tensor | None:
+        """⟨ḡ_i, ḡ_j⟩ of the mean gradients of a mini-batch, fp64 [K, K]: unbiased, so that it may not be positive
+        semi-definite. NaN where no two steps can be compared yet. None without `track`.
+        """
+        return None if self.mean is None else self.mean.gram
+
+    @property
+    def mean_gram_error(self) -> Tensor | None:
+        """Standard errors of `mean_gram`, fp64 [K, K]; inf in the first steps, where they are not known."""
+        return None if self.mean is None else self.mean.error
+
+    @property
+    def mean_cosines(self) -> Tensor | None:
+        """cos(ḡ_i, ḡ_j), fp64 [K, K]. NaN beside a gradient whose squared length is estimated as 0 or less."""
+        return None if self.mean is None else self.mean.gram / torch.outer(*[_root(self.mean.gram.diagonal())] * 2)
+
+    @property
+    def evidence(self) -> Tensor | None:
+        """How far the weights rest on each measured mean gradient, and not on the preference, fp64 [K].
+
+        0 where it cannot be told from zero at two standard errors, 1 from three on.
+        """
+        return None if self.mean is None else self.mean.evidence
+
+    @property
+    def noise_scale(self) -> Tensor | None:
+        """How many such mini-batches it takes until signal equals noise, E‖ε_k‖² / ‖ḡ_k‖², fp64 [K].
+
+        NaN: that cannot be told yet, and `noise_scale_interval` has what can.
+        Source: McCandlish et al., *An empirical model of large-batch training*, 2018, in mini-batches.
+        """
+        return None if self.mean is None else noise_scale(self.mean)
+
+    @property
+    def noise_scale_interval(self) -> Tensor | None:
+        """Lower and upper end of `noise_scale`, at two standard errors of ‖ḡ_k‖², fp64 [K, 2]; inf: no upper end."""
+        return None if self.mean is None else noise_scale_interval(self.mean)
+
+    # this step
 
     @property
     def grad_norms(self) -> Tensor | None:
@@ -87,11 +135,19 @@ class StepReport:
 
     @property
     def alignment(self) -> Tensor | None:
-        """cos(d, g_k), fp64 [K]. Negative: to first order, this step's direction hurts objective k.
+        """cos(d, g_k), fp64 [K]. Negative: to first order, the direction hurts objective k.
 
-        NaN beside a zero gradient, and where the gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot
-        tell.
+        With `track`, of mean gradients: cos(Σ_j w_j ḡ_j, ḡ_k), whether such directions hurt objective k in expectation.
+        `alignment_error` says how certain that is.
+
+        Without, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k, so that
+        ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
+
+        NaN beside a zero gradient; where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell;
+        and where a squared length is estimated as 0 or less.
         """
+        if self.mean is not None:
+            return self._mean_products(self.mean.gram) / self._mean_reach(self.mean.gram)
         if self.gram is None or self.grad_norms is None:
             return None
         # A gradient that was left out may be NaN, and 0 · NaN would spread.
@@ -101,6 +157,31 @@ class StepReport:
         return products / (norm * self.grad_norms)
 
     @property
+    def alignment_of(self) -> str:
+        """What `alignment` is about: "mean gradients" or "mini-batch"."""
+        return "mini-batch" if self.mean is None else "mean gradients"
+
+    @property
+    def alignment_error(self) -> Tensor | None:
+        """Standard error of `alignment`, fp64 [K]: that of ⟨d, ḡ_k⟩ alone; inf in the first steps. None without
+        `track`.
+
+        Errors of the K products in it are added up as if they were independent.
+        """
+        if self.mean is None:
+            return None
+        variance = self._mean_products(self.mean.error.square(), self.weights.square())
+        return variance.sqrt() / self._mean_reach(self.mean.gram)
+
+    def _mean_products(self, matrix: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Matrix times weights, where what has no weight is not read."""
+        return matrix.masked_fill(self.weights == 0, 0.0) @ (self.weights if weights is None else weights)
+
+    def _mean_reach(self, gram: Tensor) -> Tensor:
+        """‖Σ_j w_j ḡ_j‖ ‖ḡ_k‖, fp64 [K]."""
+        return _root(self.weights @ self._mean_products(gram)) * _root(gram.diagonal())
+
+    @property
     def skipped(self) -> tuple[str, ...]:
         """Names of the objectives left out because a loss or gradient was not finite. Reading this synchronises."""
         return tuple(name for name, bad in zip(self.objectives, self.nonfinite.tolist(), strict=True) if bad)
@@ -108,8 +189,8 @@ class StepReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, lists and strings, ready for a logger or JSON. Reading this synchronises.
 
-        Per-objective values are dicts keyed by objective; `gram` and `cosines` are nested lists in the order of
-        `objectives`.
+        Per-objective values are dicts keyed by objective; Gram matrices, their errors and cosines are nested lists in
+        the order of `objectives`. What `track` brings is None without it.
         """
 
         def by_name(values: Tensor | None) -> dict[str, Any] | None:
@@ -124,8 +205,16 @@ class StepReport:
             "weights": by_name(self.weights),
             "grad_norms": by_name(self.grad_norms),
             "alignment": by_name(self.alignment),
+            "alignment_of": self.alignment_of,
+            "alignment_error": by_name(self.alignment_error),
+            "noise_scale": by_name(self.noise_scale),
+            "noise_scale_interval": by_name(self.noise_scale_interval),
+            "evidence": by_name(self.evidence),
             "gram": plain(self.gram),
             "cosines": plain(self.cosines),
+            "mean_gram": plain(self.mean_gram),
+            "mean_gram_error": plain(self.mean_gram_error),
+            "mean_cosines": plain(self.mean_cosines),
             "direction_norm": plain(self.direction_norm),
             "clip_factor": plain(self.clip_factor),
             "optimality_gap": plain(self.optimality_gap),
@@ -138,3 +227,8 @@ class StepReport:
             "absent": [name for name, away in zip(self.objectives, self.absent.tolist(), strict=True) if away],
             "absent_counts": by_name(self.absent_counts),
         }
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Square roots; NaN of 0 and of less."""
+    return torch.where(squares > 0, squares, torch.nan).sqrt()

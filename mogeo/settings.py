@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -164,6 +164,17 @@ def share(name: str, value: Any) -> float:
     """The share of the past in each step."""
     number = _number(name, value, "a number s, 0 ≤ s < 1, the share of the past in each step")
     return Steering(smoothing=number).smoothing
+
+
+def decay_or_none(name: str, value: Any) -> float | Literal["auto"] | None:
+    """The decay of averages over steps, "auto", or None for none."""
+    wanted = 'a decay β, 0 < β < 1, such as 0.95; "auto"; or None for no averages over steps'
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    number = _number(name, value, wanted)
+    if not 0 < number < 1:
+        raise ValueError(f"{name}={value}: pass {wanted}")
+    return number
 
 
 def preference(name: str, value: Any) -> dict[str, float] | tuple[float, ...] | None:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogeo.decide.evidence import Evidenced
 from mogeo.decide.harmless import Harmless
 from mogeo.decide.late_news import News
 from mogeo.decide.refresh import HeldWeights
 from mogeo.decide.rules import Decision, Direction, Rules
 from mogeo.decide.steering import Steered, Steering
 from mogeo.geometry.constants import constant_tensor
+from mogeo.geometry.tracking import Decay, MeanGradients
 from mogeo.gradients.ranks import Group
 from mogeo.gradients.stores import Captures
 from mogeo.losses.named import in_order
@@ -45,6 +47,7 @@ class State:
         step: the step under way, or None.
         unusable: whether nothing could take part in the last step, and the base optimizer must leave it out.
         report: of the last step.
+        tracked: averages of gradients over steps, if the user wants them.
         held: weights between solves.
         news: what the user must hear.
         nonfinite_counts: int64 [K].
@@ -65,6 +68,8 @@ class State:
         self.held = HeldWeights(settings["refresh_every"])
         self.report: StepReport | None = None
         self._steering: Steering | None = None  # once objectives have an order
+        self.tracked: MeanGradients | None = None
+        self.tracked = self._tracked_with(settings["track"])
         self.news = News()
         self.begin_counting()
         self.forget_step()
@@ -114,11 +119,15 @@ class State:
             if self._steering is None:
                 self._steering = self._new_steering()
             weighting = Steered(weighting, self._steering)
+        if self.tracked is not None and weighting.needs_gram:
+            preference = None if settings["preference"] is None else in_order(settings["preference"], self.names)
+            weighting = Evidenced(weighting, self.tracked, preference)
         if settings["guarantee_descent"]:
             weighting = Harmless(weighting)
         return Rules(
-            self.names, weighting, settings["nonfinite"], settings["max_grad_norm"], settings["gram_by_parameter"]
-        )
+            self.names, weighting, settings["nonfinite"], settings["max_grad_norm"], settings["gram_by_parameter"],
+            self.tracked,
+        )  # fmt: skip
 
     def _new_steering(self, before: Steering | None = None, names: tuple[str, ...] | None = None) -> Steering:
         preference, floor, smoothing = (self.settings[name] for name in ("preference", "min_weight", "smoothing"))
@@ -135,23 +144,30 @@ class State:
         """
         if value is self.weighting if name == "weighting" else value == self.settings[name]:
             return
-        before = (self.weighting, dict(self.settings), self._steering)
+        before = (self.weighting, dict(self.settings), self._steering, self.tracked)
         if name == "weighting":
             self.weighting, self._steering = value, None
         else:
             self.settings[name] = value
+            if name == "track":
+                self.tracked = self._tracked_with(value)
             if name in ("preference", "min_weight", "smoothing") and self._steering is not None:
                 self._steering = self._new_steering(self._steering if self.settings["smoothing"] > 0 else None)
         try:
             self._check_step(name, value, before[0])
         except BaseException:
-            self.weighting, settings, self._steering = before
+            self.weighting, settings, self._steering, self.tracked = before
             self.settings.update(settings)
             raise
         if name == "refresh_every":
             self.held.refresh_every = value
-        elif name in ("weighting", "preference", "min_weight", "smoothing", "guarantee_descent"):
+        elif name in ("weighting", "preference", "min_weight", "smoothing", "guarantee_descent", "track"):
             self.held.forget()
+
+    def _tracked_with(self, decay: Decay | None) -> MeanGradients | None:
+        if decay is None or self.tracked is None:
+            return None if decay is None else MeanGradients(decay)
+        return self.tracked.with_decay(decay)
 
     def _check_step(self, name: str, value: object, weighting: object) -> None:
         """Raise where the step under way has gone too far for a change."""
@@ -202,6 +218,7 @@ class State:
             parameters=parameters,
             gram_by_parameter=found.gram_by_parameter,
             age=self.held.age if step.held else 0,
+            mean=decided.mean if self.tracked is None or not step.held else self.tracked.estimate,
         )
 
     def _go_on(self, step: Step, decided: Decision, absent: tuple[bool, ...]) -> None:
@@ -212,6 +229,11 @@ class State:
             self.held.used()
         elif decided.usable and not decided.poisoned and step.weights is None:
             self.held.solved(decided.weights, ~(flags | decided.nonfinite))
+        if self.tracked is not None and decided.mean is not None and decided.usable and not self.tracked.take_over():
+            warn_user(
+                "averages of gradients over steps (track=) begin anew, since parameters, their shards, or memory= are "
+                "not what they were: until there are some steps again, weights are those of the preference, or equal"
+            )
         if self.nonfinite_counts.device != device:
             self.nonfinite_counts = self.nonfinite_counts.to(device)
             self.absent_counts = self.absent_counts.to(device)
@@ -236,6 +258,7 @@ class State:
             "weighting_name": _name_of(self.weighting),
             "weighting": as_weighting(self.weighting).state_dict(),
             "held": self.held.state_dict(),
+            "tracked": {} if self.tracked is None else self.tracked.state_dict(),
             "steering": None if self._steering is None else self._steering.state_dict(),
             "settings": self._saved_settings(),
         }
@@ -258,6 +281,8 @@ class State:
         """
         self.forget_step()
         self.held.forget()
+        if self.tracked is not None:
+            self.tracked.forget()
         self._steering = None
         if not own.get("objectives"):
             return
@@ -266,6 +291,8 @@ class State:
         for counts, saved in ((self.nonfinite_counts, "nonfinite_counts"), (self.absent_counts, "absent_counts")):
             for k, count in enumerate(own.get(saved, ())):
                 counts[k] = int(count)
+        if self.tracked is not None and own.get("tracked"):
+            self.tracked.load_state_dict(own["tracked"])
         kind = type(self.weighting).__name__
         if own["weighting_kind"] == kind:
             as_weighting(self.weighting).load_state_dict(own["weighting"])

@@ -12,7 +12,7 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
-from mogeo.decide.rules import Decision, Direction, Rules, seen_by_weighting
+from mogeo.decide.rules import Decision, Direction, Rules, finite_rows, seen_by_weighting
 from mogeo.geometry.constants import constant_tensor
 from mogeo.gradients.direction import SharedDirection
 from mogeo.gradients.rows import RowStore
@@ -31,6 +31,8 @@ def decide(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rule
     Raises:
         RuntimeError: the weighting did not return one number per objective.
     """
+    if rules.tracked is not None:
+        return _from_means(rows, losses, absent, rules)
     gram = rows.gram() if rules.weighting.needs_gram else None
     problem = rules.weighting.min_norm_problem()
     if problem is not None and gram is not None:
@@ -39,13 +41,32 @@ def decide(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rule
     finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
     present = _present(absent, losses.device)
     nonfinite = present & ~finite
+    found, bad_weights = _solved(gram, losses, present, nonfinite, rules)
+    return _decision(found, losses, gram, nonfinite, bad_weights)
+
+
+def _from_means(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
+    """`decide`, from mean gradients."""
+    assert rules.tracked is not None
+    sketches = rows.sketches()
+    present = _present(absent, losses.device)
+    nonfinite = present & ~(losses.isfinite() & finite_rows(sketches))
+    mean = rules.tracked.look(sketches, losses, present & ~nonfinite)
+    found, bad_weights = _solved(mean.seen, mean.losses, present, nonfinite, rules)
+    return _decision(found, losses, mean.of_step, nonfinite, bad_weights)._replace(mean=mean)
+
+
+def _solved(
+    gram: Tensor | None, losses: Tensor, present: Tensor, nonfinite: Tensor, rules: Rules
+) -> tuple[Solution, Tensor]:
+    """The weighting's solution, and whether some of its weights are not finite, bool []."""
     left_out = ~present | nonfinite
     found = rules.weighting.solve(*seen_by_weighting(gram, losses, left_out))
     weights = found.weights.masked_fill(left_out, 0.0)
     bad_weights = (~weights.isfinite()).any()
     if rules.nonfinite == "propagate":
         weights = weights.masked_fill(nonfinite.any(), torch.nan)
-    return _decision(found._replace(weights=weights), losses, gram, nonfinite, bad_weights)
+    return found._replace(weights=weights), bad_weights
 
 
 def combined(
@@ -61,7 +82,7 @@ def combined(
         plain: None: with such groups, the host decides.
     """
     assert plain is None
-    gram, nonfinite = decided.gram, decided.nonfinite
+    gram, nonfinite = None if decided.mean is not None else decided.gram, decided.nonfinite
     squared_norm, clip = rows.direct(decided.weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     if gram is None or any(block.dtype == torch.float16 for block in rows.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.

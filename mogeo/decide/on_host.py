@@ -13,7 +13,7 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
-from mogeo.decide.rules import Decision, Direction, NonFiniteError, Rules, seen_by_weighting
+from mogeo.decide.rules import Decision, Direction, NonFiniteError, Rules, finite_rows, seen_by_weighting
 from mogeo.geometry.constants import constant_tensor
 from mogeo.gradients.direction import SharedDirection
 from mogeo.gradients.ranks import Ranks, packed
@@ -41,22 +41,29 @@ def decide(rows: ComparableStore, losses: Tensor, absent: tuple[bool, ...], rule
         RuntimeError: the weighting did not return one finite weight per objective.
     """
     flags = constant_tensor(absent, torch.bool, losses.device)
-    gram = rows.gram() if rules.weighting.needs_gram else None
+    sketches = None if rules.tracked is None else rows.sketches()
+    gram = rows.gram() if sketches is None and rules.weighting.needs_gram else None
     gram, losses = _over_ranks(rows.ranks, gram, losses, flags, rules)
     nonfinite = ~flags & ~losses.isfinite()
     if gram is not None:
         nonfinite |= ~flags & ~gram.diagonal().isfinite()
+    if sketches is not None:
+        nonfinite |= ~flags & ~finite_rows(sketches)
     if rules.nonfinite != "skip" and bool(nonfinite.any()):
         return _poisoned(losses, gram, nonfinite, rules)
     away = (flags | nonfinite).tolist()
     if all(away):
         return _unusable(losses, gram, nonfinite)
     left_out = flags | nonfinite if any(away) else None
-    found = _solved(rows.ranks, gram, losses, left_out, rules)
+    mean, seen = None, (gram, losses)
+    if sketches is not None and rules.tracked is not None:
+        mean = rules.tracked.look(sketches, losses, ~(flags | nonfinite))
+        gram, seen = mean.of_step, (mean.seen, mean.losses)
+    found = _solved(rows.ranks, *seen, left_out, rules)
     return Decision(
         losses, found.weights, gram, nonfinite, True,
         gap=found.gap, status=found.status,
-        correction=found.correction, correction_status=found.correction_status,
+        correction=found.correction, correction_status=found.correction_status, mean=mean,
     )  # fmt: skip
 
 
@@ -200,8 +207,8 @@ def _failed(decided: Decision, absent: tuple[bool, ...], rules: Rules) -> Direct
 
 
 def _norm_from_gram(decided: Decision) -> Tensor | None:
-    """‖d‖² = wᵀMw; None where there is no Gram matrix, or not enough digits are left of it."""
-    if decided.gram is None:
+    """‖d‖² = wᵀMw; None where there is no Gram matrix of this step's gradients, or not enough digits are left of it."""
+    if decided.gram is None or decided.mean is not None:
         return None
     weights, gram = decided.weights, decided.gram
     used = weights != 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mogeo.geometry.tracking import Estimate, MeanGradients, Sketches
 from mogeo.weightings import Weighting
 
 _NONFINITE = ("skip", "raise", "propagate")
@@ -23,16 +24,21 @@ class Rules(NamedTuple):
     max_grad_norm: float | None
     #: Whether the Gram matrix of each parameter is wanted as well.
     gram_by_parameter: bool = False
+    #: Averages over steps, if the Gram matrix of mean gradients is to decide, and not this step's.
+    tracked: MeanGradients | None = None
 
     def constant(self) -> tuple[float, ...] | None:
-        """The weights, if they are known before any gradient is, so that gradients can be summed as they come."""
-        return self.weighting.constant(len(self.objectives))
+        """The weights, if they are known before any gradient is, so that gradients can be summed as they come.
+
+        None where gradients are tracked: for that they are kept apart.
+        """
+        return None if self.tracked is not None else self.weighting.constant(len(self.objectives))
 
 
 class Decision(NamedTuple):
     """Weights, and how they came about; fields as in `mogeo.StepReport`."""
 
-    #: Averaged over ranks, if there are several.
+    #: Of this step, averaged over ranks, if there are several.
     losses: Tensor
     weights: Tensor
     gram: Tensor | None
@@ -47,6 +53,8 @@ class Decision(NamedTuple):
     bad_weights: Tensor | None = None
     correction: Tensor | None = None
     correction_status: Tensor | None = None
+    #: What is known of mean gradients, where they decided.
+    mean: Estimate | None = None
 
 
 class Direction(NamedTuple):
@@ -83,3 +91,8 @@ def seen_by_weighting(gram: Tensor | None, losses: Tensor, left_out: Tensor | No
     if gram is None:
         return None, losses
     return gram.masked_fill(left_out[:, None] | left_out[None, :], 0.0), losses
+
+
+def finite_rows(sketches: Sketches) -> Tensor:
+    """Which gradients are finite, bool [K], by their sketches: one element that is not makes one of them so."""
+    return (sketches.rows * 0.0).sum(1).isfinite()

@@ -16,8 +16,9 @@ from typing import Any
 from mogeo.demo.experiment import Outcome, SeedResult, mean_weights
 from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import OBJECTIVES, REGIMES
-from mogeo.figures.charts import Bars, MissingMatplotlibError, require_matplotlib, write_comparison
+from mogeo.figures.comparison import Bars, write_comparison
 from mogeo.figures.html_report import write_report
+from mogeo.figures.panels import MissingMatplotlibError, require_matplotlib
 from mogeo.figures.table import Table
 from mogeo.judging.win_rates import NetWinRates
 

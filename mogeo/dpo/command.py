@@ -20,6 +20,7 @@ from mogeo.dpo.config import (
     ROW_DTYPES,
     SCHEDULES,
     AlignConfig,
+    decay_or_auto,
     named_number,
     share_or_number,
 )
@@ -30,7 +31,10 @@ from mogeo.errors import InputError
 from mogeo.figures.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mogeo.dpo.processes import Processes
+    from mogeo.dpo.run_folder import Record
     from mogeo.dpo.train import AlignResult
 
 logger = logging.getLogger("mogeo")
@@ -100,6 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--held-out", type=share_or_number, default=0.1, metavar="H",
         help="prompts to measure on: a share (0.1) or a number (200); never trained on (default: %(default)s)",
+    )  # fmt: skip
+
+    method.add_argument(
+        "--track", type=decay_or_auto, metavar="B",
+        help="follow the gradients' averages over the last steps in place of one batch's, most of which is noise: the "
+        "share of the past in them, such as 0.95, or auto. Weights, --guarantee-descent and what is reported then "
+        "speak of the mean gradients (default: of each step's batch)",
     )  # fmt: skip
 
     steering = parser.add_argument_group("steering (for adaptive weightings)")
@@ -272,9 +283,10 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Processes) -> int
         return 0
     train_rows, _ = split_rows(rows, args.held_out, args.seed)
     DataOrigin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
-    table = held_out_table(result)
-    print("\n" + table.text())
-    _write_report(args, result, [table, _data_table(train, held_out)])
+    tables = [held_out_table(result), *alignment_tables(result)]
+    for table in tables:
+        print("\n" + table.text())
+    _write_report(args, result, [*tables, _data_table(train, held_out)])
     print(f"\nmodel, metrics and report are in {args.output}")
     return 0
 
@@ -353,10 +365,61 @@ def held_out_table(result: AlignResult) -> Table:
     return Table("Held-out preferences, before and after", header, rows, note)
 
 
+def alignment_tables(result: AlignResult) -> list[Table]:
+    """How often the steps hurt each objective, and, where the run was tracked, how noisy its gradients are.
+
+    One table; none for a run without alignments, whose weighting needed no objective's gradient by itself.
+    """
+    from mogeo.figures.records import column, mean, of_mean_gradients, of_training, share_hurt
+
+    records = of_training(result.history, "alignment")
+    if not records:
+        return []
+    tracked = of_training(records, "noise_scale")
+    header = ["objective", "steps that hurt, %", "mean alignment"]
+    if tracked:
+        header += ["noise scale at the end", "mean evidence"]
+    rows = []
+    for name in result.after.accuracy:
+        row = [name, f"{100 * share_hurt(records, name):.1f}", f"{mean(column(records, 'alignment', name)):+.3f}"]
+        if tracked:
+            row += [_noise_scale(tracked[-1:], name), f"{mean(column(tracked, 'evidence', name)):.2f}"]
+        rows.append(row)
+    lines = [
+        "alignment: cosine between the direction of a step and the objective's gradient; below zero the step hurts."
+    ]
+    if of_mean_gradients(records):
+        lines.append(
+            "The gradients are mean gradients, tracked over the steps; steps in which they cannot be told do not count."
+        )
+    else:
+        lines.append(
+            "The gradients are those of the step's own batch, which flatter it by their noise; --track tells more."
+        )
+    if tracked:
+        lines.append(
+            "noise scale: how many of a step's batches to average until the gradient's signal equals its noise."
+        )
+        lines.append(
+            "evidence: how far the weight rested on measured gradients, and not on the preference; from 0 to 1."
+        )
+    return [Table("What the steps did to each objective", header, rows, "\n".join(lines))]
+
+
+def _noise_scale(of_step: Sequence[Record], name: str) -> str:
+    """What a step's record says of an objective's noise scale: an estimate, or what it exceeds."""
+    from mogeo.figures.records import column, lower_bounds
+
+    (scale,), (least,) = column(of_step, "noise_scale", name), lower_bounds(of_step, name)
+    if scale == scale:
+        return f"{scale:.3g}"
+    return f"over {least:.3g}" if least > 0 else "unknown"
+
+
 def _write_report(args: argparse.Namespace, result: AlignResult, tables: list[Table]) -> None:
     """Write report.html and its charts. Without matplotlib, say that they are left out."""
-    from mogeo.figures.charts import MissingMatplotlibError
     from mogeo.figures.html_report import write_report
+    from mogeo.figures.panels import MissingMatplotlibError
 
     title = f"mogeo align: {Path(args.model).name}, {args.weighting}"
     notes = [*result.notes, f"Command: {shlex.join(['mogeo', *args.argv])}"]

@@ -214,6 +214,11 @@ def normalized_min_norm(
     return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
 
 
+def psd_part(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
+
+
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
     """row += S gradient, with what `sketch_tables` returned for this tensor; arguments as checked."""
     torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, signs)

@@ -33,6 +33,9 @@ class Kind(NamedTuple):
     share: float
     #: Whether they are DTensors.
     sharded: bool
+    #: Dimensions of the mesh over which they are cut into parts, and the number of this rank's part.
+    cut_over: tuple[int, ...] = ()
+    part: int = 0
 
 
 class Block:

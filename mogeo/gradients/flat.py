@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mogeo.gradients.blocks import Kind, blocks_for
 from mogeo.gradients.memory import Rows
-from mogeo.gradients.ranks import Ranks, is_sharded, local_of
+from mogeo.gradients.ranks import Ranks, is_sharded, local_of, part_of
 
 _ALIGNMENT = 16  # bytes at which parameters start, so that 128-bit loads hold
 ROW_QUANTUM = 16  # elements that the length of a row is a multiple of: Triton loads vectors only from such rows
@@ -85,7 +85,7 @@ def _kind_of(parameter: Tensor, ranks: Ranks | None) -> Kind:
             "point (view a complex parameter as real)"
         )
     share = 1.0 if ranks is None else ranks.share_of(parameter)
-    return Kind(grad_dtype(parameter), parameter.device, share, is_sharded(parameter))
+    return Kind(grad_dtype(parameter), parameter.device, share, is_sharded(parameter), *part_of(parameter))
 
 
 def _strided_like(flat: Tensor, parameter: Tensor) -> Tensor:

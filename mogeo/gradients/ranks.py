@@ -30,6 +30,7 @@ class Ranks:
     def __init__(self, group: Group | None = None) -> None:
         self.group = group
         self.size: int = dist.get_world_size(group)
+        self.rank: int = dist.get_rank(group)
 
     def share_of(self, parameter: Tensor) -> float:
         """1 / number of ranks that hold the same part of a parameter: with it, a sum over ranks counts each part once.
@@ -133,6 +134,21 @@ def sharded(tensor: Tensor) -> Any:
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor: a tensor over a mesh of devices, of which this rank holds a part."""
     return hasattr(tensor, "placements")
+
+
+def part_of(tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    """Over which dimensions of its mesh a DTensor is cut into parts, and the number of the part that this rank holds.
+
+    Ranks that hold the same part have the same number. A plain tensor is one part: ((), 0).
+    """
+    if not is_sharded(tensor):
+        return (), 0
+    mesh, number, cut_over = sharded(tensor).device_mesh, 0, []
+    for dimension, placement in enumerate(sharded(tensor).placements):
+        if not placement.is_replicate():
+            number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
+            cut_over.append(dimension)
+    return tuple(cut_over), number
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from mogeo.geometry import ops
+from mogeo.geometry.tracking import Sketches
 from mogeo.gradients.catching import Catcher
 from mogeo.gradients.direction import SharedDirection, places_in
 from mogeo.gradients.flat import FlatMemory
 from mogeo.gradients.memory import Rows
 from mogeo.gradients.ranks import Ranks
 from mogeo.gradients.replicas import average_rows, gram_of
+from mogeo.gradients.row_sketches import RowSketches
 from mogeo.gradients.store import ComparableStore
 from mogeo.gradients.writing import FlatRow, union, write
 
@@ -59,6 +61,7 @@ class RowStore(ComparableStore):
         shared = self.direction.row.dirty if self.flat.shares_row_0 else None
         self.rows = [FlatRow(each, shared if k == 0 else None) for k, each in enumerate(views)]
         self._index = 0
+        self._sketches: RowSketches | None = None  # made when they are asked for
         self._code = ops.device_code(self.blocks) if ranks is None else None
         # Gradients that come together are written together, unless some of them go another way.
         self._moves_plainly = not (self.flat.scatters or any(self.flat.on_host))
@@ -162,6 +165,12 @@ class RowStore(ComparableStore):
             gram: Tensor = self._code.gram_of_blocks(self.blocks)
             return gram
         return gram_of([(block.rows_now, block.share) for block in self.flat.blocks], self.device)
+
+    def sketches(self) -> Sketches:
+        """As in `ComparableStore`."""
+        if self._sketches is None:
+            self._sketches = RowSketches(self.flat.blocks, self.ranks, self.device)
+        return self._sketches()
 
     def gram_by_parameter(self) -> Tensor:
         """This rank's part of the Gram matrix of each parameter's gradients, fp64 [P, K, K], on `device`.

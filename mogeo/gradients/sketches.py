@@ -15,12 +15,14 @@ from torch import Tensor
 
 from mogeo.geometry import ops
 from mogeo.geometry.projection import SignedSketch
+from mogeo.geometry.tracking import Sketches
 from mogeo.gradients.arrivals import may_wait
 from mogeo.gradients.blocks import Kind
 from mogeo.gradients.catching import Catcher
 from mogeo.gradients.direction import SharedDirection
 from mogeo.gradients.flat import grad_dtype
-from mogeo.gradients.ranks import Ranks, is_sharded, local_of
+from mogeo.gradients.ranks import Ranks, is_sharded, local_of, part_of
+from mogeo.gradients.row_sketches import seed_of_part
 from mogeo.gradients.store import ComparableStore
 
 # Share of Σ |w_k| ‖g_k‖ by which the sketch of a direction may differ from the sum of sketches: a direction in bf16 is
@@ -67,13 +69,15 @@ class SketchedRows(ComparableStore):
         for i, parameter in enumerate(self.parameters):
             dtype = torch.promote_types(grad_dtype(parameter), torch.float32)
             share = 1.0 if self.ranks is None else self.ranks.share_of(parameter)
-            members.setdefault(Kind(dtype, parameter.device, share, is_sharded(parameter)), []).append(i)
+            kind = Kind(dtype, parameter.device, share, is_sharded(parameter), *part_of(parameter))
+            members.setdefault(kind, []).append(i)
         self._of_parameter = [0] * len(self.parameters)  # which sketch
         sketches: list[_Sketched] = []
         for number, (kind, indices) in enumerate(members.items()):
             shapes = {i: local_of(self.parameters[i]).shape for i in indices}
             fits = _holds(self.dimension, sum(shape.numel() for shape in shapes.values()))
-            sketches.append((_Whole if fits else _Projected)(kind, shapes, self.n_rows, self.dimension))
+            seed = seed_of_part(number, kind.part)
+            sketches.append((_Whole if fits else _Projected)(kind, shapes, self.n_rows, self.dimension, seed))
             for i in indices:
                 self._of_parameter[i] = number
         return sketches
@@ -113,6 +117,17 @@ class SketchedRows(ComparableStore):
             ops.gram(sketch.rows[:, : sketch.used]).to(self.device) * sketch.kind.share for sketch in self._sketches
         ]
         return torch.stack(parts).sum(0)
+
+    def sketches(self) -> Sketches:
+        """As in `ComparableStore`. Parts that lie on several ranks are sketched with signs of their own, and added."""
+        parts, layout = [], []
+        for sketch in self._sketches:
+            rows = sketch.rows[:, : sketch.used]
+            if sketch.kind.sharded and self.ranks is not None:
+                rows = self.ranks.sum_(sketch.projected() * sketch.kind.share)
+            parts.append(rows.to(self.device))
+            layout.append((rows.shape[1], sketch.sizes, 1 if self.ranks is None else self.ranks.size))
+        return Sketches(torch.cat(parts, dim=1), None if self.exact and not self.sharded else self.dimension, layout)
 
     def combine_into(self, direction: SharedDirection, weights: Tensor) -> None:
         """Add the direction wᵀG to a store of the same parameters, if sketches are `exact`."""
@@ -173,14 +188,21 @@ class _Sketched(ABC):
         shapes: of the parts that this rank holds, by index of the parameter.
         n_rows: K.
         dimension: d.
+        seed: of what is random.
     """
 
-    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
+    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int, seed: int) -> None:
         self.kind = kind
+        self.seed = seed
+        self.sizes = tuple(shape.numel() for shape in shapes.values())
         self.rows = torch.zeros(n_rows, dimension, dtype=kind.dtype, device=kind.device)
         self.used = dimension
         #: The longest that each row has been in this window, after any backward, [K].
         self.reach = torch.zeros(n_rows, dtype=kind.dtype, device=kind.device)
+
+    @abstractmethod
+    def projected(self) -> Tensor:
+        """Random projections of the gradients, [K, d], with signs that no other part of them has."""
 
     @abstractmethod
     def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
@@ -200,8 +222,8 @@ class _Sketched(ABC):
 class _Whole(_Sketched):
     """No more than d elements: the d numbers hold the gradient itself, parameter after parameter."""
 
-    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
-        super().__init__(kind, shapes, n_rows, dimension)
+    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int, seed: int) -> None:
+        super().__init__(kind, shapes, n_rows, dimension, seed)
         self._shapes = dict(shapes)
         self.used = sum(shape.numel() for shape in shapes.values())
         self._parts = [self.parts(row) for row in self.rows]  # made once: a view costs as much as adding to it
@@ -210,6 +232,14 @@ class _Whole(_Sketched):
         """Views of a row [d], by index of the parameter."""
         parts = torch.split(row[: self.used], [shape.numel() for shape in self._shapes.values()])
         return {i: part.view(shape) for (i, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+    def projected(self) -> Tensor:
+        """As in `_Sketched`."""
+        sketch = SignedSketch([self.used], self.rows.shape[1], seed=self.seed, device=self.kind.device)
+        rows = torch.zeros_like(self.rows)
+        for row, whole in zip(rows, self.rows, strict=True):
+            sketch.add_(row, 0, whole[: self.used])
+        return rows
 
     def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add gradients."""
@@ -223,8 +253,8 @@ class _Projected(_Sketched):
     sketched when a backward is done.
     """
 
-    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int) -> None:
-        super().__init__(kind, shapes, n_rows, dimension)
+    def __init__(self, kind: Kind, shapes: Mapping[int, torch.Size], n_rows: int, dimension: int, seed: int) -> None:
+        super().__init__(kind, shapes, n_rows, dimension, seed)
         sizes = {i: shape.numel() for i, shape in shapes.items()}
         small = _small(sizes)
         self._pack = torch.zeros(sum(sizes[i] for i in small), dtype=kind.dtype, device=kind.device)
@@ -233,8 +263,12 @@ class _Projected(_Sketched):
         self._packed = False  # whether the pack holds anything
         # The pack comes first; what is in it has no place of its own.
         own = [0 if i in self._slots else size for i, size in sizes.items()]
-        self._sketch = SignedSketch([len(self._pack), *own], dimension, device=kind.device)
+        self._sketch = SignedSketch([len(self._pack), *own], dimension, seed=seed, device=kind.device)
         self._places = {i: place for place, i in enumerate(sizes, start=1)}
+
+    def projected(self) -> Tensor:
+        """As in `_Sketched`."""
+        return self.rows
 
     def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add sketches of large gradients, and gather small ones."""

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mogeo.geometry.tracking import Sketches
 from mogeo.gradients.catching import Catcher
 from mogeo.gradients.flat import facts_of
 from mogeo.gradients.ranks import Ranks, is_sharded
@@ -114,3 +115,7 @@ class ComparableStore(GradientStore):
     @abstractmethod
     def gram(self) -> Tensor:
         """This rank's part of the Gram matrix G Gᵀ, fp64 [K, K], on `device`: the sum over ranks is the whole."""
+
+    @abstractmethod
+    def sketches(self) -> Sketches:
+        """Sketches of complete gradients, on `device`, the same on all ranks. A collective."""

@@ -1,0 +1,80 @@
+"""Weights that rest on measured gradients as far as these are known, and on the user's preference for the rest.
+
+Knows weightings and what is known of mean gradients; no optimizer, no rows. Nothing here waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogeo.geometry.constants import constant_tensor
+from mogeo.geometry.tracking import MeanGradients
+from mogeo.weightings import Solution, Weighting
+
+
+class Evidenced(Weighting):
+    """Another weighting's weights, in proportion to the evidence that there is of each mean gradient.
+
+    With ρ_k, the evidence of objective k (0: its mean gradient cannot be told from zero; 1: it is certain), p_k its
+    preferred share, and a_k the share that the weighting gives it,
+
+        share_k = (1 − ρ_k) p_k + ρ_k a_k Σ_j ρ_j p_j / Σ_j ρ_j a_j:
+
+    an objective keeps 1 − ρ_k of what is preferred, and the weighting shares out the rest. With all ρ_k = 1, weights
+    are the weighting's own. The sum of the weights is the weighting's in any case; where that is not positive, or no
+    weight is to be shared out, weights stay as they are.
+
+    Args:
+        inner: a weighting that reads the Gram matrix.
+        tracked: tells the evidence, after it has looked at the step.
+        preference: p [K] > 0; None: equal shares.
+    """
+
+    def __init__(self, inner: Weighting, tracked: MeanGradients, preference: Sequence[float] | None) -> None:
+        self.inner = inner
+        self.tracked = tracked
+        self.preference = preference
+        self.needs_positive_losses = inner.needs_positive_losses
+        self.deterministic = inner.deterministic
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """The weights, fp64 [K]."""
+        return self.solve(gram, losses).weights
+
+    def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
+        """What the inner weighting finds, as far as there is evidence.
+
+        Raises:
+            ValueError: there is no Gram matrix.
+        """
+        found = self.inner.solve(gram, losses)
+        evidence = self.tracked.evidence
+        if gram is None or evidence is None:
+            return found
+        live = gram.diagonal() > 0
+        preferred = torch.ones_like(losses)
+        if self.preference is not None:
+            preferred = constant_tensor(tuple(self.preference), torch.float64, losses.device)
+        preferred = preferred.masked_fill(~live, 0.0)
+        preferred = preferred / preferred.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        total = found.weights.sum()
+        believed = evidence * found.weights / total
+        rest = (evidence * preferred).sum() / believed.sum()
+        shares = (1 - evidence) * preferred + torch.where(believed.sum() > 0, believed * rest, 0.0)
+        certain = ((evidence == 1) | ~live).all() | ~(total > 0)
+        return found._replace(weights=torch.where(certain, found.weights, total * shares))
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the inner weighting."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the inner weighting."""
+        self.inner.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
