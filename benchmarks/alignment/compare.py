@@ -136,10 +136,11 @@ class World:
             results += found + self.twins("test", found, ADAPTIVE)
         return results
 
-    def twins(self, name: str, results: list[Result], method: str) -> list[Result]:
-        """For each run of a method, a run with weights fixed at the means of that run's weights."""
-        of = [result for result in results if result["cell"]["method"] == method]
-        return self.run(name, [{**result["cell"], "method": static_method(result), "twin of": method} for result in of])
+    def twins(self, name: str, results: list[Result], *methods: str) -> list[Result]:
+        """For each run of some methods, a run with weights fixed at the means of that run's weights."""
+        of = [result for result in results if result["cell"]["method"] in methods]
+        twins = [{**r["cell"], "method": static_method(r), "twin of": r["cell"]["method"]} for r in of]
+        return self.run(name, twins)
 
     def tracked(self, seeds: list[int], regimes: Sequence[str], methods: Sequence[str] | None = None) -> list[Result]:
         """Methods with and without tracked gradients, each at its own learning rate, and static twins of the former.
@@ -156,10 +157,7 @@ class World:
         for regime in regimes:
             cells = [cell_of(regime, method, rates[method], seed) for seed in seeds for method in methods]
             found = self.run("tracked", cells)
-            results += found
-            for method in methods:
-                if method.endswith(TRACK):
-                    results += self.twins("tracked", found, method)
+            results += found + self.twins("tracked", found, *(name for name in methods if name.endswith(TRACK)))
         return results
 
     def study(self, seeds: list[int], variants: Sequence[str] | None = None) -> list[Result]:
@@ -177,7 +175,5 @@ class World:
             cells = [cell_of(regime, f"study {variant}", rate, seed) for seed in seeds for variant in shown]
             found = self.run("study", cells)
             results += found
-            for variant in shown:
-                if variant in TWINNED:
-                    results += self.twins("study", found, f"study {variant}")
+            results += self.twins("study", found, *(f"study {variant}" for variant in shown if variant in TWINNED))
         return results

@@ -113,9 +113,7 @@ def mean_correlation(matrix: Sequence[Sequence[float]]) -> float:
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-def cells(
-    seeds: Sequence[int], dials: Sequence[float], imbalances: Sequence[str], methods: Sequence[str]
-) -> list[Cell]:
+def cells(seeds: Sequence[int], dials: Sequence[float], imbalances: Sequence[str]) -> list[Cell]:
     """All cells, seed by seed, so that the map of a seed is complete before that of the next begins."""
     return [
         {"dial": dial, "imbalance": imbalance, "method": method, "seed": seed}

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,10 +41,11 @@ from mogeo import MultiObjectiveOptimizer
 from mogeo.decide.steering import Steering
 from mogeo.demo.recipe import Recipe
 from mogeo.demo.world import OBJECTIVES
+from mogeo.geometry.ops import psd_part
 from mogeo.weightings import resolve
 
 WEIGHTINGS = ("mgda-decoupled", "mgda-normalized")
-MICRO_BATCHES = 4
+MICRO_BATCHES = 4  # in a mini-batch
 TRACKS: tuple[float | str, ...] = (0.9, 0.95, 0.98, "auto")
 BY_MICRO_BATCH = 0.95
 """The decay with which micro-batches are tracked one by one, so that those of one step are compared as well."""
@@ -65,7 +67,9 @@ class Plan(NamedTuple):
 def plan(quick: bool) -> Plan:
     """The study's sizes, or such that only show that it runs."""
     if quick:
-        return Plan(Sizes.tiny().recipe, (1,), (3,), 4, 2, (1, 2))
+        tiny = Sizes.tiny().recipe
+        tiny = replace(tiny, align=replace(tiny.align, pairs_per_objective=MICRO_BATCHES))
+        return Plan(tiny, (1,), (3,), 4, 2, (1, 2))
     return Plan(Recipe(), (0, 50, 100), (30, 50, 70, 90, 100), 100, 40, (1, 5, 10, 25))
 
 
@@ -99,12 +103,6 @@ def u_statistic(total: Tensor, grams: Tensor, count: int) -> Tensor:
     return (total @ total.T - grams) / (count * (count - 1))
 
 
-def positive(gram: Tensor) -> Tensor:
-    """The nearest positive semi-definite matrix: negative eigenvalues become 0."""
-    values, vectors = torch.linalg.eigh(gram)
-    return (vectors * values.clamp(min=0)) @ vectors.T
-
-
 def shares(weighting: str, gram: Tensor, losses: Tensor) -> Tensor:
     """w / Σw of a Gram matrix and losses, [K]."""
     weights = resolve(weighting)(gram, losses)
@@ -120,7 +118,7 @@ def averaged(name: str, weighting: str, stream: Sequence[Seen], decay: float) ->
             average = Seen(*(decay * old + (1 - decay) * new for old, new in zip(average, seen, strict=True)))
         else:
             average = seen
-        gram = positive(average.unbiased) if name == "micro-batches" else average.gram
+        gram = psd_part(average.unbiased) if name == "micro-batches" else average.gram
         weights = steering.weigh(resolve(weighting), gram, average.losses).weights
         found.append(weights / weights.sum())
     return found
@@ -244,7 +242,7 @@ def _sampled(seen: Sequence[Seen], sums: Sequence[Tensor], gram: Tensor, losses:
     halves = [u_statistic(total, grams[i::2].sum(0), len(grams[i::2])) for i, total in enumerate(sums)]
     told = {}
     for weighting in WEIGHTINGS:
-        best, found, *apart = (shares(weighting, positive(each), losses) for each in (gram, whole, *halves))
+        best, found, *apart = (shares(weighting, psd_part(each), losses) for each in (gram, whole, *halves))
         told[weighting] = {"error": distance(found, best), "halves": distance(*apart)}
     return told
 
