@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogeo.geometry.ops import psd_part
 from mogeo.geometry.tracking import Estimate, noise_scale, noise_scale_interval
 
 
@@ -147,11 +148,12 @@ class StepReport:
         and where a squared length is estimated as 0 or less.
         """
         if self.mean is not None:
-            return self._mean_products(self.mean.gram) / self._mean_reach(self.mean.gram)
+            gram = _nearest_gram(self.mean.gram)
+            return self._products(gram, self.weights) / self._reach(gram)
         if self.gram is None or self.grad_norms is None:
             return None
         # A gradient that was left out may be NaN, and 0 · NaN would spread.
-        products = self.gram.masked_fill(self.weights == 0, 0.0) @ self.weights
+        products = self._products(self.gram, self.weights)
         reach = self.weights.abs() @ self.grad_norms.masked_fill(self.weights == 0, 0.0)
         norm = torch.where(self.direction_norm < 1e-4 * reach, torch.nan, self.direction_norm)
         return products / (norm * self.grad_norms)
@@ -170,16 +172,21 @@ class StepReport:
         """
         if self.mean is None:
             return None
-        variance = self._mean_products(self.mean.error.square(), self.weights.square())
-        return variance.sqrt() / self._mean_reach(self.mean.gram)
+        variance = self._products(self.mean.error.square(), self.weights.square())
+        return variance.sqrt() / self._reach(_nearest_gram(self.mean.gram))
 
-    def _mean_products(self, matrix: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Matrix times weights, where what has no weight is not read."""
-        return matrix.masked_fill(self.weights == 0, 0.0) @ (self.weights if weights is None else weights)
+    @property
+    def hurt(self) -> Tensor | None:
+        """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]."""
+        return None if self.alignment is None else self.alignment < -1e-5
 
-    def _mean_reach(self, gram: Tensor) -> Tensor:
-        """‖Σ_j w_j ḡ_j‖ ‖ḡ_k‖, fp64 [K]."""
-        return _root(self.weights @ self._mean_products(gram)) * _root(gram.diagonal())
+    def _products(self, matrix: Tensor, weights: Tensor) -> Tensor:
+        """Matrix times weights, where what has no weight is not read: it may be NaN."""
+        return matrix.masked_fill(self.weights == 0, 0.0) @ weights
+
+    def _reach(self, gram: Tensor) -> Tensor:
+        """‖Σ_j w_j ḡ_j‖ ‖ḡ_k‖ by the Gram matrix of mean gradients, fp64 [K]."""
+        return _root(self.weights @ self._products(gram, self.weights)) * _root(gram.diagonal())
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -232,3 +239,9 @@ class StepReport:
 def _root(squares: Tensor) -> Tensor:
     """Square roots; NaN of 0 and of less."""
     return torch.where(squares > 0, squares, torch.nan).sqrt()
+
+
+def _nearest_gram(gram: Tensor) -> Tensor:
+    """The nearest matrix that is a Gram matrix, as a guarantee of descent sees it; 0 where nothing is known."""
+    known = ~gram.diagonal().isnan()
+    return psd_part(torch.where(known[:, None] & known[None, :], gram, 0.0))

@@ -52,7 +52,7 @@ class Estimate(NamedTuple):
     mean_square: Tensor
     #: Mean losses, [K].
     losses: Tensor
-    #: What is certain of `gram`, positive semi-definite, [K, K]: what weightings are shown.
+    #: `gram` as far as there is evidence, positive semi-definite, [K, K]: what weightings are shown.
     seen: Tensor
     #: How far each mean gradient can be told from zero, [K]: 0 up to two standard errors, 1 from three on.
     evidence: Tensor
@@ -262,20 +262,17 @@ def _estimated(kept: _Kept, of_step: Tensor, dimension: int | None) -> Estimate:
         error = error + (torch.outer(squares, squares) + of_averages.square()) / dimension
     error = error.sqrt()
 
-    certain = _certainty(gram.abs(), error)
     lengths = gram.diagonal().nan_to_num(-torch.inf)
+    evidence = _evidence(lengths.clamp(min=0), error.diagonal())
     floor = torch.minimum(error.diagonal(), squares)
-    seen = (gram.nan_to_num(0.0) * certain).fill_diagonal_(0.0)
-    seen = ops.psd_part(seen + torch.diag(torch.maximum(lengths, floor)))
-    return Estimate(
-        gram, error, kept.square / share, kept.loss / share, seen, _certainty(lengths.clamp(min=0), error.diagonal()),
-        of_step,
-    )  # fmt: skip
+    seen = gram.nan_to_num(0.0) * torch.minimum(evidence[:, None], evidence[None, :])
+    seen = ops.psd_part(seen.fill_diagonal_(0.0) + torch.diag(torch.maximum(lengths, floor)))
+    return Estimate(gram, error, kept.square / share, kept.loss / share, seen, evidence, of_step)
 
 
-def _certainty(size: Tensor, error: Tensor) -> Tensor:
+def _evidence(size: Tensor, error: Tensor) -> Tensor:
     """How far a size can be told from zero: 0 … 1."""
-    ratio = torch.where(error > 0, size.nan_to_num(0.0) / error, torch.inf)
+    ratio = torch.where(error > 0, size / error, torch.inf)
     return ((ratio - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
 
 
