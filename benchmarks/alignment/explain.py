@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mogeo.weightings import Weighting, WeightingLike, resolve
 
+HURT = -1e-5
+"""A cosine below it counts as hurting, as in `mogeo.StepReport.hurt`: above, rounding can make it negative."""
+
 
 class Measured(Weighting):
     """A weighting for which the Gram matrix is always computed, so that conflicts can be counted.
@@ -55,9 +58,9 @@ def explain(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> 
     return {
         "steps": len(steps),
         "conflict": fmean(c < 0 for c in cosines) if cosines else None,
-        "hurt": sum(a < 0 for a in lowest) / len(steps),
+        "hurt": sum(a < HURT for a in lowest) / len(steps),
         "alignment": fmean(lowest) if lowest else None,
-        "hurt_by_objective": {name: _mean([float(e[name] < 0) for e in known if name in e]) for name in objectives},
+        "hurt_by_objective": {name: _mean([float(e[name] < HURT) for e in known if name in e]) for name in objectives},
         "evidence": _by_objective(steps, "evidence", objectives, fmean),
         "noise_scale": _by_objective(steps, "noise_scale", objectives, median),
         "weight": dict(zip(objectives, map(fmean, by_objective), strict=True)),

@@ -10,6 +10,7 @@ from typing import Any
 from alignment import dial, estimators, realised, tables
 from alignment.cells import Result
 from alignment.compare import REGIMES, TRACK, TRACKED, merit
+from alignment.explain import HURT
 from mogeo.demo.world import OBJECTIVES
 
 
@@ -197,7 +198,7 @@ def of_realised_steps(results: Sequence[Result]) -> list[str]:
         found = list(by_seed.values())
         checks = [check for r in found for check in r["checks"]]
         seen = [each for check in checks for each in check["realised"].values()]
-        said = [value for check in checks for value in check["reported"].values()]
+        said = [value for check in checks for value in check["reported"].values() if value is not None]
         rows.append(
             [
                 f"`{label}`",
@@ -205,7 +206,9 @@ def of_realised_steps(results: Sequence[Result]) -> list[str]:
                 _of(sum(each["z"] < -2 for each in seen), len(seen)),
                 _of(sum(abs(each["z"]) < 2 for each in seen), len(seen)),
                 _of(sum(each["halves agree"] for each in seen), len(seen)),
-                _of(sum(value is not None and value < 0 for value in said), sum(value is not None for value in said)),
+                _of(
+                    sum(value is not None and value < HURT for value in said), sum(value is not None for value in said)
+                ),
                 f"{100 * fmean(r['reported']['any'] for r in found):.0f}",
             ]
         )
@@ -215,7 +218,7 @@ def of_realised_steps(results: Sequence[Result]) -> list[str]:
             told = [check["reported"][name] for check in checks if check["reported"][name] is not None]
             cosines = [each["cosine"] for each in mine if each["cosine"] is not None]
             mean = f"{fmean(cosines):+.2f}".replace("-", "−") if cosines else "–"
-            hurt, said_so = (sum(each["z"] < 0 for each in mine), sum(value < 0 for value in told))
+            hurt, said_so = (sum(each["z"] < 0 for each in mine), sum(value < HURT for value in told))
             cells.append(f"{hurt} / {said_so} of {len(mine)} ({mean})")
         by_objective.append([f"`{label}`", *cells])
     header = [

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from alignment.cells import Cell, Result, run_cells
 from alignment.compare import Sizes
+from alignment.explain import HURT
 from alignment.generated_world import Method
 from alignment.mini_batches import Gradients, Run, replayed, watched, watcher
 from mogeo import MultiObjectiveOptimizer
@@ -204,8 +205,8 @@ def reported_shares(reported: Sequence[dict[str, float | None]]) -> dict[str, An
     """
     values = {name: [v for each in reported if (v := each[name]) is not None] for name in OBJECTIVES}
     return {
-        "hurt": {name: fmean(v < 0 for v in told) if told else None for name, told in values.items()},
-        "any": fmean(any(v is not None and v < 0 for v in each.values()) for each in reported),
+        "hurt": {name: fmean(v < HURT for v in told) if told else None for name, told in values.items()},
+        "any": fmean(any(v is not None and v < HURT for v in each.values()) for each in reported),
         "told": fmean(len(told) / len(reported) for told in values.values()),
     }
 
