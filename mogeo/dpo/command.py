@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mogeo.dpo.processes import Processes
-    from mogeo.dpo.run_folder import Record
     from mogeo.dpo.train import AlignResult
+    from mogeo.figures.records import StepRecord
 
 logger = logging.getLogger("mogeo")
 
@@ -402,12 +403,12 @@ hurts it. The direction is made of the same gradients, and their noise flatters 
 average."""
 
 
-def _noise_scale(of_step: Sequence[Record], name: str) -> str:
+def _noise_scale(of_step: Sequence[StepRecord], name: str) -> str:
     """What a step's record says of an objective's noise scale: an estimate, or what it exceeds."""
     from mogeo.figures.records import column, lower_bounds
 
     (scale,), (least,) = column(of_step, "noise_scale", name), lower_bounds(of_step, name)
-    if scale == scale:
+    if not math.isnan(scale):
         return f"{scale:.3g}"
     return f"over {least:.3g}" if least > 0 else "unknown"
 

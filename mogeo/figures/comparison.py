@@ -118,7 +118,7 @@ def _draw_mean_weights(ax: Any, objectives: Sequence[str], histories: Sequence[S
         taken = min(map(len, columns))
         raw = np.stack([of_seed[:taken] for of_seed in columns])  # [seeds, steps]
         smooth = np.stack([running_mean(row) for row in raw])
-        steps = np.arange(1, taken + 1)
+        steps = range(1, taken + 1)
         for row in raw:
             draw_dots(ax, steps, row, colour(i))
         if len(raw) > 1:
