@@ -21,10 +21,10 @@ from torch import Tensor
 from mogeo.kernels.min_norm import MAX_OBJECTIVES, exponent_of, power_of_two
 from mogeo.kernels.target import Launch, square_side
 
-# Size off the diagonal, in units of the largest entry, up to which nothing is rotated: half a unit in the last place.
+# Size off the diagonal, in units of the largest entry, up to which nothing is rotated: half of that one's rounding.
 _NEGLIGIBLE = tl.constexpr(2.0**-54)
-# Sweeps after which it is left as it is: several times as many as any matrix took that was tried. Those whose eigenvalues
-# all but coincide take the most.
+# Sweeps after which it is left as it is: several times as many as any matrix took that was tried. Most are taken by
+# those whose eigenvalues all but coincide.
 _MOST_SWEEPS = tl.constexpr(60)
 # Times K and the largest: how far below 0 an eigenvalue counts as 0. That of `mogeo.geometry.torch_backend`.
 _ROUNDING = tl.constexpr(4 * 2.0**-52)
