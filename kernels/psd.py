@@ -21,12 +21,12 @@ from torch import Tensor
 from mogeo.kernels.min_norm import MAX_OBJECTIVES, exponent_of, power_of_two
 from mogeo.kernels.target import Launch, square_side
 
-# Size off the diagonal, in units of the largest entry, up to which nothing is rotated: half a unit in the last place.
+# Size off the diagonal, in units of the largest entry, up to which nothing is rotated: half of that one's rounding.
 _NEGLIGIBLE = tl.constexpr(2.0**-54)
-# Sweeps after which it is left as it is. Two millions of matrices, many of them with eigenvalues that all but coincide,
-# took 17 at most.
+# Sweeps after which it is left as it is: several times as many as any matrix took that was tried. Most are taken by
+# those whose eigenvalues all but coincide.
 _MOST_SWEEPS = tl.constexpr(60)
-# Times K and the largest: how far below zero an eigenvalue counts as zero. That of `torch_backend`.
+# Times K and the largest: how far below 0 an eigenvalue counts as 0. That of `mogeo.geometry.torch_backend`.
 _ROUNDING = tl.constexpr(4 * 2.0**-52)
 _WIDEST = tl.constexpr(1000)
 _INFINITY = tl.constexpr(float("inf"))

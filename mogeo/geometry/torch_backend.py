@@ -21,9 +21,7 @@ _BLOCK = 512  # columns of one partial Gram: an fp32 sum this short keeps 2e-7 o
 _CHUNK = 1 << 24  # elements handed to one batched product: bounds the partial Grams held at a time
 _UPCAST_CHUNK = 1 << 20  # elements of half-precision rows upcast at a time: 4 MiB of fp32, which stays in cache
 _AXPY_CHUNK = 1 << 18  # columns combined at a time: the 1 MiB of output stays in cache while K rows stream past
-_ROUNDING = (
-    4 * torch.finfo(torch.float64).eps
-)  # times K and the largest: how far below zero an eigenvalue counts as zero
+_ROUNDING = 4 * 2.0**-52  # times K and the largest: how far below 0 an eigenvalue counts as 0
 _TINY = 1e-30  # mean square below which products of fp32 elements come near the subnormal range
 
 
