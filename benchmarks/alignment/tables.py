@@ -229,10 +229,12 @@ def selection(results: Sequence[Result], merit: Metric) -> str:
     rows = []
     for method in by_label(results):
         of = [r for r in results if label_of(r) == method]
-        means = {rate: 100 * fmean(merit(r) for r in of if r["cell"]["lr"] == rate) for rate in rates}
+        merits = {rate: [100 * merit(r) for r in of if r["cell"]["lr"] == rate] for rate in rates}
+        means = {rate: fmean(found) for rate, found in merits.items() if found}
         best = max(means, key=means.__getitem__)
-        shown = [f"**{_signed(m, 1)}**" if rate == best else _signed(m, 1) for rate, m in means.items()]
-        rows.append([f"`{method}`", *shown])
+        shown = {rate: _signed(mean, 1) for rate, mean in means.items()}
+        shown[best] = f"**{shown[best]}**"
+        rows.append([f"`{method}`", *(shown.get(rate, "–") for rate in rates)])
     return markdown(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
