@@ -23,6 +23,7 @@ from hypothesis import given
 from torch import Tensor
 
 import mogeo
+from mogeo.geometry import ops
 from tests import profiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -30,13 +31,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """The functional core in one place, on CPU tensors as seen from outside. Signatures are those of mogeo."""
+    """The functional core in one place, on CPU tensors as seen from outside. Signatures are those of `ops`."""
 
     gram: Callable[[Tensor], Tensor]
     gram_by_segment: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
     combine: Callable[..., Tensor]
     min_norm_weights: Callable[[Tensor], mogeo.MinNorm]
     descent_weights: Callable[..., mogeo.Descent]
+    psd_part: Callable[[Tensor], Tensor]
     thrift: int  #: one example is tried where others try this many
     max_k: int  #: rows of a random example
 
@@ -92,6 +94,12 @@ def _descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = 
     )
 
 
+def _psd_part(matrix: Tensor) -> Tensor:
+    from mogeo.geometry import triton_backend
+
+    return triton_backend.psd_part(matrix.detach().to(torch.float64))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # CUDA
 
@@ -139,10 +147,14 @@ def elsewhere(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------------
 # The table
 
-_FUNCTIONS = (mogeo.gram, mogeo.gram_by_segment, mogeo.combine, mogeo.min_norm_weights, mogeo.descent_weights)
+_FUNCTIONS = (
+    ops.gram, ops.gram_by_segment, ops.combine, ops.min_norm_weights, ops.descent_weights, ops.psd_part,
+)  # fmt: skip
 
 CPU = Backend(*_FUNCTIONS, thrift=1, max_k=32)
-TRITON = Backend(_gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, thrift=10, max_k=8)
+TRITON = Backend(
+    _gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, _psd_part, thrift=10, max_k=8
+)  # fmt: skip
 CUDA = Backend(*(elsewhere(function, "cuda") for function in _FUNCTIONS), thrift=1, max_k=32)  # type: ignore[misc, arg-type]
 
 _CPU = pytest.param(CPU, id="cpu")

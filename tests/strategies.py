@@ -1,4 +1,4 @@
-"""Inputs that are hard on purpose: Gram matrices by family, rows by dtype and layout, and what to sketch.
+"""Inputs that are hard on purpose: Gram and symmetric matrices by family, rows by dtype and layout, what to sketch.
 
 Knows nothing of mogeo. `FAMILIES[name](rng, k)` gives one fp64 Gram [k, k] of that family from a numpy Generator, so
 that the benchmark and the tests measure the same matrices; the hypothesis strategies below draw a family, a size and a
@@ -189,6 +189,9 @@ FAMILIES: dict[str, Sampler] = {
     "tight cone": tight_cone,
 }
 
+# Families whose Grams are positive semi-definite, up to the rounding of fp64.
+SEMI_DEFINITE = tuple(family for family in FAMILIES if family != "indefinite by rounding")
+
 # Families whose Gram determines its optimum far beyond its own rounding, at every K: here nothing excuses an error.
 WELL_POSED = ("gaussian, N = 1000", "strong conflict", "norms 1e-6 … 1e3", "near-collinear", "vertex")
 
@@ -259,6 +262,74 @@ ROW_FAMILIES: dict[str, Sampler] = {
 
 # Families whose nearest harmless direction a Gram matrix decides, at every K.
 DECIDABLE = ("conflicting", "gaussian, N = K + 1", "duplicates")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Symmetric matrices [k, k] that are no Gram
+
+
+def symmetric(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Gaussian: eigenvalues of both signs alike."""
+    entries = rng.standard_normal((k, k))
+    return entries + entries.T
+
+
+def less_noise(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """A Gram less what noise is thought to add to its diagonal, which may be more than there is."""
+    gram = gaussian_tight(rng, k)
+    return gram - np.diag(np.diagonal(gram) * rng.uniform(0, 1.5, k))
+
+
+def units_apart(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Rows and columns in units from 1e-8 to 1e8."""
+    units = log_uniform(rng, -8, 8, k)
+    return symmetric(rng, k) * np.outer(units, units)
+
+
+def coinciding_eigenvalues(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Eigenvalues -1, 0, 1 and 1 + 1e-9: most of them several times, up to rounding."""
+    vectors, _ = np.linalg.qr(rng.standard_normal((k, k)))
+    found = (vectors * rng.choice([-1, 0, 1, 1 + 1e-9], k)) @ vectors.T
+    return (found + found.T) / 2
+
+
+def small_integers(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Ties on the diagonal, and zeros."""
+    entries = np.triu(rng.integers(-1, 2, (k, k))).astype(np.float64)
+    return entries + entries.T
+
+
+def some_rows_zero(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Some rows and their columns are zero, perhaps all."""
+    there = rng.random(k) < 0.6
+    return np.where(np.outer(there, there), symmetric(rng, k), 0.0)
+
+
+def diagonal(rng: np.random.Generator, k: int) -> NDArray[np.float64]:
+    """Eigenvalues of both signs, and zeros, each with a unit vector."""
+    return np.diag(rng.standard_normal(k) * rng.integers(0, 2, k))
+
+
+SYMMETRIC: dict[str, Sampler] = {
+    "gaussian": symmetric,
+    "Gram less noise": less_noise,
+    "units apart": units_apart,
+    "coinciding eigenvalues": coinciding_eigenvalues,
+    "small integers": small_integers,
+    "some rows zero": some_rows_zero,
+    "diagonal": diagonal,
+    "nearly PSD": indefinite,
+    "low rank": low_rank,
+}
+
+
+def symmetric_matrices(max_k: int = 5) -> st.SearchStrategy[Tensor]:
+    """An fp64 symmetric matrix [k, k] of one of the families; shrinks as `grams`."""
+
+    def sample(family: str, k: int, seed: int) -> Tensor:
+        return torch.from_numpy(SYMMETRIC[family](np.random.default_rng(seed), k))
+
+    return st.builds(sample, st.sampled_from(tuple(SYMMETRIC)), st.integers(1, max_k), st.integers(0, 2**20))
 
 
 # --------------------------------------------------------------------------------------------------------------------

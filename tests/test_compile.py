@@ -67,6 +67,10 @@ def fresh() -> Iterator[None]:
         ("min_norm", (GRAM, LOSSES, "loss+", 0.5, "normalized")),
         ("min_norm", (GRAM.expand(2, 5, 3, 3), LOSSES.expand(2, 5, 3), "loss", 1.0, "raw")),
         ("min_norm", (GRAM.expand(0, 3, 3), None, "none", 1.0, "raw")),
+        ("psd_part", (GRAM - 20 * torch.eye(3),)),
+        ("psd_part", ((GRAM + torch.arange(18.0).view(2, 3, 3)).mT,)),
+        ("psd_part", (GRAM.expand(2, 5, 3, 3),)),
+        ("psd_part", (GRAM.expand(0, 3, 3),)),
     ],
 )
 def test_operators_keep_their_promises(operator: str, arguments: tuple[Any, ...]) -> None:

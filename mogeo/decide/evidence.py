@@ -15,6 +15,8 @@ from mogeo.geometry.constants import constant_tensor
 from mogeo.geometry.tracking import MeanGradients
 from mogeo.weightings import Solution, Weighting
 
+_ROUNDING = 1e-9  # of a sum of weights: what a solver of somebody else's may leave below zero
+
 
 class Evidenced(Weighting):
     """Another weighting's weights, in proportion to the evidence that there is of each mean gradient.
@@ -24,9 +26,10 @@ class Evidenced(Weighting):
 
         share_k = (1 − ρ_k) p_k + ρ_k a_k Σ_j ρ_j p_j / Σ_j ρ_j a_j:
 
-    an objective keeps 1 − ρ_k of what is preferred, and the weighting shares out the rest. With all ρ_k = 1, weights
-    are the weighting's own. The sum of the weights is the weighting's in any case; where that is not positive, or no
-    weight is to be shared out, weights stay as they are.
+    an objective keeps 1 − ρ_k of what is preferred, and the weighting shares out the rest. Where it gives all to
+    objectives without evidence, Σ_j ρ_j a_j = 0, the rest stays where it is preferred. With all ρ_k = 1, weights are the
+    weighting's own. Their sum is the weighting's in any case. Weights that are not shares, since some are negative by
+    more than rounding or none is positive, stay as they are.
 
     Args:
         inner: a weighting that reads the Gram matrix.
@@ -62,11 +65,12 @@ class Evidenced(Weighting):
         preferred = preferred.masked_fill(~live, 0.0)
         preferred = preferred / preferred.sum().clamp(min=torch.finfo(torch.float64).tiny)
         total = found.weights.sum()
-        believed = evidence * found.weights / total
-        rest = (evidence * preferred).sum() / believed.sum()
-        shares = (1 - evidence) * preferred + torch.where(believed.sum() > 0, believed * rest, 0.0)
-        certain = ((evidence == 1) | ~live).all() | ~(total > 0)
-        return found._replace(weights=torch.where(certain, found.weights, total * shares))
+        believed, rest = evidence * found.weights.clamp(min=0) / total, evidence * preferred
+        rest = torch.where(believed.sum() > 0, believed * (rest.sum() / believed.sum()), rest)
+        shares = (1 - evidence) * preferred + rest
+        no_shares = ~(total > 0) | (found.weights < -_ROUNDING * total).any()
+        stay = ((evidence == 1) | ~live).all() | no_shares
+        return found._replace(weights=torch.where(stay, found.weights, total * shares))
 
     def state_dict(self) -> dict[str, Any]:
         """That of the inner weighting."""

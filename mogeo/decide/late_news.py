@@ -78,7 +78,9 @@ class News:
             verdict = decided.status if decided.bad_weights is None else decided.bad_weights
             numbers = [decided.nonfinite] if verdict is None else [decided.nonfinite, verdict.reshape(1)]
             if verdict is not None or not self.warned:
-                self.mailbox.post(numbers, (rules, decided.losses, decided.gram))
+                mean = decided.mean
+                seen = (decided.losses, decided.gram) if mean is None else (mean.losses, mean.seen)
+                self.mailbox.post(numbers, (rules, *seen))
         elif not self.warned and rules.nonfinite == "skip":
             self._warn(decided.nonfinite.tolist(), rules)
 

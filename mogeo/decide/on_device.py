@@ -61,8 +61,11 @@ def _solved(
 ) -> tuple[Solution, Tensor]:
     """The weighting's solution, and whether some of its weights are not finite, bool []."""
     left_out = ~present | nonfinite
-    found = rules.weighting.solve(*seen_by_weighting(gram, losses, left_out))
+    seen, known = seen_by_weighting(gram, losses, left_out)
+    found = rules.weighting.solve(seen, known)
     weights = found.weights.masked_fill(left_out, 0.0)
+    if seen is not None and rules.weighting.needs_positive_losses:
+        weights = weights.masked_fill(((known <= 0) & (seen.diagonal() > 0)).any(), torch.nan)
     bad_weights = (~weights.isfinite()).any()
     if rules.nonfinite == "propagate":
         weights = weights.masked_fill(nonfinite.any(), torch.nan)
@@ -84,7 +87,7 @@ def combined(
     assert plain is None
     gram, nonfinite = None if decided.mean is not None else decided.gram, decided.nonfinite
     squared_norm, clip = rows.direct(decided.weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
-    if gram is None or any(block.dtype == torch.float16 for block in rows.blocks):
+    if decided.gram is None or any(block.dtype == torch.float16 for block in rows.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.
         nonfinite = nonfinite | (_present(absent, decided.losses.device) & _failed(squared_norm, clip))
     return Direction(decided._replace(nonfinite=nonfinite), squared_norm, clip, by_device=True)

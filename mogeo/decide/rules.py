@@ -94,5 +94,7 @@ def seen_by_weighting(gram: Tensor | None, losses: Tensor, left_out: Tensor | No
 
 
 def finite_rows(sketches: Sketches) -> Tensor:
-    """Which gradients are finite, bool [K], by their sketches: one element that is not makes one of them so."""
-    return (sketches.rows * 0.0).sum(1).isfinite()
+    """Which gradients are finite, bool [K], and short enough to be squared in fp64, by their sketches: one element of a
+    gradient that is not makes one of its sketch so.
+    """
+    return torch.linalg.vector_norm(sketches.rows, dim=1, dtype=torch.float64).isfinite()

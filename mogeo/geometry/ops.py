@@ -1,5 +1,7 @@
-"""The functional core: gram, combine, min_norm_weights, descent_weights; and the arithmetic of sketches. Checks its
-arguments (`mogeo.geometry.projection` checks those of sketches); the one place that chooses an implementation.
+"""The functional core: gram, combine, min_norm_weights, descent_weights; psd_part; and the arithmetic of sketches.
+
+Checks its arguments (`mogeo.geometry.projection` checks those of sketches); the one place that chooses an
+implementation.
 
 Knows tensors, no optimizer and no weighting. CUDA and ROCm tensors take the Triton kernels
 (`mogeo.geometry.triton_backend`), all others PyTorch operations and the scalar solver (`mogeo.geometry.torch_backend`).
@@ -148,7 +150,7 @@ def min_norm_weights(gram: Tensor) -> MinNorm:
 
     Source: Désidéri, *Multiple-gradient descent algorithm (MGDA)*, 2012.
     """
-    _check_gram(gram)
+    _check_square("gram", gram)
     return normalized_min_norm(gram, None, "none", 1.0, "raw")
 
 
@@ -185,7 +187,7 @@ def descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = N
         TypeError: `gram` is not floating point.
         ValueError: `gram` is not square, or empty, or `weights` does not fit, or `rounding` is out of range.
     """
-    _check_gram(gram)
+    _check_square("gram", gram)
     if weights.shape != gram.shape[:-1]:
         raise ValueError(f"weights have shape {tuple(weights.shape)}: a Gram {tuple(gram.shape)} needs [..., K]")
     rounding = 4 * torch.finfo(gram.dtype).eps if rounding is None else rounding
@@ -193,6 +195,31 @@ def descent_weights(gram: Tensor, weights: Tensor, *, rounding: float | None = N
         raise ValueError(f"rounding={rounding}: pass the relative error of an entry of the Gram, > 0 and < 1")
     weights = weights.detach().to(device=gram.device, dtype=torch.float64)
     return Descent(*torch.ops.mogeo.descent(gram.detach().to(torch.float64), weights, rounding))
+
+
+def psd_part(matrix: Tensor) -> Tensor:
+    """The positive semi-definite matrix nearest to the symmetric part (M + Mᵀ)/2, by the Frobenius norm.
+
+    That is the symmetric part with its negative eigenvalues set to zero: for estimates of a Gram matrix, which need
+    not be one. Exactly symmetric, with a diagonal ≥ 0. A symmetric part that is positive semi-definite already, up to
+    4 K units in the last place of its largest eigenvalue, comes back to the last bit unless an entry of its diagonal is
+    negative. A row of zeros stays one. On a GPU, up to K = 32 nothing waits for the device.
+
+    Args:
+        matrix: M [K, K], a real floating dtype; or [..., K, K].
+
+    Returns:
+        fp64, of that shape, on the device of `matrix`. NaN wherever a matrix has an entry that is not finite.
+
+    Raises:
+        TypeError: `matrix` is not floating point.
+        ValueError: `matrix` is not square, or empty.
+
+    Source: Higham, *Computing a nearest symmetric positive semidefinite matrix*, 1988, theorem 2.1.
+    """
+    _check_square("matrix", matrix)
+    result: Tensor = torch.ops.mogeo.psd_part(matrix.detach().to(torch.float64))
+    return result
 
 
 def normalized_min_norm(
@@ -212,11 +239,6 @@ def normalized_min_norm(
     """
     losses = None if losses is None else losses.detach().to(device=gram.device, dtype=torch.float64)
     return MinNorm(*torch.ops.mogeo.min_norm(gram.detach().to(torch.float64), losses, normalize, power, apply_to))
-
-
-def psd_part(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
 
 
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
@@ -284,6 +306,7 @@ _OPERATORS = {
     "combine_out": "(Tensor rows, Tensor weights, Tensor(a!) out) -> ()",
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
     "descent": f"(Tensor gram, Tensor weights, float rounding={ROUNDING!r}) -> (Tensor, Tensor, Tensor)",
+    "psd_part": "(Tensor matrix) -> Tensor",
     "sketch_": "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor signs) -> ()",
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
@@ -324,10 +347,15 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         result: tuple[Tensor, Tensor, Tensor] = code().descent(gram, weights, rounding)
         return result
 
+    def psd_part(matrix: Tensor) -> Tensor:
+        with torch.autocast(matrix.device.type, enabled=False):
+            result: Tensor = code().psd_part(matrix)
+        return result
+
     def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
         code().sketch_(row, gradient, chunks, signs)
 
-    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, psd_part, sketch_):
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
 
 
@@ -360,10 +388,13 @@ def _register_fakes() -> None:
         status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
         return torch.empty_like(weights), torch.empty_like(weights), status
 
+    def psd_part(matrix: Tensor) -> Tensor:
+        return matrix.new_empty(matrix.shape)
+
     def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
         return None
 
-    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, sketch_):
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, psd_part, sketch_):
         torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
 
 
@@ -374,11 +405,12 @@ _register_fakes()
 # Checks
 
 
-def _check_gram(gram: Tensor) -> None:
-    if not gram.is_floating_point():
-        raise TypeError(f"gram is {gram.dtype}: pass a real floating-point Gram matrix")
-    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1] or gram.shape[-1] == 0:
-        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square matrix [K, K], K ≥ 1, or a batch of them")
+def _check_square(name: str, matrix: Tensor) -> None:
+    if not matrix.is_floating_point():
+        raise TypeError(f"{name} is {matrix.dtype}: pass a real floating-point matrix")
+    if matrix.ndim < 2 or matrix.shape[-2] != matrix.shape[-1] or matrix.shape[-1] == 0:
+        shape = tuple(matrix.shape)
+        raise ValueError(f"{name} has shape {shape}: pass a square matrix [K, K], K ≥ 1, or a batch of them")
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Gram matrix, combination, min-norm point and sketch in plain PyTorch, written for a CPU and its memory hierarchy.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.geometry.ops` is the door. Runs on every device, but asks
-the host there: `combine`, `min_norm`, `descent` and `sketch_` copy what is small to it.
+the host there: `combine`, `min_norm`, `descent` and `sketch_` copy what is small to it, and `psd_part` waits for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ _BLOCK = 512  # columns of one partial Gram: an fp32 sum this short keeps 2e-7 o
 _CHUNK = 1 << 24  # elements handed to one batched product: bounds the partial Grams held at a time
 _UPCAST_CHUNK = 1 << 20  # elements of half-precision rows upcast at a time: 4 MiB of fp32, which stays in cache
 _AXPY_CHUNK = 1 << 18  # columns combined at a time: the 1 MiB of output stays in cache while K rows stream past
+_ROUNDING = (
+    4 * torch.finfo(torch.float64).eps
+)  # times K and the largest: how far below zero an eigenvalue counts as zero
 _TINY = 1e-30  # mean square below which products of fp32 elements come near the subnormal range
 
 
@@ -128,6 +131,27 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = scalar_descent.ROUN
     status = torch.tensor([int(each[1]) for each in found], dtype=torch.int64, device=gram.device)
     correction = correction.reshape(weights.shape)
     return weights + correction, correction, status.reshape(gram.shape[:-2])
+
+
+def psd_part(matrix: Tensor) -> Tensor:
+    """The positive semi-definite matrix nearest to (M + Mᵀ)/2, fp64 [..., K, K], from M likewise.
+
+    Properties as in `mogeo.geometry.ops.psd_part`.
+    """
+    symmetric = matrix / 2 + matrix.mT / 2
+    largest = symmetric.abs().amax((-2, -1), keepdim=True)
+    finite = largest < torch.inf
+    # Scaled by a power of two, exactly: eigenvalues of the largest numbers would overflow.
+    mantissa, _ = torch.frexp(largest)
+    unit = torch.where(finite & (largest > 0), largest / (2 * mantissa), 1.0)
+    values, vectors = torch.linalg.eigh(torch.where(finite, symmetric, 0.0) / unit)
+    projected = (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
+    projected = (projected / 2 + projected.mT / 2) * unit
+    zero = (symmetric == 0).all(-1)
+    projected = projected.masked_fill(zero[..., :, None] | zero[..., None, :], 0.0)
+    rounding = _ROUNDING * matrix.shape[-1] * values.abs().amax(-1)
+    is_psd = (values.amin(-1) >= -rounding) & (symmetric.diagonal(dim1=-2, dim2=-1).amin(-1) >= 0)
+    return torch.where(finite, torch.where(is_psd[..., None, None], symmetric, projected), torch.nan).contiguous()
 
 
 def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:

@@ -242,7 +242,7 @@ class _Proposed(NamedTuple):
 
 
 def _estimated(kept: _Kept, of_step: Tensor, dimension: int | None) -> Estimate:
-    share = kept.weight.clamp(min=torch.finfo(torch.float64).tiny)
+    share = torch.where(kept.weight > 0, kept.weight, 1.0)  # who never came has sums of 0
     total = torch.outer(share, share)
     of_averages = ops.gram(kept.average) / total  # B
     same_step = kept.both / total  # c

@@ -1,4 +1,4 @@
-"""Gram matrix, combination, min-norm point, direction, sketches on a GPU: the Triton kernels, and what else it takes.
+"""Gram matrix, combination, min-norm point, direction, PSD part, sketches on a GPU: Triton kernels, and what else.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.geometry.ops` is the door. Everything stays on the
 device, and nothing waits for it. Where the kernels do not reach, PyTorch operations serve: for the Gram of fp64 rows,
@@ -18,6 +18,7 @@ from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import descent as descent_kernel
 from mogeo.kernels import gram as gram_kernels
 from mogeo.kernels import min_norm as min_norm_kernel
+from mogeo.kernels import psd as psd_kernel
 from mogeo.kernels import sketch as sketch_kernels
 
 #: Objectives, or rows, up to which everything is decided on the device.
@@ -91,6 +92,14 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = descent_kernel.ROUN
         return torch_backend.descent(gram, weights, rounding)
     weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous(), rounding)
     return weights, correction, status
+
+
+def psd_part(matrix: Tensor) -> Tensor:
+    """The positive semi-definite matrix nearest to (M + Mᵀ)/2, fp64 [..., K, K], from M likewise."""
+    if matrix.shape[-1] > MOST_ROWS:
+        return torch_backend.psd_part(matrix)
+    result: Tensor = psd_kernel.psd_part(matrix.contiguous())
+    return result
 
 
 sketch_tables = sketch_kernels.tables

@@ -1,4 +1,4 @@
-"""`gram`, `gram_by_segment` and `combine` against three-line fp64 references, on every backend.
+"""`gram`, `gram_by_segment`, `combine` and `psd_part` against short references of their own, on every backend.
 
 For every dtype, length, layout and magnitude.
 """
@@ -20,6 +20,7 @@ from mogeo.geometry import ops
 from tests import strategies
 from tests.backends import FAST_BACKENDS, Backend, everywhere
 from tests.profiles import slow_but
+from tests.reference import nearest_psd
 from tests.reference import rows as reference
 from tests.row_asserts import WORST_CASE, assert_combined, assert_gram, gaussian
 from tests.strategies import DTYPES, LAYOUTS, lay_out
@@ -394,6 +395,132 @@ def test_combine_refuses_to_overwrite_a_row_it_still_reads() -> None:
         with pytest.raises(ValueError, match=r"out overlaps.*rows\[0\]"):
             mogeo.combine(rows, torch.ones(3), out=out)
     assert torch.equal(rows, before)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# psd_part
+
+
+def assert_psd_part(matrix: Tensor, result: Tensor) -> None:
+    """The nearest to 1e-13 of the largest eigenvalue, symmetric to the bit, diagonal ≥ 0, and zero rows stay zero."""
+    symmetric = matrix / 2 + matrix.mT / 2
+    assert result.dtype == torch.float64
+    assert torch.equal(result, result.mT)
+    assert bool((result.diagonal() >= 0).all())
+    assert not result[(symmetric == 0).all(dim=1)].any()
+    error = (result - nearest_psd.psd_part(symmetric)).abs().max()
+    assert error <= 1e-13 * torch.linalg.matrix_norm(symmetric, 2)
+
+
+@everywhere
+def test_psd_part_matches_the_reference(backend: Backend) -> None:
+    """And is its own PSD part, to the last bit."""
+
+    @backend.check(100, strategies.symmetric_matrices())
+    def holds(matrix: Tensor) -> None:
+        before = matrix.clone()
+        result = backend.psd_part(matrix)
+        assert torch.equal(matrix, before)
+        assert_psd_part(matrix, result)
+        assert torch.equal(backend.psd_part(result), result)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("family", strategies.SYMMETRIC)
+@pytest.mark.parametrize("k", slow_but([8, 16], 8))
+def test_psd_part_of_larger_matrices(backend: Backend, k: int, family: str) -> None:
+    matrix = torch.from_numpy(strategies.SYMMETRIC[family](np.random.default_rng(k), k))
+    assert_psd_part(matrix, backend.psd_part(matrix))
+
+
+@everywhere
+def test_no_psd_matrix_is_nearer_than_the_psd_part(backend: Backend) -> None:
+    """By the Frobenius norm; neither any, nor one beside it."""
+
+    @backend.check(50, strategies.symmetric_matrices(), st.integers(0, 2**20), st.floats(1e-3, 1))
+    def holds(matrix: Tensor, seed: int, share: float) -> None:
+        result = backend.psd_part(matrix)
+        distance, size = torch.linalg.matrix_norm(matrix - result), torch.linalg.matrix_norm(matrix)
+        factors = size.sqrt() * gaussian(20 * len(matrix), len(matrix), torch.float64, seed).view(20, len(matrix), -1)
+        for rival in factors @ factors.mT:
+            for other in (share * rival, (1 - share) * result + share * rival):
+                assert torch.linalg.matrix_norm(matrix - other) >= distance - 1e-13 * size
+
+
+@everywhere
+def test_a_matrix_without_negative_eigenvalues_is_its_own_psd_part_to_the_last_bit(backend: Backend) -> None:
+    """Up to the rounding of its entries, that is: of most families here, some eigenvalue should be zero."""
+
+    @backend.check(100, st.one_of(strategies.integer_grams(), strategies.grams(strategies.SEMI_DEFINITE)))
+    def holds(gram: Tensor) -> None:
+        assert torch.equal(backend.psd_part(gram), gram)
+
+
+@everywhere
+@pytest.mark.parametrize("exponent", [-960, -100, 100, 1022])
+def test_psd_part_scales_as_its_matrix_does(backend: Backend, exponent: int) -> None:
+    """To the last bit, for powers of two, up to the largest number."""
+    matrix = torch.tensor([[0.75, -1.5, 0.3], [-1.5, 0.1, 1.0], [0.3, 1.0, -1.2]], dtype=torch.float64)
+    scale = 2.0**exponent
+    assert torch.equal(backend.psd_part(matrix * scale), backend.psd_part(matrix) * scale)
+
+
+@everywhere
+def test_psd_part_is_that_of_the_symmetric_part(backend: Backend) -> None:
+    matrix = gaussian(3, 3, torch.float64)
+    assert not torch.equal(matrix, matrix.T)
+    expected = backend.psd_part((matrix + matrix.T) / 2)
+    assert torch.equal(backend.psd_part(matrix), expected)
+    assert torch.equal(backend.psd_part(lay_out(matrix, "every second")), expected)
+
+
+@everywhere
+def test_psd_parts_of_a_batch_are_those_of_its_matrices(backend: Backend) -> None:
+    """NaN for those that are not finite, be it in one entry, and nothing else is."""
+    matrices = torch.stack([torch.from_numpy(strategies.symmetric(np.random.default_rng(i), 3)) for i in range(6)])
+    matrices[1] = torch.eye(3)
+    spoilt = {2: math.nan, 4: math.inf, 5: -math.inf}
+    for i, entry in spoilt.items():
+        matrices[i, 0, 2] = entry
+    together = backend.psd_part(matrices.view(2, 3, 3, 3))
+    assert together.shape == (2, 3, 3, 3)
+    for i, result in enumerate(together.flatten(0, 1)):
+        if i in spoilt:
+            assert bool(result.isnan().all())
+        else:
+            assert_psd_part(matrices[i], result)
+            assert torch.equal(result, backend.psd_part(matrices[i]))
+
+
+@everywhere
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_psd_parts_of_an_empty_batch(backend: Backend, batch: tuple[int, ...]) -> None:
+    assert backend.psd_part(torch.zeros(*batch, 3, 3)).shape == (*batch, 3, 3)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_psd_part_takes_any_float_and_is_outside_autograd(backend: Backend, dtype: torch.dtype) -> None:
+    matrix = gaussian(3, 3, dtype).requires_grad_()
+    result = backend.psd_part(matrix)
+    assert not result.requires_grad
+    assert_psd_part(matrix.detach().double(), result)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 0), (2, 3, 2), ()])
+def test_psd_part_names_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"matrix has shape {shape}: pass a square matrix")):
+        ops.psd_part(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_psd_part_names_a_wrong_dtype(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"matrix is {dtype}.*floating-point"):
+        ops.psd_part(torch.zeros(2, 2, dtype=dtype))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The choice
 
 
 @pytest.mark.parametrize(("version", "told"), [("3.2.0", "3.2.0 is too old"), ("3.3.1", None), ("3.10.0+git1", None)])

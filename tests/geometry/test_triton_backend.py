@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,12 +11,12 @@ from tests.backends import KERNEL_DEVICE, needs_kernels
 from tests.min_norm_asserts import assert_kkt, judge
 from tests.reference import rows as reference
 from tests.row_asserts import assert_combined, assert_gram, gaussian
-from tests.strategies import DTYPES
+from tests.strategies import DTYPES, symmetric
 
 pytest.importorskip("triton")
 
 from mogeo import Status
-from mogeo.geometry import triton_backend
+from mogeo.geometry import torch_backend, triton_backend
 
 pytestmark = needs_kernels
 
@@ -59,6 +60,13 @@ def test_more_objectives_than_the_kernel_takes() -> None:
     weights, _, status = triton_backend.min_norm(there(gram), None, "none", 1.0, "raw")
     assert int(status) == Status.OPTIMAL
     assert_kkt(judge(gram, weights.cpu()))
+
+
+def test_a_larger_psd_part_than_the_kernel_takes() -> None:
+    k = triton_backend.MOST_ROWS + 1
+    matrix = torch.from_numpy(symmetric(np.random.default_rng(0), k))
+    found, expected = triton_backend.psd_part(there(matrix)).cpu(), torch_backend.psd_part(matrix)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * k)
 
 
 def test_arguments_of_any_stride_and_precision() -> None:

@@ -104,6 +104,7 @@ ENTRIES = (
     *(Entry("min_norm", k, _FP64) for k in (2, 4, 8, 16, 32)),
     Entry("min_norm", 4, _FP64, "l2, power 0.5"),
     *(Entry("descent", k, _FP64) for k in (4, 32)),
+    *(Entry("psd_part", k, _FP64) for k in (4, 16, 32)),
     *(Entry("sketch", 1, dtype) for dtype in (_BF16, _FP16, _FP32, _FP64)),
     Entry("sketch", 1, _BF16, "in one part"),
     Entry("sketch", 1, _BF16, "any dimension"),
@@ -186,6 +187,12 @@ def _descent(entry: Entry) -> Launch:
     return descent.launch(_empty(k, k), _empty(k), _empty(k), _empty(k), _empty(dtype=torch.int64))
 
 
+def _psd_part(entry: Entry) -> Launch:
+    from mogeo.kernels import psd
+
+    return psd.launch(_empty(entry.count, entry.count), _empty(entry.count, entry.count))
+
+
 def _sketch(entry: Entry) -> Launch:
     from mogeo.kernels import sketch
 
@@ -213,6 +220,7 @@ _LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "scale": _scale,
     "min_norm": _min_norm,
     "descent": _descent,
+    "psd_part": _psd_part,
     "sketch": _sketch,
     "sketch_reduce": _sketch_reduce,
 }

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests import strategies
 from tests.profiles import examples
-from tests.reference import definiteness, exact, high_precision, published, rows
-from tests.strategies import FAMILIES
+from tests.reference import definiteness, exact, high_precision, nearest_psd, published, rows
+from tests.strategies import FAMILIES, SYMMETRIC
 
 # Families whose Grams rounding makes indefinite; the active set must find the global minimum of all others.
 NOISY = ("indefinite by rounding", "hull through zero", "low rank", "low rank, norms apart", "graded spectrum")
@@ -102,3 +102,16 @@ def test_row_references_on_small_numbers() -> None:
     assert torch.equal(rows.combine(g, torch.tensor([2.0, 1.0])), torch.tensor([5.0, 3.0], dtype=torch.float64))
     g[1] = torch.nan
     assert torch.equal(rows.combine(g, torch.tensor([2.0, 0.0])), torch.tensor([2.0, 4.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", SYMMETRIC)
+def test_the_nearest_psd_matrix_is_a_projection(family: str) -> None:
+    """Moreau: M = P - N is solved by one pair of positive semi-definite matrices with ⟨P, N⟩ = 0, by the nearest P."""
+    for k in (1, 2, 3, 5):
+        matrix = torch.from_numpy(SYMMETRIC[family](np.random.default_rng(k), k))
+        size = float(torch.linalg.matrix_norm(matrix, 2))
+        nearest = nearest_psd.psd_part(matrix)
+        rest = nearest - matrix
+        assert np.linalg.eigvalsh(nearest.numpy())[0] >= -1e-14 * size
+        assert np.linalg.eigvalsh(rest.numpy())[0] >= -1e-14 * size
+        assert abs(float((nearest * rest).sum())) <= 1e-14 * size**2

@@ -1,0 +1,36 @@
+"""The Gram matrix of mean gradients from all pairs of different steps, one by one. Must not import mogeo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def over_pairs(steps: Sequence[Tensor], present: Sequence[Sequence[bool]], decay: float) -> Tensor:
+    """Σ_{t ≠ t'} u_it u_jt' ⟨g_it, g_jt'⟩ / Σ_{t ≠ t'} u_it u_jt', fp64 [K, K]; NaN where there is no such pair.
+
+    Args:
+        steps: gradients [K, N] of each step.
+        present: K flags of each step.
+        decay: u falls by this factor with each later step that the objective takes part in.
+    """
+    count = len(steps[0])
+    weights = [[0.0] * count for _ in steps]
+    for k in range(count):
+        u = 1.0
+        for t in reversed(range(len(steps))):
+            if present[t][k]:
+                weights[t][k], u = u, u * decay
+    total = torch.zeros(count, count, dtype=torch.float64)
+    pairs = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            for t, at in enumerate(steps):
+                for s, other in enumerate(steps):
+                    weight = weights[t][i] * weights[s][j]
+                    if t != s and weight:
+                        total[i, j] += weight * (at[i].double() @ other[j].double())
+                        pairs[i, j] += weight
+    return torch.where(pairs > 0, total / pairs, torch.nan)
