@@ -5,6 +5,7 @@ something to compare with. The estimator is written here once more, for many rep
 the formulas. Tables (--only NAME ...):
 
 - weights: min-norm weights of one mini-batch, beside those of the mean gradients and inverse-variance weights.
+- bound: how much of its bound the distance of such weights attains, on random matrices.
 - alignment: what a mini-batch says of an objective that the direction hurts.
 - estimators: bias and spread of three ways to take the noise out of an average.
 - errors: standard errors, beside the spread that they stand for.
@@ -17,6 +18,7 @@ the formulas. Tables (--only NAME ...):
 - microbatches: what products within a step would add.
 - steps: what the steps' own reaction to noise adds.
 - epochs: what drawing without replacement adds.
+- scale_changes: what the noise scale says after all gradients were scaled.
 
 ± is two standard errors of the mean of the repetitions.
 
@@ -242,6 +244,27 @@ def weights(rng: np.random.Generator, scale: float) -> Iterator[Row]:
             "from L²/‖g‖²": mean_of(nearest),
             "bound, median": f"{np.median(bounds):.3f}" if np.median(bounds) < np.inf else "none",
             "above it": broken,
+        }
+
+
+def bound(rng: np.random.Generator, scale: float) -> Iterator[Row]:
+    for count in (2, 3, 4, 8):
+        attained = []
+        for _ in range(max(2, int(2000 * scale))):
+            diagonal = np.exp(rng.normal(0, rng.choice([0.1, 1, 2]), count))
+            rest = rng.normal(size=(count, count))
+            np.fill_diagonal(rest, 0)
+            rest += rest.T
+            rest *= rng.uniform() / np.abs(np.linalg.eigvalsh(rest)).max()
+            off = float(np.abs(np.linalg.eigvalsh(rest)).max())
+            gram = np.sqrt(np.outer(diagonal, diagonal)) * (np.eye(count) + rest)
+            simple = (1 / diagonal) / (1 / diagonal).sum()
+            attained.append(distance(min_norm(gram), simple) * (1 - off**2) ** 0.5 / off)
+        yield {
+            "K": count,
+            "matrices": len(attained),
+            "distance / bound: median": f"{np.median(attained):.3f}",
+            "largest": f"{max(attained):.3f}",
         }
 
 
@@ -571,11 +594,31 @@ def epochs(rng: np.random.Generator, scale: float) -> Iterator[Row]:
         }
 
 
+def scale_changes(rng: np.random.Generator, scale: float) -> Iterator[Row]:
+    count = 400
+    weight = DECAY ** np.arange(count)[::-1]
+    weight /= weight.sum()
+    pairs = np.outer(weight, weight) * ~np.eye(count, dtype=bool)
+    pairs /= pairs.sum()
+    for factor in (2.0, 0.5):
+        ratios = []
+        for ago in range(1, count, max(1, int(1 / scale))):
+            scales = np.where(np.arange(count) >= count - ago, factor, 1.0)
+            ratios.append(float(weight @ scales**2 / (scales @ pairs @ scales)))
+        worst = int(np.argmax(ratios))
+        yield {
+            "gradients times": factor,
+            "(N̂ + 1)/(N + 1), largest": f"{ratios[worst]:.3f}",
+            "steps after": worst + 1,
+            "after 100 steps": f"{ratios[99]:.3f}" if len(ratios) > 99 else "",
+        }
+
+
 TABLES: dict[str, Callable[[np.random.Generator, float], Iterator[Row]]] = {
     each.__name__: each
     for each in (
-        weights, alignment, estimators, errors, reach, shares, guarantee,
-        drift, sketches, clocks, microbatches, steps, epochs,
+        weights, bound, alignment, estimators, errors, reach, shares, guarantee,
+        drift, sketches, clocks, microbatches, steps, epochs, scale_changes,
     )
 }  # fmt: skip
 
