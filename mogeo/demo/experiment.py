@@ -94,9 +94,11 @@ def run_seed(
 
     with _one_thread():
         experiment = _Experiment(seed, recipe, regime, tell)
-        outcomes = [experiment.before(), experiment.align(BASELINE, BASELINE), experiment.align(ADAPTIVE, ADAPTIVE)]
+        watched = {"track": recipe.watch}
+        outcomes = [experiment.before(), experiment.align(BASELINE, BASELINE, **watched)]
+        outcomes.append(experiment.align(ADAPTIVE, ADAPTIVE))
         means = mean_weights(outcomes[-1], OBJECTIVES)
-        outcomes.append(experiment.align(STATIC, f"linear({','.join(f'{mean:.4f}' for mean in means)})"))
+        outcomes.append(experiment.align(STATIC, f"linear({','.join(f'{mean:.4f}' for mean in means)})", **watched))
         for weighting in dict.fromkeys(extra):
             if weighting not in (BASELINE, ADAPTIVE):
                 outcomes.append(experiment.align(weighting, weighting))
@@ -128,9 +130,9 @@ class _Experiment:
         """Judge the model that every method starts from. It is the reference model, so its accuracy is 1/2."""
         return self._judged(BEFORE, None, self.model, dict.fromkeys(OBJECTIVES, 0.5), [])
 
-    def align(self, label: str, weighting: str) -> Outcome:
+    def align(self, label: str, weighting: str, track: float | None = None) -> Outcome:
         """Align a copy of that model with a weighting, and judge it."""
-        config = replace(self.recipe.align, weighting=weighting, seed=self.seed)
+        config = replace(self.recipe.align, weighting=weighting, track=track, seed=self.seed)
         start = copy.deepcopy(self.model)
         result = align(start, self.tokenizer, self.train, self.held_out, config, progress=False)
         return self._judged(label, weighting, result.model, result.after.accuracy, result.history)

@@ -32,6 +32,8 @@ class Recipe:
         sft_learning_rate: their peak learning rate.
         pairing: how pairs are made of rated answers, see `mogeo.dpo.data.build_preferences`.
         align: settings of the alignment.
+        watch: how methods with fixed weights are tracked, see `AlignConfig.track`. It changes nothing in them but
+            rounding, and tells whom their steps hurt in expectation.
     """
 
     train_prompts: int = 1200
@@ -54,3 +56,4 @@ class Recipe:
             prompt_format="plain",
         )
     )
+    watch: float | None = 0.95

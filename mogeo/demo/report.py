@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 from mogeo.demo.experiment import Outcome, SeedResult, mean_weights
 from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
 from mogeo.demo.world import OBJECTIVES, REGIMES
-from mogeo.figures.charts import Bars, MissingMatplotlibError, require_matplotlib, write_comparison
+from mogeo.figures.comparison import Bars, write_comparison
 from mogeo.figures.html_report import write_report
+from mogeo.figures.panels import MissingMatplotlibError, require_matplotlib
+from mogeo.figures.records import of_mean_gradients, share_hurt
 from mogeo.figures.table import Table
 from mogeo.judging.win_rates import NetWinRates
 
@@ -124,6 +127,23 @@ def weight_table(results: Sequence[SeedResult]) -> Table:
     return Table("Mean weight on each objective's gradient", ("", *(_SHORT.get(c, c) for c in OBJECTIVES)), rows)
 
 
+def hurt_table(results: Sequence[SeedResult]) -> Table:
+    """The share of the steps of each method that hurt each objective, as far as its records can tell."""
+    rows = []
+    for label in labels(results):
+        runs = [outcome.history for result in results for outcome in result.outcomes if outcome.label == label]
+        if label == BEFORE:
+            continue
+        shares = [[100 * share_hurt(records, name) for records in runs] for name in OBJECTIVES]
+        mark = "" if all(map(of_mean_gradients, runs)) else " *"
+        rows.append((label + mark, *("–" if any(map(math.isnan, s)) else _cell(s, signed=False) for s in shares)))
+    note = (
+        "steps whose direction has a negative cosine with the objective's mean gradient, as tracked over the steps.\n"
+        "*: with its gradient in the step's own batch, of which the direction is made: flattered by noise. –: unknown."
+    )
+    return Table("Steps that hurt each objective, %", ("", *(_SHORT.get(c, c) for c in OBJECTIVES)), rows, note)
+
+
 def answer_table(result: SeedResult) -> Table:
     """How each model answers one held-out prompt: one on which the models' greedy answers differ the most."""
     spoken = [len({outcome.answers[i] for outcome in result.outcomes}) for i in range(len(result.prompts))]
@@ -208,8 +228,9 @@ def _static(results: Sequence[SeedResult]) -> str:
 
 
 def terminal(results: Sequence[SeedResult]) -> str:
-    """What the terminal shows at the end: two tables and the sentence."""
-    return f"{result_table(results).text()}\n\n{weight_table(results).text()}\n\n{conclusion(results)}"
+    """What the terminal shows at the end: three tables and the sentence."""
+    tables = (result_table(results), weight_table(results), hurt_table(results))
+    return "\n\n".join([*(table.text() for table in tables), conclusion(results)])
 
 
 def write(output: Path, results: Sequence[SeedResult], command: str, seconds: float) -> list[Path]:
@@ -244,7 +265,7 @@ def write(output: Path, results: Sequence[SeedResult], command: str, seconds: fl
     )
     first = results[0]
     runs = {f"{o.label}, seed {first.seed}": o.history for o in first.outcomes if o.history}
-    tables = [result_table(results), weight_table(results), answer_table(first)]
+    tables = [result_table(results), weight_table(results), hurt_table(results), answer_table(first)]
     notes = [conclusion(results), f"Command: {command}; {seconds:.0f} s."]
     report, *_ = write_report(output, title, OBJECTIVES, runs, tables, notes, pictures=[picture])
     return [picture, report, numbers]

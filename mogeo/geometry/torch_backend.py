@@ -1,7 +1,8 @@
 """Gram matrix, combination, min-norm point and sketch in plain PyTorch, written for a CPU and its memory hierarchy.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.geometry.ops` is the door. Runs on every device, but asks
-the host there: `combine`, `min_norm`, `descent` and `sketch_` copy what is small to it, and `psd_part` waits for it.
+the host there: `combine`, `min_norm`, `descent`, `cagrad` and `sketch_` copy what is small to it, and `psd_part` waits
+for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mogeo.geometry import exact_cagrad as scalar_cagrad
 from mogeo.geometry import exact_harmless as scalar_descent
 from mogeo.geometry import exact_min_norm as scalar
 
@@ -131,6 +133,23 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = scalar_descent.ROUN
     status = torch.tensor([int(each[1]) for each in found], dtype=torch.int64, device=gram.device)
     correction = correction.reshape(weights.shape)
     return weights + correction, correction, status.reshape(gram.shape[:-2])
+
+
+def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights fp64 [..., K], gap fp64 [...], status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K].
+
+    As `mogeo.geometry.exact_cagrad.conflict_averse`.
+    """
+    count = gram.shape[-1]
+    matrices = (gram / 2 + gram.mT / 2).reshape(-1, count, count).tolist()
+    found = [
+        scalar_cagrad.conflict_averse(matrix, given, c, clipped)
+        for matrix, given in zip(matrices, weights.reshape(-1, count).tolist(), strict=True)
+    ]
+    made = torch.tensor([each[0] for each in found], dtype=torch.float64, device=gram.device)
+    gap = torch.tensor([each[1] for each in found], dtype=torch.float64, device=gram.device)
+    status = torch.tensor([int(each[2]) for each in found], dtype=torch.int64, device=gram.device)
+    return made.reshape(weights.shape), gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])
 
 
 def psd_part(matrix: Tensor) -> Tensor:

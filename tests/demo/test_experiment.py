@@ -49,6 +49,21 @@ def test_all_methods_begin_with_the_same_model_and_pairs(result: SeedResult) -> 
     assert len(set(last)) == len(last)  # and yet they do not go the same way
 
 
+def test_methods_with_fixed_weights_tell_whom_they_hurt_in_expectation(result: SeedResult) -> None:
+    told = {o.label: set(steps(o, "alignment_of")) for o in result.outcomes[1:]}
+    assert told[BASELINE] == told[STATIC] == {"mean gradients"}
+    assert told[ADAPTIVE] == {"mini-batch"}  # to track it would change its weights
+
+
+@pytest.mark.slow
+def test_to_be_watched_changes_a_method_by_rounding_at_most(result: SeedResult) -> None:
+    unwatched = run_seed(0, replace(SMALL, watch=None), "noisehelp")
+    for label in (BASELINE, STATIC):
+        watched, alone = (steps(outcome(of, label), "loss") for of in (result, unwatched))
+        for one, other in zip(watched, alone, strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_the_static_weights_are_the_means_of_the_adaptive_ones(result: SeedResult) -> None:
     adaptive = steps(outcome(result, ADAPTIVE), "weight")
     assert len({tuple(weight.values()) for weight in adaptive}) > 1

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from mogeo.demo.experiment import Outcome, SeedResult
 from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
-from mogeo.demo.report import answer_table, conclusion, result_table, weight_table, write
+from mogeo.demo.report import answer_table, conclusion, hurt_table, result_table, terminal, weight_table, write
 from mogeo.demo.world import OBJECTIVES, World
 from mogeo.judging.win_rates import NetWinRates
 
@@ -137,6 +138,35 @@ def test_mean_weights_are_shown_for_every_method() -> None:
     table = weight_table(two_seeds(-0.2, (-0.1, -0.1), -0.1))
     assert [row[0] for row in table.rows] == [BASELINE, ADAPTIVE, STATIC]
     assert table.rows[0][1:] == ("0.400", "0.300", "0.200", "0.100")
+
+
+def harmed(label: str, of: str | None, helpfulness: Sequence[float | None]) -> Outcome:
+    """A model in whose steps helpfulness had this alignment, with the gradients `of`, and the others 0.5."""
+    steps = [
+        {"kind": "train", "step": i + 1, "alignment_of": of, "weight": dict.fromkeys(OBJECTIVES, 0.25),
+         "alignment": None if of is None else {**dict.fromkeys(OBJECTIVES, 0.5), "helpfulness": value}}
+        for i, value in enumerate(helpfulness)
+    ]  # fmt: skip
+    return replace(outcome(label, 0, 0), history=steps)
+
+
+def test_the_table_of_harm_marks_what_noise_flatters_and_what_is_unknown() -> None:
+    both = [(-0.1, -0.2, None, 0.1, 0.2), (-0.1, -0.2, -0.3, -0.4, None)]
+    results = [
+        SeedResult(i, "base", WORLD, PROMPTS, ["x"] * 3, [
+            outcome(BEFORE, 0, 0),
+            harmed(BASELINE, "mean gradients", both[i]),
+            harmed(ADAPTIVE, "mini-batch", both[i]),
+            harmed(STATIC, None, both[i]),
+        ])
+        for i in range(2)
+    ]  # fmt: skip
+    table = hurt_table(results)
+    assert [row[0] for row in table.rows] == [BASELINE, f"{ADAPTIVE} *", f"{STATIC} *"]
+    assert table.rows[0][1:] == table.rows[1][1:] == ("75.0 ±35.4", *["0.0 ± 0.0"] * 3)
+    assert table.rows[2][1:] == ("–",) * 4
+    assert "flattered by noise" in table.note
+    assert table.text() in terminal(results)
 
 
 def test_the_example_is_the_prompt_with_the_most_different_answers() -> None:
