@@ -210,9 +210,10 @@ def psd_part(matrix: Tensor) -> Tensor:
     """The positive semi-definite matrix nearest to the symmetric part (M + Mᵀ)/2, by the Frobenius norm.
 
     That is the symmetric part with its negative eigenvalues set to zero: for estimates of a Gram matrix, which need
-    not be one. Exactly symmetric, with a diagonal ≥ 0. A symmetric part that is positive semi-definite already, up to
-    4 K units in the last place of its largest eigenvalue, comes back to the last bit unless an entry of its diagonal is
-    negative. A row of zeros stays one. On a GPU, up to K = 32 nothing waits for the device.
+    not be one. Symmetric to the last bit, with a diagonal ≥ 0; a row of zeros stays one. Where no eigenvalue is below
+    −4 K ε ‖M‖, ε = 2⁻⁵², and no entry of the diagonal below 0, the symmetric part comes back as it is, to the last bit.
+    All else is right to 1e-13 ‖M‖: rows that lie decades apart should be divided by their norms before. On a GPU, up to
+    K = 32 nothing waits for the device.
 
     Args:
         matrix: M [K, K], a real floating dtype; or [..., K, K].
@@ -397,8 +398,7 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         return result
 
     def psd_part(matrix: Tensor) -> Tensor:
-        with torch.autocast(matrix.device.type, enabled=False):
-            result: Tensor = code().psd_part(matrix)
+        result: Tensor = code().psd_part(matrix)
         return result
 
     def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
