@@ -90,6 +90,9 @@ def modes(period: int, on_gpu: bool = True) -> dict[str, Mode]:
         "refresh": Mode(every, tensors=True),
         "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}),
         "smoothing 0.9": Mode({"smoothing": 0.9}),
+        "tracked": Mode({"track": 0.95}, tensors=True),
+        "sketch 2^14, tracked": Mode({"sketch": 2**14, "track": 0.95}),
+        "refresh, tracked": Mode({**every, "track": 0.95}, tensors=True),
     }
     return {name: mode for name, mode in listed.items() if on_gpu or not mode.needs_gpu}
 
