@@ -95,6 +95,7 @@ MISTAKES = [
     (["--min-weight", "0.6"], "min_weight=0.6 for K = 2 objectives"),
     (["--smoothing", "1"], "smoothing=1.0: pass a number s, 0 ≤ s < 1"),
     (["--refresh-every", "0"], "refresh_every=0"),
+    (["--track", "1.5"], "track has to be a number between 0 and 1"),
     (["--sketch", "64", "--row-dtype", "bf16"], "there are no rows then"),
     (["--loss", "dpo"], "unknown loss 'dpo': choose one of sigmoid, ipo, hinge, modpo"),
     (["--loss", "sigmoid(0.5)"], "loss 'sigmoid(0.5)': label_smoothing must be in [0, 0.5), got 0.5"),
@@ -147,6 +148,7 @@ def test_arguments_that_do_not_parse_are_argparses(align, capsys):
         ["--schedule", "step"],
         ["--lr", "small"],
         ["--preference", "help:2"],
+        ["--track", "often"],
         ["--nonsense"],
     ):
         with pytest.raises(SystemExit) as end:
@@ -175,6 +177,7 @@ def test_a_run_tells_what_it_used_and_what_it_reached(align, tmp_path, capsys):
     assert counts[2:] == ["9", "0", "0", "0", "9", "9"]  # of 9 prompts, each with an unrated and an empty completion
     assert "Held-out preferences, before and after" in told
     assert "worst" in told
+    assert "What the steps did to each objective" in told
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} >= {
         "metrics.jsonl",
@@ -219,14 +222,15 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_model(align,
 def test_the_optimizers_options_are_the_runs_settings(align, tmp_path):
     steered = ["--preference", "help=2", "truth=1", "--min-weight", "0.05", "--smoothing", "0.9", "--guarantee-descent"]
     assert align(*steered, "--refresh-every", "3", "--row-dtype", "bf16", "--host-rows") == 0
-    assert align("--sketch", "64", output=tmp_path / "sketched") == 0
+    assert align("--sketch", "64", "--track", "0.9", output=tmp_path / "sketched") == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     expected = {
         "preference": {"help": 2.0, "truth": 1.0}, "min_weight": 0.05, "smoothing": 0.9, "guarantee_descent": True,
         "refresh_every": 3, "row_dtype": "bf16",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
-    assert json.loads((tmp_path / "sketched" / "run.json").read_text())["sketch"] == 64
+    sketched = json.loads((tmp_path / "sketched" / "run.json").read_text())
+    assert (sketched["sketch"], sketched["track"]) == (64, 0.9)
 
 
 def test_ctrl_c_before_training_is_one_line(align, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from mogeo.dpo.config import (
     ROW_DTYPES,
     SCHEDULES,
     AlignConfig,
+    decay_or_auto,
     named_number,
     share_or_number,
 )
@@ -30,8 +32,11 @@ from mogeo.errors import InputError
 from mogeo.figures.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mogeo.dpo.processes import Processes
     from mogeo.dpo.train import AlignResult
+    from mogeo.figures.records import StepRecord
 
 logger = logging.getLogger("mogeo")
 
@@ -55,6 +60,8 @@ weightings
   mgda                 min-norm point: to first order, no objective gets worse    mgda-normalized   of unit gradients
   gapo(0.5)            of gradients over a power of their norm                    group-dro(0.01)   by losses alone
   upgrad               mean of the gradients, each first made to hurt no other objective
+  cagrad(0.4)          mean of the gradients, turned by up to 0.4 of its length so that the least gain is largest
+  raco(0.4)            the same, clipped by --preference
 
 losses
 {_LOSSES}
@@ -100,6 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--held-out", type=share_or_number, default=0.1, metavar="H",
         help="prompts to measure on: a share (0.1) or a number (200); never trained on (default: %(default)s)",
+    )  # fmt: skip
+
+    method.add_argument(
+        "--track", type=decay_or_auto, metavar="B",
+        help="follow the gradients' averages over the last steps in place of one batch's, most of which is noise: the "
+        "share of the past in them, such as 0.95, or auto. Weights, --guarantee-descent and what is reported then "
+        "speak of the mean gradients (default: of each step's batch)",
     )  # fmt: skip
 
     steering = parser.add_argument_group("steering (for adaptive weightings)")
@@ -272,9 +286,10 @@ def _run(args: argparse.Namespace, config: AlignConfig, ranks: Processes) -> int
         return 0
     train_rows, _ = split_rows(rows, args.held_out, args.seed)
     DataOrigin.of(args.data, args.held_out, args.seed, train.objectives, train_rows).write(args.output)
-    table = held_out_table(result)
-    print("\n" + table.text())
-    _write_report(args, result, [table, _data_table(train, held_out)])
+    tables = [held_out_table(result), *alignment_tables(result)]
+    for table in tables:
+        print("\n" + table.text())
+    _write_report(args, result, [*tables, _data_table(train, held_out)])
     print(f"\nmodel, metrics and report are in {args.output}")
     return 0
 
@@ -353,10 +368,55 @@ def held_out_table(result: AlignResult) -> Table:
     return Table("Held-out preferences, before and after", header, rows, note)
 
 
+def alignment_tables(result: AlignResult) -> list[Table]:
+    """How often the steps hurt each objective, and, where the run was tracked, how noisy its gradients are.
+
+    One table; none for a run without alignments, whose weighting needed no objective's gradient by itself.
+    """
+    from mogeo.figures.records import column, mean, of_mean_gradients, of_training, share_hurt
+
+    records = of_training(result.history, "alignment")
+    if not records:
+        return []
+    tracked = of_mean_gradients(records)
+    header, rows = ["objective", "mean alignment", "steps that hurt, %"], []
+    if tracked:
+        header += ["surely, %", "noise scale at the end", "mean evidence"]
+    for name in result.after.accuracy:
+        row = [name, f"{mean(column(records, 'alignment', name)):+.3f}", f"{100 * share_hurt(records, name):.1f}"]
+        if tracked:
+            surely, evidence = share_hurt(records, name, errors=2), mean(column(records, "evidence", name))
+            row += [f"{100 * surely:.1f}", _noise_scale(records[-1:], name), f"{evidence:.2f}"]
+        rows.append(row)
+    note = _OF_MEAN_GRADIENTS if tracked else _OF_MINI_BATCHES
+    return [Table("What the steps did to each objective", header, rows, note)]
+
+
+_OF_MEAN_GRADIENTS = """\
+alignment: cosine between a step's direction and the objective's mean gradient, as tracked; below zero, the step hurts
+it, and surely so if by two standard errors. noise scale: how many of a step's batches to average until the signal in
+the gradient equals the noise. evidence: how far the weight rested on measured gradients, and not on the preference."""
+
+_OF_MINI_BATCHES = """\
+alignment: cosine between a step's direction and the objective's gradient in the step's batch; below zero, the step
+hurts it. The direction is made of the same gradients, and their noise flatters it: --track tells what steps do on
+average."""
+
+
+def _noise_scale(of_step: Sequence[StepRecord], name: str) -> str:
+    """What a step's record says of an objective's noise scale: an estimate, or what it exceeds."""
+    from mogeo.figures.records import column, lower_bounds
+
+    (scale,), (least,) = column(of_step, "noise_scale", name), lower_bounds(of_step, name)
+    if not math.isnan(scale):
+        return f"{scale:.3g}"
+    return f"over {least:.3g}" if least > 0 else "unknown"
+
+
 def _write_report(args: argparse.Namespace, result: AlignResult, tables: list[Table]) -> None:
     """Write report.html and its charts. Without matplotlib, say that they are left out."""
-    from mogeo.figures.charts import MissingMatplotlibError
     from mogeo.figures.html_report import write_report
+    from mogeo.figures.panels import MissingMatplotlibError
 
     title = f"mogeo align: {Path(args.model).name}, {args.weighting}"
     notes = [*result.notes, f"Command: {shlex.join(['mogeo', *args.argv])}"]

@@ -21,7 +21,7 @@ PROMPT_FORMATS = ("chat", "plain")
 ROW_DTYPES = ("bf16",)
 
 OPTIMIZER_OPTIONS = (
-    "guarantee_descent", "preference", "min_weight", "smoothing",
+    "guarantee_descent", "track", "preference", "min_weight", "smoothing",
     "refresh_every", "row_dtype", "host_rows", "sketch",
 )  # fmt: skip
 """Settings that are handed to `mogeo.MultiObjectiveOptimizer` under the same names. A single objective needs none."""
@@ -35,6 +35,9 @@ class AlignConfig:
     """A name that `mogeo.weightings.resolve` knows, or a callable (gram, losses) → weights."""
     guarantee_descent: bool = False
     """Take the direction nearest to the weighting's that hurts no objective, to first order."""
+    track: float | str | None = None
+    """Weights, guarantee and reports follow the mean gradients, estimated from averages over the steps, and not the
+    gradients of one mini-batch: the averages' decay per step, in (0, 1), or "auto"; None: each step by itself."""
     preference: dict[str, float] | None = field(default=None, hash=False)
     """Which objectives should gain more: objective → positive number, of which only the ratios count; None: none."""
     min_weight: float = 0.0
@@ -100,6 +103,9 @@ class AlignConfig:
         _require(self.beta > 0 and math.isfinite(self.beta), "beta", self.beta, "a positive number")
         known = self.row_dtype is None or self.row_dtype in ROW_DTYPES
         _require(known, "row_dtype", self.row_dtype, f"one of {', '.join(ROW_DTYPES)}, or None")
+        track = self.track
+        known = track in (None, "auto") or (not isinstance(track, str) and 0 < track < 1)
+        _require(known, "track", track, 'a number between 0 and 1, "auto", or None')
         rate = self.learning_rate
         _require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "a positive number")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
@@ -187,6 +193,16 @@ def share_or_number(text: str) -> float | int:
         return int(text)
     except ValueError:
         return float(text)
+
+
+def decay_or_auto(text: str) -> float | str:
+    """An argparse type: "0.95" is a number, "auto" itself. Whether the number is a decay is for `AlignConfig.check`."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give a number between 0 and 1, such as 0.95, or auto") from None
 
 
 def named_number(text: str) -> tuple[str, float]:

@@ -334,7 +334,13 @@ class _Run:
             "age": told["age"],
             "grad_norm": told["grad_norms"],
             "cosines": told["cosines"],
+            "mean_cosines": told["mean_cosines"],
             "alignment": told["alignment"],
+            "alignment_of": told["alignment_of"],
+            "alignment_error": told["alignment_error"],
+            "noise_scale": told["noise_scale"],
+            "noise_scale_interval": told["noise_scale_interval"],
+            "evidence": told["evidence"],
             "direction_norm": told["direction_norm"],
             "optimality_gap": told["optimality_gap"],
             "skipped": told["skipped"],
@@ -422,7 +428,9 @@ class _Run:
 
     def restore(self) -> None:
         """Go on with a run from its last checkpoint."""
-        self._on_folder(lambda folder: folder.check_settings(self.settings, AlignConfig().to_dict()))
+        # A run of a version that could not track was not tracked, whatever the default has become.
+        defaults = {**AlignConfig().to_dict(), "track": None}
+        self._on_folder(lambda folder: folder.check_settings(self.settings, defaults))
         self._spread()
         read: Record = {"model": {}, "optimizer": {}}
 

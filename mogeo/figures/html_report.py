@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mogeo.figures.charts import StepRecord, draw_accuracy, draw_cosines, draw_over_steps
+from mogeo.figures.charts import (
+    Runs,
+    draw_accuracy,
+    draw_alignment,
+    draw_cosines,
+    draw_hurt,
+    draw_noise,
+    draw_over_steps,
+)
 from mogeo.figures.table import Table
 
 
@@ -18,15 +26,16 @@ def write_report(
     output: Path,
     title: str,
     objectives: Sequence[str],
-    runs: Mapping[str, Sequence[StepRecord]],
+    runs: Runs,
     tables: Sequence[Table],
     notes: Sequence[str],
     pictures: Sequence[Path] = (),
 ) -> list[Path]:
-    """Write `report.html` and the charts in it (losses, weights, cosines, accuracy) into a folder.
+    """Write `report.html` and the charts in it (losses, weights, alignment, steps that hurt, cosines, noise, accuracy)
+    into a folder.
 
-    A chart is left out if no run recorded the numbers for it: cosines are missing under a weighting that does not need
-    gradients, accuracy in a run without evaluations.
+    A chart is left out if no run recorded the numbers for it: alignment and cosines are missing under a weighting that
+    does not need gradients, noise in a run without tracking, accuracy in one without evaluations.
 
     Args:
         output: the folder; it is made if it does not exist.
@@ -47,7 +56,10 @@ def write_report(
     drawn = [
         draw_over_steps(output / "losses.png", "Loss", objectives, runs, "loss"),
         draw_over_steps(output / "weights.png", "Weight on the raw gradients", objectives, runs, "weight"),
+        draw_alignment(output / "alignment.png", objectives, runs),
+        draw_hurt(output / "hurt.png", objectives, runs),
         draw_cosines(output / "cosines.png", objectives, runs),
+        draw_noise(output / "noise.png", objectives, runs),
         draw_accuracy(output / "accuracy.png", objectives, runs),
     ]
     written = [path for path in drawn if path is not None]

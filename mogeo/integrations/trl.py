@@ -65,15 +65,20 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         model: as in `DPOTrainer`. All other arguments of `DPOTrainer` can be given as well.
         objectives: names. Weights are in this order.
         weighting: a name (`mogeo.weightings.NAMES`) or a callable, as in `mogeo.MultiObjectiveOptimizer`.
+        track: make weights, guarantee and logs follow the mean gradients in place of each step's noisy ones: the decay
+            per step of the averages that estimate them, in (0, 1), or "auto"; as in `mogeo.MultiObjectiveOptimizer`.
+        guarantee_descent: take the direction nearest to the weighting's that hurts no objective, to first order; as
+            there.
         train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from
             each objective to a Dataset of pairs; or UltraFeedback's rows (instruction, completions).
         eval_dataset: the same; or a mapping from other names to several such sets.
         optimizers: as in `DPOTrainer`. The optimizer is wrapped, unless it is a `MultiObjectiveOptimizer` with these
-            objectives. In that case, its own weighting is used, and not `weighting`.
+            objectives. In that case, its own weighting is used, and not `weighting`, and its own options.
 
     Raises:
         ValueError: the data does not fit (`mogeo.errors.InputError`), the weighting does not exist or does not suit the
-            loss, or an option of DPOConfig does not work with several backwards over one forward.
+            loss, `track` is not a decay, or an option of DPOConfig does not work with several backwards over one
+            forward.
         NotImplementedError: the engine, or images, are not supported.
     """
 
@@ -87,6 +92,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         *positional: Any,
         objectives: Sequence[str],
         weighting: WeightingLike = "mgda-decoupled",
+        track: float | str | None = None,
+        guarantee_descent: bool = False,
         **named: Any,
     ) -> None:
         self.objectives = checked_names(objectives)
@@ -94,6 +101,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         constant = getattr(self.weighting, "constant", None)
         if constant is not None:
             constant(len(self.objectives))  # raises if the number of weights is another
+        self._options: dict[str, Any] = {"track": track, "guarantee_descent": guarantee_descent}
+        # Raises if an option cannot be. The optimizer of the run is made much later, in `create_optimizer`.
+        MultiObjectiveOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), "uniform", **self._options)
         given = inspect.signature(DPOTrainer).bind(model, *positional, **named).arguments
         # TRL writes precomputed scores of the reference beside the file of the data, where the other ranks look for
         # them. So the data has to be in a file.
@@ -101,6 +111,12 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         for name, role in (("train_dataset", "train"), ("eval_dataset", "eval")):
             if name in given:
                 given[name] = self._without_sets(given[name], role)
+        own, _ = given.get("optimizers") or (None, None)
+        if isinstance(own, MultiObjectiveOptimizer) and (track is not None or guarantee_descent):
+            raise ValueError(
+                "the optimizer in `optimizers` has options of its own: hand track and guarantee_descent to that "
+                "MultiObjectiveOptimizer, and not to the trainer"
+            )
         if getattr(given.get("args"), "activation_offloading", False):
             raise ValueError(
                 "activation_offloading=True brings activations back once, but each objective has a backward of its "
@@ -200,6 +216,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
                 self.weighting,
                 objectives=self.objectives,
                 nonfinite="propagate" if scaled else "skip",  # a GradScaler has to see infinite gradients
+                **self._options,
             )
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer

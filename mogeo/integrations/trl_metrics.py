@@ -15,6 +15,9 @@ from mogeo.report import StepReport
 PER_PAIR = ("loss", "rewards/accuracies", "rewards/margins")
 """Names of the means over an objective's labelled pairs, which are logged as f"{name}/{objective}"."""
 
+OF_PAIRS = ("cosine", "mean_cosine")
+"""Names of the numbers of two objectives, which are logged as f"{name}/{one}/{other}"."""
+
 
 class Tally:
     """Means over pairs, and means over steps, since the last `reset`.
@@ -65,17 +68,25 @@ class Tally:
         """
         self._add_step("loss", report.losses)  # logged under the same name as the mean over pairs, in place of it
         self._add_step("weights", report.weights)
-        norms, cosines, alignment = report.grad_norms, report.cosines, report.alignment
-        if norms is None or cosines is None or alignment is None:
-            return
-        if scale is not None:
-            norms = norms / scale
-        self._add_step("grad_norm", norms.masked_fill(report.absent, torch.nan))
+        norms, alignment, hurt = report.grad_norms, report.alignment, report.hurt
+        noise = report.noise_scale_interval
+        if norms is not None:
+            norms = norms if scale is None else norms / scale
+            norms = norms.masked_fill(report.absent, torch.nan)
+        self._add_step("grad_norm", norms)
         self._add_step("alignment", alignment)
-        self._add_step("cosine", cosines)
+        if alignment is not None and hurt is not None:
+            self._add_step("hurt", hurt.to(alignment.dtype).masked_fill(alignment.isnan(), torch.nan))
+        self._add_step("cosine", report.cosines)
+        self._add_step("mean_cosine", report.mean_cosines)
+        self._add_step("noise_scale", report.noise_scale)
+        self._add_step("noise_scale_at_least", None if noise is None else noise[:, 0])
+        self._add_step("evidence", report.evidence)
 
-    def _add_step(self, name: str, values: Tensor) -> None:
-        """Add numbers of one step; those that are not finite are left out of the mean."""
+    def _add_step(self, name: str, values: Tensor | None) -> None:
+        """Add numbers of one step, if it has any; those that are not finite are left out of the mean."""
+        if values is None:
+            return
         known = values.isfinite()
         both = torch.stack([values.masked_fill(~known, 0.0), known.to(torch.float64)])
         self._steps[name] = self._steps[name] + both if name in self._steps else both
@@ -89,10 +100,10 @@ class Tally:
         for name, both in self._steps.items():
             sums, counts = both.tolist()
             for i, objective in enumerate(self.objectives):
-                if name == "cosine":
+                if name in OF_PAIRS:
                     for j, other in enumerate(self.objectives[:i]):
                         if counts[i][j]:
-                            named[f"cosine/{other}/{objective}"] = sums[i][j] / counts[i][j]
+                            named[f"{name}/{other}/{objective}"] = sums[i][j] / counts[i][j]
                 elif counts[i]:
                     named[f"{name}/{objective}"] = sums[i] / counts[i]
         return named

@@ -1,5 +1,6 @@
 """Settings: what is refused, and the learning rate over a run."""
 
+import argparse
 import dataclasses
 import inspect
 import itertools
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mogeo import MultiObjectiveOptimizer
-from mogeo.dpo.config import OPTIMIZER_OPTIONS, SCHEDULES, AlignConfig
+from mogeo.dpo.config import OPTIMIZER_OPTIONS, SCHEDULES, AlignConfig, decay_or_auto
 from mogeo.errors import InputError
 from tests.profiles import examples
 
@@ -39,6 +40,10 @@ def test_the_defaults_pass():
         {"max_length": 1},
         {"prompt_format": "raw"},
         {"row_dtype": "int8"},
+        {"track": 0.0},
+        {"track": 1.0},
+        {"track": float("nan")},
+        {"track": "often"},
     ],
 )
 def test_a_bad_setting_is_named(bad):
@@ -55,7 +60,7 @@ def test_the_optimizer_takes_its_settings_under_their_names_and_with_their_defau
 def test_one_objective_has_nothing_to_balance():
     balancing = {
         "weighting": "mgda", "guarantee_descent": True, "preference": {"a": 1.0, "b": 2.0}, "min_weight": 0.1,
-        "smoothing": 0.5, "refresh_every": 2, "row_dtype": "bf16", "host_rows": True, "sketch": 9,
+        "smoothing": 0.5, "refresh_every": 2, "row_dtype": "bf16", "host_rows": True, "sketch": 9, "track": 0.9,
     }  # fmt: skip
     assert set(balancing) == {"weighting", *OPTIMIZER_OPTIONS}
     config = AlignConfig(beta=0.3, loss="modpo", **balancing)
@@ -70,6 +75,19 @@ def test_settings_that_are_objects_are_written_as_their_repr():
     written = AlignConfig(weighting=Odd(), loss=Odd(), betas=(0.8, 0.9)).to_dict()
     assert (written["weighting"], written["loss"], written["betas"]) == ("odd(3)", "odd(3)", [0.8, 0.9])
     assert set(written) == set(AlignConfig.__dataclass_fields__)
+
+
+@given(st.floats(0, 1, exclude_min=True, exclude_max=True))
+@examples(50)
+def test_every_decay_can_be_typed_and_is_written_as_it_is(decay):
+    assert decay_or_auto(repr(decay)) == decay
+    for track in (decay, "auto", None):
+        config = AlignConfig(track=track)
+        config.check()
+        assert config.to_dict()["track"] == track
+    assert decay_or_auto("auto") == "auto"
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 0.95, or auto"):
+        decay_or_auto(f"{decay} steps")
 
 
 @given(st.integers(1, 60), st.integers(0, 80), st.sampled_from(SCHEDULES))

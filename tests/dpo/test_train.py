@@ -136,7 +136,32 @@ def test_every_record_says_what_the_step_did(run):
     assert first["cosines"][0][0] == pytest.approx(1)
     assert first["learning_rate"] == pytest.approx(1.5e-3)
     assert first["skipped"] == []
+    untracked = ("alignment_error", "mean_cosines", "noise_scale", "noise_scale_interval", "evidence")
+    assert first["alignment_of"] == "mini-batch"
+    assert [first[name] for name in untracked] == [None] * 5
     assert run(max_steps=1, weighting="uniform").history[1]["cosines"] is None
+
+
+@pytest.mark.parametrize("weighting", ["mgda", "uniform"])
+def test_a_tracked_run_records_what_is_known_of_mean_gradients(run, tmp_path, weighting):
+    history = run(tmp_path, track=0.8, weighting=weighting, learning_rate=1e-3).history
+    records = [record for record in history if record["kind"] == "train"]
+    for record in records:
+        assert record["alignment_of"] == "mean gradients"
+        for name in ("alignment", "alignment_error", "noise_scale", "noise_scale_interval", "evidence"):
+            assert set(record[name]) == {"warm", "size"}
+        assert all(0 <= share <= 1 for share in record["evidence"].values())
+        assert len(record["mean_cosines"]) == len(record["cosines"]) == 2
+        if weighting == "uniform":
+            assert record["weight"] == {"warm": 0.5, "size": 0.5}
+    # Of one step nothing can be told, and of nine that agree a lot.
+    assert all(math.isnan(noise) for noise in records[0]["noise_scale"].values())
+    assert max(records[-1]["evidence"].values()) == 1
+    for low, high in records[-1]["noise_scale_interval"].values():
+        assert 0 <= low < high
+    written = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
+    assert written[0]["noise_scale"] == {"warm": None, "size": None}  # JSON has no NaN
+    assert written[-1]["evidence"] == records[-1]["evidence"]
 
 
 def test_bf16_autocast_keeps_fp32_weights_and_lands_near_fp32(run, make_model):
@@ -171,10 +196,10 @@ def test_the_optimizer_gets_its_options(run, monkeypatch):
         "MultiObjectiveOptimizer",
         lambda *args, **options: made.append(options) or original(*args, **options),
     )
-    run(**OPTIONS, max_steps=1)
+    run(**OPTIONS, track="auto", max_steps=1)
     run(sketch=64, max_steps=1)
     full = [options for options in made if "row_dtype" in options]  # but for those that check the settings
-    for name, value in {**OPTIONS, "row_dtype": torch.bfloat16, "sketch": None}.items():
+    for name, value in {**OPTIONS, "track": "auto", "row_dtype": torch.bfloat16, "sketch": None}.items():
         assert full[1][name] == value
     assert full[-1]["sketch"] == 64
 
@@ -209,6 +234,7 @@ def test_a_sketch_that_loses_nothing_gives_the_run_of_rows(run, make_model):
         ({"min_weight": -0.1}, "min_weight=-0.1"),
         ({"smoothing": 1.0}, "smoothing=1.0"),
         ({"refresh_every": 0}, "refresh_every=0"),
+        ({"track": 1.0}, "track has to be a number between 0 and 1"),
         ({"sketch": 0}, "sketch=0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"loss": "dpo"}, "unknown loss 'dpo'"),
@@ -270,6 +296,7 @@ def read_metrics(folder):
     [
         *slow_but([{"weighting": "mgda-decoupled"}, {"weighting": "group-dro(0.5)"}, {"weighting": "uniform"}]),
         {"sketch": 64, "refresh_every": 5},  # steps 3 and 4 are held
+        {"track": 0.8},
         OPTIONS,
     ],
 )
@@ -345,6 +372,19 @@ def test_other_settings_data_or_weights_cannot_be_resumed(run, tmp_path, monkeyp
     other = tuple(build_preferences(part) for part in split_rows(rows, 8, seed=1))
     with pytest.raises(InputError, match=r"cannot be resumed with other settings \(data was"):
         run(tmp_path, resume=True, data=other)
+
+
+def test_a_run_begun_before_there_was_tracking_goes_on_untracked(run, tmp_path, monkeypatch):
+    whole = run()
+    stop_after(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        run(tmp_path)
+    settings = json.loads((tmp_path / "run.json").read_text("utf-8"))
+    del settings["track"]
+    (tmp_path / "run.json").write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(InputError, match=r"track was None, is 0\.9"):
+        run(tmp_path, resume=True, track=0.9)
+    assert same_bits(run(tmp_path, resume=True).model, whole.model)
 
 
 def test_a_run_may_go_on_with_its_rows_elsewhere(run, tmp_path, monkeypatch):

@@ -1,218 +1,188 @@
-"""Pictures are drawn of whatever a run recorded, the page needs nothing but itself, and names can break neither."""
+"""A chart shows single steps beside their mean, says what an alignment is of, and marks what cannot be told."""
 
 from __future__ import annotations
 
-import html.parser
 import itertools
-import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from mogeo.errors import InputError
 from mogeo.figures.charts import (
-    Bars,
-    MissingMatplotlibError,
-    _draw_bars,
-    _draw_mean_weights,
-    _panels,
-    write_comparison,
+    draw_alignment,
+    draw_cosines,
+    draw_hurt,
+    draw_noise,
+    draw_over_steps,
 )
-from mogeo.figures.html_report import write_report
-from mogeo.figures.table import Table
-from tests.profiles import slow_but
-
-PNG = b"\x89PNG\r\n\x1a\n"
-NAMES = ("helpfulness", "honesty", "truthfulness")
-AWKWARD = ("_hidden", "$5 & <b>up</b>", "\"quoted\" 'n' \\slashed", "100 %")
+from tests.figures.histories import NAMES, Records, before_tracking, history
 
 
-def history(
-    objectives: tuple[str, ...], steps: int = 30, geometry: bool = True, **changes: Any
-) -> list[dict[str, Any]]:
-    """What `align` records, with made-up numbers."""
-    rng = np.random.default_rng(0)
-    k = len(objectives)
-    by_name = lambda low, high: dict(zip(objectives, rng.uniform(low, high, k).tolist(), strict=True))  # noqa: E731
-    records: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        cosines = rng.uniform(-1, 1, (k, k)).tolist() if geometry else None
-        record = {"kind": "train", "step": step, "loss": by_name(0.5, 0.8), "weight": by_name(0, 1), "cosines": cosines}
-        records.append({**record, **changes})
-    evaluations = [{"kind": "eval", "step": step, "accuracy": by_name(0.4, 0.7)} for step in (0, steps)]
-    return [evaluations[0], *records, evaluations[1]]
+class Drawn:
+    """The pictures that a test had drawn."""
+
+    def __init__(self, folder: Path) -> None:
+        self.figures: list[Figure] = []
+        self.folder = folder
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "chart.png"
+
+    @property
+    def axes(self) -> list[Any]:
+        """The panels of the last picture."""
+        return [ax for ax in self.figures[-1].axes if ax.get_visible()]
+
+    @property
+    def heads(self) -> list[str]:
+        return [ax.get_title(loc="left") for ax in self.axes]
 
 
-def size(png: Path) -> tuple[int, int]:
-    data = png.read_bytes()
-    assert data.startswith(PNG)
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    pictures, save = Drawn(tmp_path), Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **options: Any) -> None:
+        pictures.figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return pictures
 
 
-def report(tmp_path: Path, objectives: tuple[str, ...], runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    return [path.name for path in write_report(tmp_path, "A run", objectives, runs, [], [])]
+def lines(ax: Any, marker: str = "None") -> list[np.ndarray[Any, Any]]:
+    """The heights of the lines with this marker, those across the panel left out."""
+    found = [line for line in ax.lines if line.get_marker() == marker and len(line.get_xdata()) > 2]
+    return [np.asarray(line.get_ydata(), dtype=np.float64) for line in found]
 
 
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("runs", slow_but([1, 2, 5], 2))
-def test_every_picture_of_complete_runs_is_written(tmp_path: Path, runs: int) -> None:
-    histories = {f"run {i}": history(NAMES) for i in range(runs)}
-    written = write_report(tmp_path / "new" / "folder", "A run", NAMES, histories, [], [])
-    assert [path.name for path in written] == [
-        "report.html",
-        "losses.png",
-        "weights.png",
-        "cosines.png",
-        "accuracy.png",
+def two_objectives(cosines: list[float]) -> Records:
+    """A run whose two gradients have these cosines."""
+    return [
+        {"kind": "train", "step": i + 1, "cosines": [[1.0, cosine], [cosine, 1.0]]} for i, cosine in enumerate(cosines)
     ]
-    assert all(min(size(path)) > 200 for path in written[1:])
 
 
-def test_a_picture_without_numbers_is_left_out(tmp_path: Path) -> None:
-    without_geometry = {"uniform": history(NAMES, geometry=False)}
-    assert "cosines.png" not in report(tmp_path, NAMES, without_geometry)
-    without_evaluation = {"run": [r for r in history(NAMES) if r["kind"] == "train"]}
-    assert "accuracy.png" not in report(tmp_path, NAMES, without_evaluation)
-    assert report(tmp_path, NAMES, {}) == ["report.html"]
-    assert "cosines.png" not in report(tmp_path, ("alone",), {"run": history(("alone",))})
+# ---- single steps and their mean -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", slow_but([1, 2, 400], 1))
-def test_short_and_long_runs(tmp_path: Path, steps: int) -> None:
-    assert len(report(tmp_path, NAMES, {"run": history(NAMES, steps)})) == 5
-
-
-@pytest.mark.slow
-def test_more_objectives_than_colours(tmp_path: Path) -> None:
-    names = tuple(f"objective {i}" for i in range(12))
-    assert len(report(tmp_path, names, {"run": history(names)})) == 5
-
-
-def test_gaps_in_the_records_are_gaps_in_the_lines(tmp_path: Path) -> None:
-    """Skipped objectives and nulls (NaN in JSON), in some steps or in all; any warning would fail this test."""
-    records = history(NAMES)
-    records[5]["loss"] = {"honesty": math.nan}
-    records[6]["cosines"] = [[None] * 3] * 3
-    records[7]["weight"] = None
-    nowhere = history(NAMES, weight=dict.fromkeys(NAMES), cosines=[[None] * 3] * 3)
-    assert len(report(tmp_path, NAMES, {"gaps": records, "nowhere": nowhere})) == 5
-
-
-class Page(html.parser.HTMLParser):
-    """Collects what a browser would show and fetch."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.shown: list[str] = []
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        self.shown.append(data)
-
-
-def test_the_page_needs_no_other_file_and_shows_names_as_they_are(tmp_path: Path) -> None:
-    table = Table("<i>Title</i>", ["method", *AWKWARD], [["<script>alert(1)</script>", *AWKWARD]], note="a < b & c")
-    write_report(tmp_path, "<h1>Report", AWKWARD, {"<b>": history(AWKWARD)}, [table], ["x < y", "</p>"])
-    source = (tmp_path / "report.html").read_text("utf-8")
-    page = Page(source)
-    assert page.links
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert not re.search(r"https?:|url\(|@import", source)
-    assert not {"script", "b", "i", "link"} & set(page.tags)
-    for text in ("<i>Title</i>", *AWKWARD, "<script>alert(1)</script>", "a < b & c", "<h1>Report", "x < y", "</p>"):
-        assert text in page.shown
-    assert page.tags.count("td") == page.tags.count("th") == 5
-
-
-def test_pictures_of_the_callers_own_come_first(tmp_path: Path) -> None:
-    own = tmp_path / "own.png"
-    own.write_bytes(PNG + b"own")
-    written = write_report(tmp_path, "A run", NAMES, {"run": history(NAMES)}, [], [], pictures=[own])
-    assert own not in written
-    alts = re.findall(r'alt="(\w+)"', (tmp_path / "report.html").read_text("utf-8"))
-    assert alts == ["own", "losses", "weights", "cosines", "accuracy"]
-
-
-# ---- comparison ------------------------------------------------------------------------------------------------------
-
-
-def bars(title: str, labels: tuple[str, ...], seeds: int) -> Bars:
-    return Bars(title, "net win rate", NAMES, {label: [[0.1 * s for s in range(seeds)]] * 3 for label in labels}, 0.0)
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("labels", [("one",), AWKWARD, tuple(f"method {i}" for i in range(9))])
-def test_a_comparison_of_methods(tmp_path: Path, seeds: int, labels: tuple[str, ...]) -> None:
-    panels = [bars("greedy", labels, seeds), bars("sampled", labels[:1], seeds)]
-    weights = [history(NAMES, steps=10 + seed) for seed in range(seeds)]
-    path = write_comparison(tmp_path / "comparison.png", "Methods", panels, NAMES, weights, "weights")
-    assert min(size(path)) > 300
-
-
-def test_bars_are_means_and_dots_are_seeds() -> None:
-    values = [[0.1, 0.3], [-0.5, -0.1], [0.0, 0.0]]
-    _, (ax,) = _panels(1, "title")
-    _draw_bars(ax, Bars("greedy", "rate", NAMES, {"one": values, "two": values[::-1]}, baseline=0.05), ["one", "two"])
-    tops = [bar.get_y() + bar.get_height() for bar in ax.patches]
-    assert tops == pytest.approx([0.2, -0.3, 0.0, 0.0, -0.3, 0.2])
-    assert all(bar.get_y() == pytest.approx(0.05) for bar in ax.patches)
-    dots = [line for line in ax.lines if line.get_marker() == "."]
-    assert [list(dot.get_ydata()) for dot in dots] == values + values[::-1]
-    centres = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
-    assert [dot.get_xdata()[0] for dot in dots] == pytest.approx(centres)
-    assert len(set(centres)) == 6
-
-
-def test_mean_weights_are_over_seeds_and_their_names_do_not_overlap() -> None:
-    _, (ax,) = _panels(1, "title")
-    weights = dict(zip(NAMES, (0.3, 0.301, 0.6), strict=True))
-    histories = [[{"kind": "train", "step": s, "weight": {k: v + shift for k, v in weights.items()}} for s in (1, 2)]
-                 for shift in (-0.1, 0.1)]  # fmt: skip
-    _draw_mean_weights(ax, NAMES, histories)
-    drawn = [list(line.get_ydata()) for line in ax.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 1]
-    assert drawn == [pytest.approx([w, w]) for w in weights.values()]
+def test_conflicts_that_a_mean_over_steps_hides_are_in_the_picture(drawn: Drawn) -> None:
+    values = np.random.default_rng(0).permutation(np.linspace(-0.998, 0.806, 400)).tolist()
+    draw_cosines(drawn.path, ("informativeness", "naturalness"), {"run": two_objectives(values)})
+    (ax,) = drawn.axes
+    assert lines(ax, ".")[0].tolist() == values
+    (mean,) = lines(ax)
+    assert np.abs(mean).max() < 0.5  # the line alone would hide them
     low, high = ax.get_ylim()
-    heights = sorted(text.get_position()[1] for text in ax.texts)
-    assert len(heights) == 3
-    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.045 * (high - low)
+    assert low <= -0.998
+    assert high >= 0.806
+    assert "line: mean over 21 of them" in drawn.heads[0]
 
 
-# ---- matplotlib ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("field", ["loss", "weight"])
+def test_losses_and_weights_are_drawn_step_by_step_too(drawn: Drawn, field: str) -> None:
+    records = history(NAMES, steps=60)
+    draw_over_steps(drawn.path, "It", NAMES, {"run": records}, field)
+    expected = [[record[field][name] for record in records if record["kind"] == "train"] for name in NAMES]
+    assert [values.tolist() for values in lines(drawn.axes[0], ".")] == expected
+    assert "mean over 3 of them" in drawn.heads[0]
 
 
-def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
-    settings = [name for name in mpl.rcParams if name != "backend"]  # reading that one makes matplotlib choose one
-    before = {name: mpl.rcParams[name] for name in settings}
-    report(tmp_path, NAMES, {"run": history(NAMES)})
-    assert {name: mpl.rcParams[name] for name in settings} == before
+def test_of_many_pairs_the_range_is_that_of_single_steps(drawn: Drawn) -> None:
+    names = tuple(f"objective {i}" for i in range(6))
+    records = history(names, steps=80)
+    draw_cosines(drawn.path, names, {"run": records})
+    (band,) = drawn.axes[0].collections
+    raw = [[r["cosines"][i][j] for i, j in itertools.combinations(range(6), 2)] for r in records if r.get("cosines")]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == np.min(raw)
+    assert heights.max() == np.max(raw)
 
 
-def test_pyplot_is_not_needed() -> None:
-    """Importing it would choose a backend, and may open a display."""
-    program = (
-        "import sys; from mogeo.figures.charts import _panels; _panels(2, 'title'); "
-        "assert 'matplotlib' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+# ---- of what ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingMatplotlibError, match=r"pip install 'mogeo\[report\]'") as caught:
-        report(tmp_path, NAMES, {"run": history(NAMES)})
-    assert isinstance(caught.value, ImportError)
-    assert isinstance(caught.value, InputError)
+@pytest.mark.parametrize("draw", [draw_alignment, draw_hurt])
+def test_an_alignment_says_whether_noise_flatters_it(drawn: Drawn, draw: Any) -> None:
+    old = before_tracking(history(NAMES))
+    draw(drawn.path, NAMES, {"old": old, "new": history(NAMES), "tracked": history(NAMES, tracked=True)})
+    for head in drawn.heads[:2]:
+        assert "mini-batch: flattered by its noise" in head
+    assert "of mean gradients (tracked)" in drawn.heads[2]
+    assert "flattered" not in drawn.heads[2]
+
+
+def test_an_estimate_beyond_what_a_cosine_can_be_is_drawn_at_its_edge(drawn: Drawn) -> None:
+    beyond = history(NAMES, tracked=True, mean_cosines=[[40.0] * 3] * 3)
+    draw_cosines(drawn.path, NAMES, {"run": beyond})
+    assert set(lines(drawn.axes[1], ".")[0]) == {1}
+
+
+def test_the_share_of_steps_that_hurt_is_that_of_all_steps_so_far(drawn: Drawn) -> None:
+    alignments = [-0.5, 0.2, None, -0.1, 0.3, None]
+    records: Records = [
+        {"kind": "train", "step": i + 1, "alignment": {"honesty": value}} for i, value in enumerate(alignments)
+    ]
+    draw_hurt(drawn.path, ("honesty",), {"run": records})
+    assert lines(drawn.axes[0])[0].tolist() == pytest.approx([1, 1 / 2, 1 / 2, 2 / 3, 1 / 2, 1 / 2])
+    assert "line: all steps up to there" in drawn.heads[0]
+    assert "standard errors" not in drawn.heads[0]
+
+
+def test_a_thin_line_counts_what_hurts_by_two_standard_errors(drawn: Drawn) -> None:
+    records: Records = [
+        {"kind": "train", "step": i + 1, "alignment": {"honesty": -0.5}, "alignment_error": {"honesty": error}}
+        for i, error in enumerate([None, 0.2, 0.3, 0.24])
+    ]
+    draw_hurt(drawn.path, ("honesty",), {"run": records})
+    thick, thin = lines(drawn.axes[0])
+    assert thick.tolist() == [1, 1, 1, 1]
+    assert thin.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert "thin: by 2 standard errors" in drawn.heads[0]
+
+
+def test_cosines_of_mean_gradients_are_beside_those_of_mini_batches(drawn: Drawn) -> None:
+    records = history(NAMES, tracked=True)
+    draw_cosines(drawn.path, NAMES, {"run": records})
+    assert ["mini-batch" in head for head in drawn.heads] == [True, False]
+    assert "of mean gradients (tracked)" in drawn.heads[1]
+    for ax, field in zip(drawn.axes, ("cosines", "mean_cosines"), strict=True):
+        of_steps = np.array([record[field] for record in records if field in record], dtype=np.float64)
+        np.testing.assert_equal(lines(ax, ".")[0], of_steps[:, 0, 1])
+    draw_cosines(drawn.path, NAMES, {"run": history(NAMES)})
+    assert len(drawn.axes) == 1
+    draw_cosines(drawn.path, NAMES, {"no": history(NAMES, geometry=False), "one": history(NAMES), "two": records})
+    assert [head.splitlines()[0] for head in drawn.heads] == ["one", "two", "two"]
+    one, two, beside = (ax.get_position() for ax in drawn.axes)
+    assert (two.x0, two.y0) == pytest.approx((one.x0, beside.y0))
+    assert beside.x0 > two.x1
+    assert one.y0 > two.y1
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_noise_cannot_be_told_the_line_has_a_gap_and_triangles_show_the_lower_bound(drawn: Drawn) -> None:
+    records = history(NAMES, steps=6, tracked=True)
+    records[4]["noise_scale"] = {**records[4]["noise_scale"], "honesty": None}
+    records[4]["noise_scale_interval"] = {**records[4]["noise_scale_interval"], "honesty": [40.0, None]}
+    draw_noise(drawn.path, NAMES, {"run": records, "untracked": history(NAMES)})
+    (ax,) = drawn.axes  # none for the run that was not tracked
+    assert ax.get_yscale() == "log"
+    estimates, bounds = lines(ax)[1], lines(ax, "^")[1]
+    nan = np.nan
+    np.testing.assert_equal(bounds, [5, 5, nan, 40, nan, nan])
+    assert np.isnan(estimates).tolist() == [True, True, False, True, False, False]
+    assert "triangles: at least this" in drawn.heads[0]
+    labels = [text.get_text() for text in ax.get_yticklabels(which="both")]
+    assert not [label for label in labels if re.search(r"\^|e", label)]  # 20, and not 2 · 10¹
+
+
+def test_without_anything_told_of_noise_there_is_no_picture(drawn: Drawn) -> None:
+    untold = history(NAMES, steps=2, tracked=True, noise_scale_interval={key: [0.0, None] for key in NAMES})
+    assert draw_noise(drawn.path, NAMES, {"run": untold, "untracked": history(NAMES)}) is None
+    assert draw_noise(drawn.path, NAMES, {"run": history(NAMES, steps=2, tracked=True)}) == drawn.path

@@ -238,6 +238,7 @@ def test_an_objective_that_a_step_does_without_is_left_out_of_it(tmp_path: Path)
         assert entry["weights/warm"] == 1
         assert entry["loss"] == pytest.approx(entry["loss/warm"])
         assert "grad_norm/size" not in entry
+        assert "hurt/size" not in entry
         assert "cosine/warm/size" not in entry
 
 
@@ -265,6 +266,33 @@ def test_logs_are_what_the_report_says(tmp_path: Path) -> None:
             assert entry[f"loss/{name}"] == pytest.approx(expected["losses"][name])
         assert entry["cosine/warm/size"] == expected["cosines"][0][1]
         assert entry["grad_norm"] == pytest.approx(expected["direction_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("weighting", slow_but(["uniform", "mgda-decoupled"], "uniform"))
+def test_a_tracked_run_logs_mean_gradients_under_any_weighting(tmp_path: Path, weighting: str) -> None:
+    trainer = make_trainer(
+        MultiObjectiveDPOTrainer,
+        tmp_path,
+        with_labels(make_pairs(24), {"warm": [1] * 24, "size": [1, -1] * 12}),
+        options={"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 1e-3},
+        objectives=["warm", "size"],
+        weighting=weighting,
+        track=0.9,
+        guarantee_descent=True,
+    )
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert (optimizer.track, optimizer.guarantee_descent) == (0.9, True)
+    expected = optimizer.report.to_dict()
+    last = [entry for entry in trainer.state.log_history if "weights/warm" in entry][-1]
+    assert expected["alignment_of"] == "mean gradients"
+    for i, name in enumerate(["warm", "size"]):
+        assert last[f"alignment/{name}"] == expected["alignment"][name]
+        assert last[f"hurt/{name}"] == optimizer.report.hurt[i]
+        assert last[f"evidence/{name}"] == expected["evidence"][name]
+        assert last[f"noise_scale_at_least/{name}"] == expected["noise_scale_interval"][name][0]
+    assert last["mean_cosine/warm/size"] == expected["mean_cosines"][0][1]
+    assert logged(trainer, "noise_scale/warm")[-1] == expected["noise_scale"]["warm"]
 
 
 @pytest.mark.slow
@@ -320,8 +348,9 @@ def test_a_grad_scaler_lowers_its_scale_over_an_overflow_and_changes_nothing_els
     ],
 )
 @pytest.mark.parametrize("saved", slow_but([2, 4], 4))  # in the first epoch, and in the second
+@pytest.mark.parametrize("track", [None, 0.8])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, labels: dict[str, list[int]], options: dict[str, Any], saved: int
+    tmp_path: Path, labels: dict[str, list[int]], options: dict[str, Any], saved: int, track: float | None
 ) -> None:
     def made() -> Any:
         return make_trainer(
@@ -331,14 +360,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
             options={"max_steps": 6, "save_strategy": "steps", "save_steps": 1, **options},
             model=make_model(attention_dropout=0.2),
             objectives=[*labels],
-            weighting="group-dro(0.5)",
+            weighting="group-dro(0.5)" if track is None else "mgda-decoupled",
+            track=track,
         )
 
     whole = made()
     expected = trained(whole)
     resumed = made()
     assert torch.equal(trained(resumed, resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}")), expected)
-    assert logged(resumed, "weights/warm") == logged(whole, "weights/warm")
+    for name in ("weights/warm", *(() if track is None else ("evidence/warm", "alignment/warm"))):
+        assert logged(resumed, name) == logged(whole, name)
 
 
 def test_a_saved_model_loads_without_mogeo(tmp_path: Path) -> None:
@@ -488,6 +519,7 @@ def test_every_form_of_data_trains(tmp_path: Path, chat: bool) -> None:
         ({"weighting": "linear(1, 1, 1)"}, {}, "3"),
         ({}, {"loss_type": "hinge"}, "hinge loss reaches 0"),
         ({}, {"activation_offloading": True}, "activation_offloading=True"),
+        ({"track": 1.5}, {}, "track=1.5: pass a decay"),
     ],
 )
 def test_errors_name_culprit_and_cure(
@@ -533,6 +565,22 @@ def test_an_optimizer_for_other_objectives_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=re.escape("make it with MultiObjectiveOptimizer(..., objectives=['warm'")):
         trainer.train()
+
+
+@pytest.mark.parametrize("option", [{"track": 0.9}, {"guarantee_descent": True}])
+def test_options_beside_an_optimizer_that_has_its_own_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    model = make_model()
+    own = MultiObjectiveOptimizer(torch.optim.SGD(model.parameters(), lr=1e-2), objectives=NAMES)
+    with pytest.raises(ValueError, match="hand track and guarantee_descent to that MultiObjectiveOptimizer"):
+        make_trainer(
+            MultiObjectiveDPOTrainer,
+            tmp_path,
+            agreeing(4, NAMES),
+            model=model,
+            objectives=NAMES,
+            optimizers=(own, None),
+            **option,
+        )
 
 
 def test_a_loss_that_is_not_positive_is_told_by_name(tmp_path: Path) -> None:
