@@ -129,7 +129,8 @@ class SketchedRows(ComparableStore):
                 rows = self.ranks.sum_(sketch.projected() * sketch.kind.share)
             parts.append(rows.to(self.device))
             layout.append((rows.shape[1], sketch.sizes))
-        return Sketches(torch.cat(parts, dim=1), None if self.exact and not self.sharded else self.dimension, tuple(layout))
+        dimension = None if self.exact and not self.sharded else self.dimension
+        return Sketches(torch.cat(parts, dim=1), dimension, tuple(layout))
 
     def combine_into(self, direction: SharedDirection, weights: Tensor) -> None:
         """Add the direction wᵀG to a store of the same parameters, if sketches are `exact`."""
