@@ -110,6 +110,7 @@ class Made(NamedTuple):
     nonfinite: Tensor
     corrected: Tensor  #: weights of the direction that hurts nobody
     descent_status: Tensor
+    psd: Tensor  #: [K, K], the PSD part of `estimate_of` the Gram matrix
     combined: Tensor  #: [N], unclipped
     clipped: Tensor  #: [N], to half its length, by the Gram matrix
     measured: Tensor  #: [N], the same without a Gram matrix: by the norm as measured
@@ -126,6 +127,11 @@ def weights_of(count: int, device: torch.device) -> Tensor:
 def losses_of(count: int, device: torch.device) -> Tensor:
     """Positive, none alike."""
     return torch.linspace(0.5, 2.0, count, dtype=torch.float64, device=device)
+
+
+def estimate_of(gram: Tensor) -> Tensor:
+    """A Gram matrix less the mean of its diagonal: of Gaussian rows, about half of its eigenvalues are negative."""
+    return gram - gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def boundaries_of(columns: int) -> list[int]:
@@ -150,13 +156,14 @@ def make_all(rows: Tensor) -> Made:
     nonfinite = torch.ones(count, dtype=torch.bool, device=device)
     solved, gap, status = triton_backend.min_norm(gram, losses, "loss", 1.0, "raw", nonfinite=nonfinite)
     corrected, _, descent_status = triton_backend.descent(gram, weights)
+    psd = triton_backend.psd_part(estimate_of(gram))
     outs = [poisoned(columns, dtype=rows.dtype, device=device) for _ in range(3)]
     triton_backend.combine(rows, weights, outs[0])
     limit = max_norm_of(count, columns)
     by_gram = triton_backend.direction_([rows], weights, [outs[1]], gram=gram, max_norm=limit)
     by_measure = triton_backend.direction_([rows], weights, [outs[2]], gram=None, max_norm=limit)
     return Made(
-        gram, segments, solved, gap, status, nonfinite, corrected, descent_status, *outs, by_gram, by_measure
+        gram, segments, solved, gap, status, nonfinite, corrected, descent_status, psd, *outs, by_gram, by_measure
     )  # fmt: skip
 
 
@@ -226,6 +233,7 @@ def _timed(count: int, columns: int, dtype: str, device: torch.device) -> None:
 def _solved(count: int, device: torch.device) -> None:
     gram = torch.empty(count, count, dtype=torch.float64, device=device)
     triton_backend.min_norm(gram, None, "none", 1.0, "raw")
+    triton_backend.psd_part(gram)
     _timed(count, 10**6, "bf16", device)
 
 

@@ -58,7 +58,9 @@ class Launches:
         """Let properties of the backend "cuda" run here, against the CPU's code."""
         from tests import backends
 
-        for name in ("gram", "gram_by_segment", "combine", "min_norm_weights", "descent_weights"):
+        for name in (
+            "gram", "gram_by_segment", "combine", "min_norm_weights", "descent_weights", "conflict_averse_weights",
+        ):  # fmt: skip
             launching = getattr(backends, f"_{name}")
             object.__setattr__(backends.CUDA, name, self.beside(getattr(backends.CPU, name), launching))
         for item in items:

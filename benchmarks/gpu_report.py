@@ -215,9 +215,11 @@ def solver_table(records: Sequence[Figures]) -> str:
             cells += [f"{median(times):.1f}", f"{max(times):.1f}"] if times else [MISSING] * 2
         cold = [family["inside_a_step"] for family in families if "inside_a_step" in family]
         cells += [f"{cold[0][how]['p50']:.1f}" if cold else MISSING for how in ("difference", "events")]
-        rows.append([*cells, str(sum(family["not_optimal"] for family in families))])
+        cells.append(str(sum(family["not_optimal"] for family in families)))
+        projected = (case_of(records, "solver", f"psd_part K={count}") or {}).get("microseconds")
+        rows.append([*cells, f"{projected['p50']:.1f}" if projected else MISSING])
     header = ["K", "replay: middle family, µs", "slowest", "with launch: middle", "slowest"]
-    header += ["within a step: difference", "events", "not optimal"]
+    header += ["within a step: difference", "events", "not optimal", "PSD part, replay: µs"]
     return table(header, rows) if rows else f"solver: {MISSING}."
 
 

@@ -42,7 +42,7 @@ TESTS = (
     "tests/test_gpu.py", "tests/geometry/test_triton_backend.py", "tests/geometry/test_ops.py",
     "tests/geometry/test_exact_min_norm.py", "tests/geometry/test_exact_harmless.py",
     "tests/kernels/test_gram.py", "tests/kernels/test_combine.py", "tests/kernels/test_min_norm.py",
-    "tests/kernels/test_sketch.py",
+    "tests/kernels/test_psd.py", "tests/kernels/test_sketch.py",
 )  # fmt: skip
 #: Those that need most of the GPU's memory, one at a time.
 LARGE = "beyond_two_to_the_31 or 32_bits_count"

@@ -4,7 +4,7 @@
     compile      what the cache lacks, on all cores, in the order of the run
     correctness  every kernel against fp64: error, bias, status, the same bits on every run; outputs poisoned before
     bandwidth    gram, combine and sketch beside a copy and PyTorch's own product (`kernels.py`)
-    solver       graph replay, and within a step (`kernels.py`)
+    solver       graph replay, and within a step (`kernels.py`); the PSD part, by graph replay
     variants     the candidates that the kernels name, against each other, round by round
     step         the whole step at the shape of Qwen2.5-0.5B beside plain training; launches, host time, waiting
     long         rows and sketches on either side of what 32 bits count
@@ -41,6 +41,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # before kernels are imported: wh
 
 import gpu_cache
 import gpu_cases
+import numpy as np
 from gpu_cases import DTYPES, REAL, TOY, Case, Made, Sizes
 from gpu_records import Figures, Records
 from machine import clocks, data_sheet_bandwidth, describe
@@ -216,6 +217,9 @@ def judged(rows: Tensor, made: Made) -> Figures:
         found, gpu_cases.losses_of(count, torch.device("cpu")), "loss", 1.0, "raw"
     )
     corrected, _, _ = torch_backend.descent(found, weights.cpu())
+    estimate = gpu_cases.estimate_of(found)
+    psd_error = (made.psd.cpu() - torch_backend.psd_part(estimate)).abs().max()
+    psd_unit = torch.linalg.matrix_norm(estimate, 2).clamp(min=1e-300)  # of a single row the estimate is zero
     length = float((weights @ exact @ weights).sqrt())
     limit = gpu_cases.max_norm_of(count, columns)
     factor = min(1.0, limit / length)
@@ -228,6 +232,7 @@ def judged(rows: Tensor, made: Made) -> Figures:
         "status": int(made.status),
         "descent_error": float((made.corrected.cpu() - corrected).abs().max()),
         "descent_status": int(made.descent_status),
+        "psd_error": float(psd_error / psd_unit),
         "combine_error": combination_error(rows, weights, made.combined),
         "clipped_error": combination_error(rows, weights, made.clipped, factor),
         "measured_error": combination_error(rows, weights, made.measured, factor),
@@ -238,9 +243,9 @@ def judged(rows: Tensor, made: Made) -> Figures:
     once = COMBINE_TOLERANCE[dtype] * 1.01
     allowed = {
         "gram_error": GRAM_TOLERANCE[dtype], "segments_error": GRAM_TOLERANCE[dtype], "weights_error": 1e-9,
-        "gap_error": 1e-9, "descent_error": 1e-9, "combine_error": once, "clipped_error": once + 2e-6,
-        "measured_error": 2 * once + 2e-6, "norm_error": 1e-5, "measured_norm_error": 1e-3, "factor_error": 1e-5,
-        "status": int(status), "descent_status": 0,
+        "gap_error": 1e-9, "descent_error": 1e-9, "psd_error": 1e-13, "combine_error": once,
+        "clipped_error": once + 2e-6, "measured_error": 2 * once + 2e-6, "norm_error": 1e-5,
+        "measured_norm_error": 1e-3, "factor_error": 1e-5, "status": int(status), "descent_status": 0,
     }  # fmt: skip
     # Not `>`: NaN is wrong, too.
     wrong = [
@@ -314,7 +319,7 @@ def bandwidth(run: Run) -> None:
 
 
 def solver(run: Run) -> None:
-    """What `kernels.py` measures, one Gram matrix of each family."""
+    """What `kernels.py` measures, one Gram matrix of each family; and the PSD part of a symmetric Gaussian one."""
     from kernels import Failures, LeftOut, measure_solvers
 
     ceilings = _ceilings(run)
@@ -329,6 +334,20 @@ def solver(run: Run) -> None:
 
     for count in run.sizes.timed:
         run.records.case(f"K={count}", partial(case, count))
+    for count in run.sizes.timed:
+        run.records.case(f"psd_part K={count}", partial(_projected, run, count))
+
+
+def _projected(run: Run, count: int) -> Figures:
+    """Microseconds, cold caches."""
+    from tests.strategies import symmetric
+
+    matrix = torch.from_numpy(symmetric(np.random.default_rng(count), count)).to(run.device)
+    call: Callable[[], object] = partial(triton_backend.psd_part, matrix)
+    call, reason = captured(call, run.device) if run.on_gpu else (call, None)
+    clock = device_clock(run.device) if run.on_gpu else wall_clock(run.device)
+    seconds = interleaved({"psd_part": call}, run.sizes.rounds, clock, 0.1)["psd_part"]
+    return {"microseconds": spread([1e6 * value for value in seconds]), "not_captured": reason}
 
 
 def variants(run: Run) -> None:

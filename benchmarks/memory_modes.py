@@ -32,7 +32,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,15 +39,19 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from alignment import smoothing, tables
-from alignment.report import WORLD_COLUMNS
+from alignment import tables
+from alignment.compare import Sizes
+from alignment.estimators import distance
+from alignment.mini_batches import Run, replayed, watched, watcher
+from alignment.tables import WORLD_COLUMNS
 from machine import clocks, describe
 from plan_check import MIB, allocated
 from step_overhead import Setting, make_model, prepared, release
 from timing import Clock, cpu_clock, first_line, rotated, wall_clock
-from torch import Tensor, nn
+from torch import nn
 
 from mogeo import MultiObjectiveOptimizer
+from mogeo.demo.recipe import Recipe
 
 PARTS = ("time", "memory", "error", "quality")
 PLAIN, EXACT = "plain", "exact"
@@ -87,6 +90,9 @@ def modes(period: int, on_gpu: bool = True) -> dict[str, Mode]:
         "refresh": Mode(every, tensors=True),
         "sketch 2^14, refresh": Mode({**every, "sketch": 2**14}),
         "smoothing 0.9": Mode({"smoothing": 0.9}),
+        "tracked": Mode({"track": 0.95}, tensors=True),
+        "sketch 2^14, tracked": Mode({"sketch": 2**14, "track": 0.95}),
+        "refresh, tracked": Mode({**every, "track": 0.95}, tensors=True),
     }
     return {name: mode for name, mode in listed.items() if on_gpu or not mode.needs_gpu}
 
@@ -240,96 +246,41 @@ def memory_by_mode(
 # The demo's world
 
 
-class Seen(NamedTuple):
-    """What a step of the exact run gives to everyone: by objective the loss, and its gradient by parameter."""
-
-    losses: list[Tensor]
-    gradients: list[tuple[Tensor, ...]]
-
-    def replayed(self, parameters: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
-        """Losses of the same values with the same gradients, to the bit, that cost next to nothing: linear ones."""
-
-        def of(loss: Tensor, gradient: Sequence[Tensor]) -> Tensor:
-            change = torch.stack([(p * g).sum() for p, g in zip(parameters, gradient, strict=True)]).sum()
-            return loss + (change - change.detach())
-
-        return [partial(of, *one) for one in zip(self.losses, self.gradients, strict=True)]
-
-
-def adam(run: smoothing.Run) -> torch.optim.Optimizer:
-    """The optimizer of the demo."""
-    return torch.optim.AdamW(
-        run.parameters, run.config.learning_rate, run.config.betas, weight_decay=run.config.weight_decay, fused=True
-    )
-
-
-def at_step(step: int, optimizer: torch.optim.Optimizer, run: smoothing.Run) -> None:
-    """Set the learning rate, as the demo does."""
-    for group in optimizer.param_groups:
-        group["lr"] = run.config.learning_rate_at(step, run.sizes.steps)
-
-
-def errors_along(run: smoothing.Run, listed: Mapping[str, Mode]) -> dict[str, list[float]]:
+def errors_along(run: Run, listed: Mapping[str, Mode]) -> dict[str, list[float]]:
     """‖w − w_exact‖₁ of each mode at each step of an exact run, which trains the model."""
-    exact = MultiObjectiveOptimizer(adam(run))
-    watchers = {name: optimizer_of(mode, torch.optim.SGD(run.parameters, lr=0.0)) for name, mode in listed.items()}
+    exact = MultiObjectiveOptimizer(run.adam())
+    watchers = {name: watcher(run.parameters, **(mode.keywords or {})) for name, mode in listed.items()}
     errors: dict[str, list[float]] = {name: [] for name in watchers}
     run.model.train()
-    for step, losses in zip(range(1, run.sizes.steps + 1), run.losses(""), strict=False):
-        values = [loss() for loss in losses.values()]
-        gradients = [torch.autograd.grad(value, run.parameters) for value in values]
-        replayed = Seen([value.detach() for value in values], gradients).replayed(run.parameters)
-        at_step(step, exact, run)
+    for step, losses in run.training():
+        seen = run.gradients(losses)
+        run.at_step(step, exact)
         exact.zero_grad()
-        exact.backward(replayed)
+        exact.backward(replayed(run.parameters, seen))
         weights = exact.combine().weights.clone()
-        for name, watcher in watchers.items():
-            with _kept_gradients(run.parameters):
-                watcher.backward(replayed)
-                errors[name].append(smoothing.distance(watcher.combine().weights, weights))
+        for name, optimizer in watchers.items():
+            errors[name].append(distance(watched(optimizer, run.parameters, seen).weights, weights))
         exact.step()
     return errors
 
 
-@contextmanager
-def _kept_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Put `p.grad` aside, for somebody else to use."""
-    mine = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    yield
-    for parameter, gradient in zip(parameters, mine, strict=True):
-        parameter.grad = gradient
-
-
-def trained(mode: Mode, run: smoothing.Run) -> None:
-    """Align the model of the run, in place, as `mogeo align` does."""
-    optimizer = optimizer_of(mode, adam(run))
-    run.model.train()
-    for step, losses in zip(range(1, run.sizes.steps + 1), run.losses(""), strict=False):
-        at_step(step, optimizer, run)
-        optimizer.zero_grad()
-        optimizer.backward(losses)
-        optimizer.step()
-
-
-def quality_of(name: str, mode: Mode, run: smoothing.Run, start: nn.Module) -> dict[str, Any]:
+def quality_of(name: str, mode: Mode, run: Run, start: nn.Module) -> dict[str, Any]:
     """A mode's model, trained from the start and judged; in the form of the cells of benchmarks/alignment."""
     run.model.load_state_dict(start.state_dict())
-    trained(mode, run)
+    run.train(optimizer_of(mode, run.adam()))
     judged = run.setting.judged(run.model)
     after = run.setting.measured(run.model, start, controls=False).to_dict()
     return {"cell": {"method": name, "seed": run.seed}, **judged, "after": after}
 
 
 def world_of(
-    seed: int, listed: Mapping[str, Mode], parts: Sequence[str], sizes: smoothing.Plan
+    seed: int, listed: Mapping[str, Mode], parts: Sequence[str], recipe: Recipe
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One seed: mean error over the steps by mode, and judged models; empty where not asked for."""
     errors: dict[str, float] = {}
     judged = []
     with tempfile.TemporaryDirectory() as scratch:
-        run = smoothing.Run(seed, sizes, Path(scratch))
+        run = Run(seed, recipe, Path(scratch))
         start = copy.deepcopy(run.model)
         if "error" in parts:
             errors = {name: fmean(steps) for name, steps in errors_along(run, listed).items()}
@@ -339,13 +290,13 @@ def world_of(
 
 
 def world(
-    listed: Mapping[str, Mode], seeds: int, parts: Sequence[str], sizes: smoothing.Plan, workers: int
+    listed: Mapping[str, Mode], seeds: int, parts: Sequence[str], recipe: Recipe, workers: int
 ) -> tuple[dict[str, Figures], list[dict[str, Any]]]:
     """Errors by mode, and judged models, of all seeds: a process a seed, with one thread."""
     listed = in_world(listed)
     spawn, found = multiprocessing.get_context("spawn"), []
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for one in pool.map(partial(world_of, listed=listed, parts=parts, sizes=sizes), range(seeds)):
+        for one in pool.map(partial(world_of, listed=listed, parts=parts, recipe=recipe), range(seeds)):
             found.append(one)
             print(f"world: {len(found)} of {seeds} seeds done", file=sys.stderr, flush=True)
     by_mode = {name: [errors[name] for errors, _ in found] for name in listed if "error" in parts}
@@ -470,8 +421,8 @@ def main() -> None:
             options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     if {"error", "quality"} & set(options.parts) and not course.is_over("error and quality"):
-        sizes = smoothing.plan(options.quick)
-        errors, judged = world(listed, options.seeds, options.parts, sizes, options.workers)
+        recipe = Sizes.tiny().recipe if options.quick else Recipe()
+        errors, judged = world(listed, options.seeds, options.parts, recipe, options.workers)
         document["judged"] = judged or document["judged"]
         for name, figures in errors.items():
             results[name]["error"] = figures

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogeo.kernels.double_double import fine_total, multiply, two_sum
+from mogeo.kernels.double_double import times_vector, two_sum
 from mogeo.kernels.min_norm import MAX_OBJECTIVES, exponent_of, pivoted, power_of_two
 from mogeo.kernels.target import Launch, square_side
 
@@ -38,17 +38,10 @@ _INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _slopes(A, x, x_low):
-    """A x, in double-double."""
-    p, p_low = multiply(A, A * 0.0, x[None, :] + A * 0.0, x_low[None, :] + A * 0.0, True)
-    return fine_total(p, p_low, 1)
-
-
-@triton.jit
 def _unit_slopes(A, lengths, y, norms):
     """s_k / |g_k|, and the reach Σ_j (|w_j| + μ_j) |g_j|, which is what their rounding is measured in."""
     x, x_low = two_sum(lengths, y)
-    slope, _ = _slopes(A, x, x_low)
+    slope, _ = times_vector(A, x, x_low, True)
     return slope / norms, tl.sum(norms * (tl.abs(lengths) + y), axis=0)
 
 
@@ -183,7 +176,7 @@ def _descent(
         squared = tl.sum(lengths * norms * slopes, axis=0)  # |d|²
         near = tl.maximum(tl.sqrt(tl.maximum(squared, 0.0)) * _NEAREST_TOLERANCE, reach * (4 * ROOT))
         if certified == 0:
-            slope, slope_low = _slopes(A, lengths, lengths * 0.0)
+            slope, slope_low = times_vector(A, lengths, lengths * 0.0, True)
             scale = w * 0.0 + tl.where(reach > 0.0, reach, 1.0)
             y, _ = pivoted(A, A * 0.0, slope, slope_low, scale, takes_part, K, SIDE, False)
             slopes, reach = _unit_slopes(A, lengths, y, norms)
@@ -198,7 +191,7 @@ def _descent(
                 C, (lengths + y) * norms, y * norms, slopes, reach, near, takes_part, ROUNDING, ROOT, K, SIDE
             )
         if decided == 0:  # a ridge on the cosines' diagonal, as in `_ridged` there
-            slope, slope_low = _slopes(A, lengths, lengths * 0.0)
+            slope, slope_low = times_vector(A, lengths, lengths * 0.0, True)
             scale = w * 0.0 + tl.where(reach > 0.0, reach, 1.0)
             ridged = y  # carried before the scalars: the other way round, Triton 3.7.1 fails to compile the loop
             ridge = tl.full([], RIDGE, tl.float64)
@@ -211,7 +204,7 @@ def _descent(
                 enough = tl.where(last | _holds(slopes, ridged, takes_part, reach * (2 * ridge)), 1, 0)
                 ridge *= 10.0
             moved = y - ridged
-            slope, _ = _slopes(A, moved, moved * 0.0)
+            slope, _ = times_vector(A, moved, moved * 0.0, True)
             span = tl.sum(tl.abs(moved) * norms, axis=0)
             same = tl.sum(moved * slope, axis=0) + span * span * ROUNDING <= near * near
             y = tl.where(certified & same, y, ridged)

@@ -102,3 +102,21 @@ def _fine_add(a, a_low, b, b_low):
 def fine_total(x, x_low, AXIS: tl.constexpr):
     """Sum along an axis in double-double: rounded to fp64, it does not depend on where zeros stand in between."""
     return tl.reduce((x, x_low), AXIS, _fine_add)
+
+
+@triton.jit
+def total(x, x_low, AXIS: tl.constexpr, FINE: tl.constexpr):
+    """Sum along an axis."""
+    if FINE:
+        high, low = fine_total(x, x_low, AXIS)
+    else:
+        high = tl.sum(x, axis=AXIS)
+        low = high * 0.0
+    return high, low
+
+
+@triton.jit
+def times_vector(A, x, x_low, FINE: tl.constexpr):
+    """A x, for a matrix A of fp64."""
+    p, p_low = multiply(A, A * 0.0, x[None, :] + A * 0.0, x_low[None, :] + A * 0.0, FINE)
+    return total(p, p_low, 1, FINE)

@@ -70,6 +70,60 @@ def exponent_of(x):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Pivoting: the tableau holds z = q + T u, u being the non-basic variables
+
+
+@triton.jit
+def exchange_factors(T, T_low, at, happens, FINE: tl.constexpr):
+    """What the exchange of basic and non-basic variable `at` takes: column `at` over its pivot [SIDE], and 1 / pivot.
+
+    Where nothing `happens`, these are anything.
+    """
+    index = tl.arange(0, T.shape[0])
+    is_column = index[None, :] == at
+    slope = tl.sum(tl.where(is_column, T, 0.0), axis=1)
+    slope_low = tl.sum(tl.where(is_column, T_low, 0.0), axis=1)
+    pivot = tl.where(happens, tl.sum(tl.where(index == at, slope, 0.0), axis=0), 1.0)
+    pivot_low = tl.where(happens, tl.sum(tl.where(index == at, slope_low, 0.0), axis=0), 0.0)
+    one = tl.full([], 1.0, tl.float64)
+    inverse, inverse_low = divide(one, one * 0.0, pivot, pivot_low, FINE)
+    factor, factor_low = multiply(slope, slope_low, inverse, inverse_low, FINE)
+    return factor, factor_low, inverse, inverse_low
+
+
+@triton.jit
+def exchanged(T, T_low, at, happens, factor, factor_low, inverse, inverse_low, FINE: tl.constexpr):
+    """T after the exchange of basic and non-basic variable `at`, where that `happens`."""
+    index = tl.arange(0, T.shape[0])
+    on_row, on_column = index[:, None] == at, index[None, :] == at
+    entries = tl.sum(tl.where(on_row, T, 0.0), axis=0)
+    entries_low = tl.sum(tl.where(on_row, T_low, 0.0), axis=0)
+    turned, turned_low = multiply(-entries, -entries_low, inverse, inverse_low, FINE)
+    new, new_low = subtract_product(
+        T, T_low, factor[:, None], factor_low[:, None], entries[None, :], entries_low[None, :], FINE
+    )
+    new = tl.where(on_row, tl.where(on_column, inverse, turned[None, :]), tl.where(on_column, factor[:, None], new))
+    new_low = tl.where(
+        on_row,
+        tl.where(on_column, inverse_low, turned_low[None, :]),
+        tl.where(on_column, factor_low[:, None], new_low),
+    )
+    return tl.where(happens, new, T), tl.where(happens, new_low, T_low)
+
+
+@triton.jit
+def exchanged_column(q, q_low, at, happens, factor, factor_low, inverse, inverse_low, FINE: tl.constexpr):
+    """A column beside T, such as q, after the same exchange."""
+    here = tl.arange(0, q.shape[0]) == at
+    start = tl.sum(tl.where(here, q, 0.0), axis=0)
+    start_low = tl.sum(tl.where(here, q_low, 0.0), axis=0)
+    turned, turned_low = multiply(-start, -start_low, inverse, inverse_low, FINE)
+    new, new_low = subtract_product(q, q_low, factor, factor_low, start, start_low, FINE)
+    new, new_low = tl.where(here, turned, new), tl.where(here, turned_low, new_low)
+    return tl.where(happens, new, q), tl.where(happens, new_low, q_low)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The linear complementarity problem
 
 
@@ -83,7 +137,7 @@ def pivoted(A, A_low, q, q_low, scale, takes_part, K: tl.constexpr, SIDE: tl.con
     Variable i is y_i where `support`, else w_i.
     """
     index = tl.arange(0, SIDE)
-    row, column = index[:, None], index[None, :]
+    column = index[None, :]
     T, T_low = A, A_low
     support = index < 0
     dependent = takes_part == 0
@@ -141,37 +195,11 @@ def pivoted(A, A_low, q, q_low, scale, takes_part, K: tl.constexpr, SIDE: tl.con
         stuck = (enters == 0) & (blocked == 0)
         exchange = (done == 0) & (stuck == 0)
 
-        # Exchange basic and non-basic variable `at`.
         at = tl.where(enters, driving, tl.where(blocked, blocker, 0))
-        here = index == at
-        slope = tl.sum(tl.where(column == at, T, 0.0), axis=1)
-        slope_low = tl.sum(tl.where(column == at, T_low, 0.0), axis=1)
-        entries = tl.sum(tl.where(row == at, T, 0.0), axis=0)
-        entries_low = tl.sum(tl.where(row == at, T_low, 0.0), axis=0)
-        pivot = tl.where(exchange, tl.sum(tl.where(here, slope, 0.0), axis=0), 1.0)
-        pivot_low = tl.where(exchange, tl.sum(tl.where(here, slope_low, 0.0), axis=0), 0.0)
-        start = tl.sum(tl.where(here, q, 0.0), axis=0)
-        start_low = tl.sum(tl.where(here, q_low, 0.0), axis=0)
-        inverse, inverse_low = divide(zero + 1.0, zero, pivot, pivot_low, FINE)
-        factor, factor_low = multiply(slope, slope_low, inverse, inverse_low, FINE)
-        turned, turned_low = multiply(-entries, -entries_low, inverse, inverse_low, FINE)
-        turned_start, turned_start_low = multiply(-start, -start_low, inverse, inverse_low, FINE)
-        new, new_low = subtract_product(
-            T, T_low, factor[:, None], factor_low[:, None], entries[None, :], entries_low[None, :], FINE
-        )
-        new_q, new_q_low = subtract_product(q, q_low, factor, factor_low, start, start_low, FINE)
-        on_row, on_column = row == at, column == at
-        new = tl.where(on_row, tl.where(on_column, inverse, turned[None, :]), tl.where(on_column, factor[:, None], new))
-        new_low = tl.where(
-            on_row,
-            tl.where(on_column, inverse_low, turned_low[None, :]),
-            tl.where(on_column, factor_low[:, None], new_low),
-        )
-        T = tl.where(exchange, new, T)
-        T_low = tl.where(exchange, new_low, T_low)
-        q = tl.where(exchange, tl.where(here, turned_start, new_q), q)
-        q_low = tl.where(exchange, tl.where(here, turned_start_low, new_q_low), q_low)
-        support = support ^ (here & exchange)
+        factor, factor_low, inverse, inverse_low = exchange_factors(T, T_low, at, exchange, FINE)
+        T, T_low = exchanged(T, T_low, at, exchange, factor, factor_low, inverse, inverse_low, FINE)
+        q, q_low = exchanged_column(q, q_low, at, exchange, factor, factor_low, inverse, inverse_low, FINE)
+        support = support ^ ((index == at) & exchange)
         dependent = dependent | ((index == driving) & stuck & (done == 0))
 
         settled = enters | stuck
@@ -184,7 +212,7 @@ def pivoted(A, A_low, q, q_low, scale, takes_part, K: tl.constexpr, SIDE: tl.con
 
 
 @triton.jit
-def _on_simplex(y, b, norms):
+def on_simplex(y, b, norms):
     """α = by / Σ by. Rounding may have hidden every row from the others: then the shortest one."""
     index = tl.arange(0, y.shape[0])
     raw = y * b
@@ -301,11 +329,11 @@ def _min_norm(
     shift = tl.where(pairs, b[:, None] * b[None, :], 0.0)
     A, A_low = two_sum(plain, shift)
     y, iterations = pivoted(A, A_low, -b, b * 0.0, b, takes_part, K, SIDE, False)
-    weights = tl.where(takes_part, _on_simplex(y, b, norms), 0.0)
+    weights = tl.where(takes_part, on_simplex(y, b, norms), 0.0)
     gap, certified = _certified(plain, weights, b, takes_part)
     if certified == 0:
         y, more = pivoted(A, A_low, -b, b * 0.0, b, takes_part, K, SIDE, True)
-        weights = tl.where(takes_part, _on_simplex(y, b, norms), 0.0)
+        weights = tl.where(takes_part, on_simplex(y, b, norms), 0.0)
         gap, certified = _certified(plain, weights, b, takes_part)
         iterations += more
     gap = gap / first / second

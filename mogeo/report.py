@@ -42,10 +42,11 @@ class StepReport:
     nonfinite_counts: Tensor
     #: In how many steps so far no `backward` brought each objective, int64 [K].
     absent_counts: Tensor
-    #: Duality gap of the min-norm problem, fp64 [], in units of the (normalised) Gram matrix; None where there is none.
+    #: Duality gap of the weighting's problem, fp64 [], in units of the (normalised) Gram matrix; None where there is
+    #: none.
     optimality_gap: Tensor | None = field(default=None)
-    #: `mogeo.Status` of the weighting's own problem, int64 []: of a min-norm problem, or the worst of UPGrad's K. None
-    #: where there is none.
+    #: `mogeo.Status` of the weighting's own problem, int64 []: of a min-norm problem, CAGrad's or RACO's, or the worst
+    #: of UPGrad's K. None where there is none.
     status: Tensor | None = field(default=None)
     #: μ, what `guarantee_descent` added to the weighting's weights, fp64 [K], within `weights`; None without it.
     correction: Tensor | None = field(default=None)

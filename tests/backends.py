@@ -24,6 +24,7 @@ from torch import Tensor
 
 import mogeo
 from mogeo.geometry import ops
+from mogeo.geometry.ops import ConflictAverse, conflict_averse_weights
 from tests import profiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -39,6 +40,7 @@ class Backend:
     min_norm_weights: Callable[[Tensor], mogeo.MinNorm]
     descent_weights: Callable[..., mogeo.Descent]
     psd_part: Callable[[Tensor], Tensor]
+    conflict_averse_weights: Callable[..., ConflictAverse]
     thrift: int  #: one example is tried where others try this many
     max_k: int  #: rows of a random example
 
@@ -100,6 +102,13 @@ def _psd_part(matrix: Tensor) -> Tensor:
     return triton_backend.psd_part(matrix.detach().to(torch.float64))
 
 
+def _conflict_averse_weights(gram: Tensor, weights: Tensor, c: float, *, clipped: bool = False) -> ConflictAverse:
+    from mogeo.geometry import triton_backend
+
+    gram, weights = gram.detach().to(torch.float64), weights.detach().to(torch.float64)
+    return ConflictAverse(*triton_backend.cagrad(gram, weights, c, clipped))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # CUDA
 
@@ -149,11 +158,13 @@ def elsewhere(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 _FUNCTIONS = (
     ops.gram, ops.gram_by_segment, ops.combine, ops.min_norm_weights, ops.descent_weights, ops.psd_part,
+    conflict_averse_weights,
 )  # fmt: skip
 
 CPU = Backend(*_FUNCTIONS, thrift=1, max_k=32)
 TRITON = Backend(
-    _gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, _psd_part, thrift=10, max_k=8
+    _gram, _gram_by_segment, _combine, _min_norm_weights, _descent_weights, _psd_part, _conflict_averse_weights,
+    thrift=10, max_k=8,
 )  # fmt: skip
 CUDA = Backend(*(elsewhere(function, "cuda") for function in _FUNCTIONS), thrift=1, max_k=32)  # type: ignore[misc, arg-type]
 

@@ -32,9 +32,9 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
         ("kernels.py", ["--quick", "--columns", "3e3", "--rounds", "2", "--objectives", "2", "--dtypes", "fp64"]),
         ("solver.py", ["--samples", "1", "--repeats", "1"]),
         ("statuses.py", ["--samples", "1", "--sizes", "3"]),
+        ("tracking_theory.py", ["--quick"]),
         ("communication.py", ["--ranks", "2", "--width", "32", "--rounds", "2", "--objectives", "2"]),
         ("paper_step.py", ["--model", "tiny", "--layers", "1", "--tokens", "16"]),
-        ("alignment", ["--quick", "smoothing", "--seeds", "1"]),
         ("plan_check.py", ["--quick", "--only", "tiny, refresh", "--repeats", "0"]),
         ("step_overhead.py", ["--tokens", "128", "--rounds", "2", "--objectives", "2", "--only", "plain"]),
         ("step_overhead.py", ["--model", "small-tensors", "--rounds", "2", "--objectives", "2"]),
@@ -45,9 +45,9 @@ QWEN = ["--model", "qwen-shape-tiny", "--rounds", "2", "--objectives", "2", "--o
         "kernels",
         "solver",
         "statuses",
+        "tracking",
         "communication",
         "paper",
-        "smoothing",
         "plan",
         "llama",
         "small tensors",
@@ -109,6 +109,33 @@ def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
         assert printed.count(f"| `{method}` |") >= 6, method  # two regimes, three tables
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {"trade-off-base-greedy.png", "trade-off-noisehelp-sampled.png", "weights-noisehelp.png"} <= pictures
+
+
+@pytest.mark.slow
+def test_what_noise_does_is_measured_resumed_and_reported(tmp_path: Path) -> None:
+    place, target = ["--output", str(tmp_path), "--workers", "1", "--quick"], tmp_path / "figures.json"
+    commands = {
+        "estimators": ["--json", str(target)],
+        "realised": [],
+        "map": ["--dial", "0.5", "--imbalance", "few helpfulness"],
+        "tracked": ["--regime", "base"],
+    }
+    for name, options in commands.items():
+        run("alignment", *place, name, "--seeds", "1", *options)
+    figures = json.loads(target.read_text())
+    assert "transformers" in figures["machine"]
+    assert {record["where"] for record in (cell["cell"] for cell in figures["records"])} == {
+        "at rest 1",
+        "along the run",
+    }
+    cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*=*.json")}
+    assert len(cells) == 2 + 6 + 4 + (4 + 4 + 2) + 2  # tracked: to choose rates, runs, twins; and models before them
+    run("alignment", *place, "map", "--seeds", "1", *commands["map"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*=*.json")} == cells
+    printed = run("alignment", *place, "report")
+    assert printed.count("| `mgda-decoupled, track 0.95` |") >= 6
+    for title in ("## Tracked gradients, base", "## Estimators", "## Realised steps", "## Map"):
+        assert title in printed
 
 
 @pytest.mark.slow

@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import mogeo
 from mogeo import MultiObjectiveOptimizer
+from mogeo.geometry.ops import psd_part
 from mogeo.geometry.projection import SignedSketch
+from tests.strategies import symmetric
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -188,6 +191,16 @@ def test_a_sketch_is_that_of_the_cpu_and_never_synchronises(dtype: torch.dtype) 
         for index in range(len(sizes)):
             there.add_(theirs, index, moved[index])
     torch.testing.assert_close(theirs.cpu(), mine, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 4, 9, 32])
+def test_a_psd_part_is_that_of_the_cpu_and_never_synchronises(k: int) -> None:
+    matrix = torch.from_numpy(symmetric(np.random.default_rng(k), k))
+    moved = matrix.cuda()
+    psd_part(moved)  # compiled now
+    with no_synchronisation():
+        found = psd_part(moved)
+    torch.testing.assert_close(found.cpu(), psd_part(matrix), rtol=0, atol=1e-13 * k)
 
 
 @pytest.mark.parametrize(

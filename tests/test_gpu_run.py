@@ -419,6 +419,7 @@ def made_up() -> list[dict[str, object]]:
         {"stage": "bandwidth", "case": "copy", "ok": True, "gb_s": 3000.0, "peak": 3350.0},
         {"stage": "bandwidth", "case": "K=4", "ok": True, "results": results},
         {"stage": "solver", "case": "K=4", "ok": True, "results": [{**family, **cold}]},
+        {"stage": "solver", "case": "psd_part K=4", "ok": True, "microseconds": {**quantiles, "p50": 34.5}},
         {"stage": "step", "case": "4096 tokens", "ok": True, "tokens": 4096, "results": [step]},
         *({"stage": "step", "case": f"mogeo: {what}", "ok": True} for what in ("waiting", "launches")),
         {"stage": "correctness", "case": "K=8 bf16", "ok": False, "error": "gram_error 3e-3 over 1e-6"},
@@ -465,6 +466,7 @@ def test_figures_take_their_places_in_the_docs_and_failures_with_them(tmp_path: 
     assert written.endswith("end\n")
     assert written.count("| gram, K = 4, bf16: at least 90% of a copy, N = 1e8 | met | 95% |") == 1
     assert "**failed**: gram_error 3e-3 over 1e-6" in written
+    assert " | 34.5 |\n" in written
     assert "left out: no time left" in written
     assert "compute-sanitizer is not there" in written
     assert (tmp_path / "images" / "gpu-roofline.png").read_bytes().startswith(b"\x89PNG")

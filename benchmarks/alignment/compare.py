@@ -31,6 +31,11 @@ FRESH = 10  # seeds from 10 on were not looked at while the variants were design
 VARIANTS = ("uniform", ADAPTIVE, "smoothed(0.9)", "smoothed gram(0.9)", "gram of 4", "apart", "loss+", "descent")
 TWINNED = (ADAPTIVE, "smoothed gram(0.9)", "gram of 4")  # with a twin that holds the means of their weights fixed
 DRIFTING = ("uniform", ADAPTIVE, "smoothed gram(0.9)")  # what is tried where labels change half-way
+TRACK = ", track 0.95"
+RIVALS = (ADAPTIVE, "mgda-normalized", "gapo(0.5)", "upgrad", "raco(0.4)")  # with gradients tracked, and without
+GUARANTEED = "uniform, guaranteed"
+TRACKED = ("uniform", GUARANTEED, GUARANTEED + TRACK, *(name + end for name in RIVALS for end in ("", TRACK)))
+TRACKED_RATES = (1e-4, 3e-4)  # 1e-3 was too much for everybody
 
 
 def merit(result: Result) -> float:
@@ -54,13 +59,17 @@ class Sizes:
     Attributes:
         recipe: sizes of one run.
         methods: those that are compared.
+        tracked: those that are compared with and without tracked gradients.
         rates: learning rates to choose from.
+        tracked_rates: those for the latter.
         selection_seeds: seeds on which they are chosen.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
     methods: tuple[str, ...] = METHODS
+    tracked: tuple[str, ...] = TRACKED
     rates: tuple[float, ...] = RATES
+    tracked_rates: tuple[float, ...] = TRACKED_RATES
     selection_seeds: tuple[int, ...] = SELECTION_SEEDS
 
     @classmethod
@@ -71,7 +80,9 @@ class Sizes:
         recipe = replace(
             full, train_prompts=20, held_out_prompts=6, samples_per_prompt=1, sft_steps=2, sft_batch=4, align=align
         )
-        return cls(recipe, ("uniform", ADAPTIVE, "modpo", "cdpo"), RATES[:1], SELECTION_SEEDS[:1])
+        tracked = ("uniform", GUARANTEED + TRACK, ADAPTIVE, ADAPTIVE + TRACK)
+        methods = ("uniform", ADAPTIVE, "modpo", "cdpo")
+        return cls(recipe, methods, tracked, RATES[:1], TRACKED_RATES[:1], SELECTION_SEEDS[:1])
 
 
 class World:
@@ -81,11 +92,15 @@ class World:
         folder: where results are kept.
         workers: number of processes.
         sizes: how much is run.
+
+    Attributes:
+        scratch: the folder of supervised models.
     """
 
     def __init__(self, folder: Path, workers: int, sizes: Sizes) -> None:
         self.folder, self.workers, self.sizes = folder, workers, sizes
-        self.compute = bound(sizes.recipe, folder / "scratch")
+        self.scratch = folder / "scratch"
+        self.compute = bound(sizes.recipe, self.scratch)
 
     def run(self, name: str, cells: list[Cell]) -> list[Result]:
         """The results of some cells, which are kept in a subfolder."""
@@ -99,17 +114,16 @@ class World:
     def rates(self) -> dict[str, float]:
         """The learning rate of each method."""
         self.starts(list(self.sizes.selection_seeds), controlled=(SELECTION_REGIME,))
-        return chosen_rates(
-            self.run(
-                "selection",
-                [
-                    cell_of(SELECTION_REGIME, method, rate, seed)
-                    for seed in self.sizes.selection_seeds
-                    for method in self.sizes.methods
-                    for rate in self.sizes.rates
-                ],
-            )
-        )
+        return self._chosen("selection", self.sizes.methods, self.sizes.rates)
+
+    def _chosen(self, name: str, methods: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
+        cells = [
+            cell_of(SELECTION_REGIME, method, rate, seed)
+            for seed in self.sizes.selection_seeds
+            for method in methods
+            for rate in rates
+        ]
+        return chosen_rates(self.run(name, cells))
 
     def test(self, seeds: list[int]) -> list[Result]:
         """All methods, each at its own learning rate; and ADAPTIVE's twin, with weights fixed at ADAPTIVE's means."""
@@ -122,10 +136,29 @@ class World:
             results += found + self.twins("test", found, ADAPTIVE)
         return results
 
-    def twins(self, name: str, results: list[Result], method: str) -> list[Result]:
-        """For each run of a method, a run with weights fixed at the means of that run's weights."""
-        of = [result for result in results if result["cell"]["method"] == method]
-        return self.run(name, [{**result["cell"], "method": static_method(result), "twin of": method} for result in of])
+    def twins(self, name: str, results: list[Result], *methods: str) -> list[Result]:
+        """For each run of some methods, a run with weights fixed at the means of that run's weights."""
+        of = [result for result in results if result["cell"]["method"] in methods]
+        twins = [{**r["cell"], "method": static_method(r), "twin of": r["cell"]["method"]} for r in of]
+        return self.run(name, twins)
+
+    def tracked(self, seeds: list[int], regimes: Sequence[str], methods: Sequence[str] | None = None) -> list[Result]:
+        """Methods with and without tracked gradients, each at its own learning rate, and static twins of the former.
+
+        Args:
+            seeds: of the runs.
+            regimes: in which they are compared.
+            methods: as in `TRACKED`; None: all.
+        """
+        methods = methods or self.sizes.tracked
+        self.starts([*self.sizes.selection_seeds, *seeds], controlled=())
+        rates = self._chosen("selection tracked", methods, self.sizes.tracked_rates)
+        results = []
+        for regime in regimes:
+            cells = [cell_of(regime, method, rates[method], seed) for seed in seeds for method in methods]
+            found = self.run("tracked", cells)
+            results += found + self.twins("tracked", found, *(name for name in methods if name.endswith(TRACK)))
+        return results
 
     def study(self, seeds: list[int], variants: Sequence[str] | None = None) -> list[Result]:
         """Variants of ADAPTIVE at its learning rate, with twins: under the usual labels, and where labels drift.
@@ -142,7 +175,5 @@ class World:
             cells = [cell_of(regime, f"study {variant}", rate, seed) for seed in seeds for variant in shown]
             found = self.run("study", cells)
             results += found
-            for variant in shown:
-                if variant in TWINNED:
-                    results += self.twins("study", found, f"study {variant}")
+            results += self.twins("study", found, *(f"study {variant}" for variant in shown if variant in TWINNED))
         return results

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 from typing import Any
 
 from torch import Tensor
 
 from mogeo.weightings import Weighting, WeightingLike, resolve
+
+HURT = -1e-5
+"""A cosine below it counts as hurting, as in `mogeo.StepReport.hurt`: above, rounding can make it negative."""
 
 
 class Measured(Weighting):
@@ -36,8 +39,11 @@ def explain(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> 
     """Over the training steps of a run's records:
 
     - conflict: share of (step, pair of objectives) whose gradients have a negative cosine;
-    - hurt: share of steps whose direction has a negative cosine with some objective's gradient;
-    - alignment: mean over steps of the smallest cosine between the direction and a gradient;
+    - hurt: share of steps whose direction has a negative cosine with some objective's gradient, as the run's reports
+      have it: with that of the mini-batch, or, where gradients are tracked, with the mean gradient;
+    - alignment: mean over steps of the smallest cosine between the direction and a gradient, where one is known;
+    - hurt_by_objective: the share of the steps that hurt each, of those in which that is known (null: in none);
+    - evidence, noise_scale: by objective, mean and median over the steps (null without tracking, and where unknown);
     - weight, weight_sd: mean and standard deviation over steps of w / Σw, by objective;
     - memory: correlation of w / Σw with itself a step later, mean over objectives (null where it does not vary);
     - weights: w / Σw of every step, [steps][K].
@@ -45,19 +51,43 @@ def explain(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> 
     steps = [record for record in history if record["kind"] == "train"]
     n = len(objectives)
     cosines = [r["cosines"][i][j] for r in steps for i, j in combinations(range(n), 2)]
-    lowest = [min(v for v in r["alignment"].values() if not math.isnan(v)) for r in steps if r["alignment"]]
+    known = [_known(r["alignment"]) for r in steps if r["alignment"]]
+    lowest = [min(each.values()) for each in known if each]
     weights = [[r["weight"][name] / sum(r["weight"].values()) for name in objectives] for r in steps]
     by_objective = list(zip(*weights, strict=True))
     return {
         "steps": len(steps),
         "conflict": fmean(c < 0 for c in cosines) if cosines else None,
-        "hurt": fmean(a < 0 for a in lowest),
-        "alignment": fmean(lowest),
+        "hurt": sum(a < HURT for a in lowest) / len(steps),
+        "alignment": fmean(lowest) if lowest else None,
+        "hurt_by_objective": {name: _mean([float(e[name] < HURT) for e in known if name in e]) for name in objectives},
+        "evidence": _by_objective(steps, "evidence", objectives, fmean),
+        "noise_scale": _by_objective(steps, "noise_scale", objectives, median),
         "weight": dict(zip(objectives, map(fmean, by_objective), strict=True)),
         "weight_sd": dict(zip(objectives, map(pstdev, by_objective), strict=True)),
         "memory": _memory(by_objective),
         "weights": [[round(w, 4) for w in step] for step in weights],
     }
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Without the objectives of which a report cannot tell."""
+    return {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _by_objective(
+    steps: Sequence[Mapping[str, Any]], key: str, objectives: Sequence[str], of: Callable[[list[float]], float]
+) -> dict[str, float | None] | None:
+    """A statistic over the steps of a number that records have by objective, where it is known."""
+    told = [_known(record[key]) for record in steps if record.get(key) is not None]
+    if not told:
+        return None
+    values = {name: [each[name] for each in told if name in each] for name in objectives}
+    return {name: of(known) if known else None for name, known in values.items()}
 
 
 def _memory(by_objective: Sequence[Sequence[float]]) -> float | None:

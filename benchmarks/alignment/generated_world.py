@@ -1,21 +1,22 @@
 """One run on the demo's world: a regime, a method, a learning rate and a seed; judged on held-out prompts.
 
-A method is a weighting of mogeo (`uniform`, `linear(...)`, ...), `modpo`, `cdpo`, one of the two models before
-alignment (`before`, `before cdpo`), or a variant of `variants`, written `study ...`. With the same seed, all of them
-have the same world, the same pairs in the same order, and the same supervised model to start from; only `cdpo` starts
-from a model that was trained with controls, for as many steps.
+A method is a weighting of mogeo (`uniform`, `linear(...)`, ...), with or without `, guaranteed` and `, track 0.95`
+after it; `modpo`, `cdpo`, one of the two models before alignment (`before`, `before cdpo`), or a variant of `variants`,
+written `study ...`. With the same seed, all of them have the same world, the same pairs in the same order, and the same
+supervised model to start from; only `cdpo` starts from a model that was trained with controls, for as many steps.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,12 +44,48 @@ DRIFT = "drift"
 second. Only variants of the study know how to train on labels that change."""
 
 
-class Setting:
-    """What all methods have in common in one regime and with one seed: world, pairs, starting model, judge."""
+class Method(NamedTuple):
+    """A weighting of mogeo, and what is around it.
 
-    def __init__(self, seed: int, regime: str, recipe: Recipe, scratch: Path) -> None:
+    Attributes:
+        weighting: its name.
+        guaranteed: whether the direction must hurt no objective (`guarantee_descent`).
+        track: decay with which gradients are tracked, or "auto"; None: weights are those of each mini-batch.
+    """
+
+    weighting: str
+    guaranteed: bool = False
+    track: float | str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Read "uniform", "uniform, guaranteed", "mgda-decoupled, track 0.95", or "uniform, guaranteed, track auto"."""
+        match = re.fullmatch(r"(.+?)(, guaranteed)?(?:, track (auto|[\d.]+))?", text)
+        assert match is not None
+        track = match[3] if match[3] in (None, "auto") else float(match[3])
+        return cls(match[1], match[2] is not None, track)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `AlignConfig`, and of the optimizer. Conflicts can be counted under all of them."""
+        if self.track is None:
+            return {"weighting": Measured(self.weighting), "guarantee_descent": self.guaranteed}
+        return {"weighting": self.weighting, "guarantee_descent": self.guaranteed, "track": self.track}
+
+
+class Setting:
+    """What all methods have in common in one regime and with one seed: world, pairs, starting model, judge.
+
+    Args:
+        seed: of everything.
+        regime: a key of `REGIMES`, or DRIFT.
+        recipe: sizes and settings.
+        scratch: folder in which supervised models are kept.
+        world: what prompts, answers and ratings come from; None: the demo's world of this seed.
+    """
+
+    def __init__(self, seed: int, regime: str, recipe: Recipe, scratch: Path, world: World | None = None) -> None:
         self.seed, self.regime, self.recipe, self.scratch = seed, regime, recipe, scratch
-        self.world = World(seed)
+        self.world = world or World(seed)
         rows = self.world.rows(recipe.train_prompts + recipe.held_out_prompts)
         self.rows, held_out_rows = split_rows(rows, recipe.held_out_prompts, seed)
         self.clean = build_preferences(self.rows, OBJECTIVES, recipe.pairing, seed)
@@ -88,9 +125,11 @@ class Setting:
                         mark["Rating"] = f"{max(values) + min(values) - value:g}"
         return rows
 
-    def config(self, rate: float, weighting: Any = "uniform") -> AlignConfig:
-        """Settings of the alignment, the recipe's."""
-        return replace(self.recipe.align, weighting=weighting, learning_rate=rate, seed=self.seed, eval_every=0)
+    def config(self, rate: float, weighting: Any = "uniform", **options: Any) -> AlignConfig:
+        """Settings of the alignment, the recipe's but for these."""
+        return replace(
+            self.recipe.align, weighting=weighting, learning_rate=rate, seed=self.seed, eval_every=0, **options
+        )
 
     def start(self, controlled: bool = False) -> Any:
         """The supervised model that alignment starts from: read from disk if it was trained before, else trained."""
@@ -168,10 +207,16 @@ def compute(cell: Cell, recipe: Recipe, scratch: Path) -> Result:
         )
         explained, after = explain(history, OBJECTIVES), setting.measured(model, start, controls)
     else:
-        config = setting.config(rate, Measured(method))
-        result = align(model, setting.tokenizer, setting.train, setting.held_out, config, progress=False)
-        explained, after = explain(result.history, OBJECTIVES), result.after
+        return aligned(setting, model, method, rate)
     return {**setting.judged(model, controls), "after": after.to_dict(), "explained": explained}
+
+
+def aligned(setting: Setting, model: Any, method: str, rate: float) -> Result:
+    """Align a model with one of mogeo's weightings (see `Method`), in place, as `mogeo align` does, and judge it."""
+    config = setting.config(rate, **Method.parse(method).options())
+    result = align(model, setting.tokenizer, setting.train, setting.held_out, config, progress=False)
+    explained = explain(result.history, OBJECTIVES)
+    return {**setting.judged(model), "after": result.after.to_dict(), "explained": explained}
 
 
 def _few(pairs: Preferences) -> Preferences:

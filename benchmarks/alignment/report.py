@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from alignment import tables
+from alignment import noise_report, tables
 from alignment.cells import Result
 from alignment.compare import FRESH, METHODS, REGIMES, VARIANTS, merit
 from alignment.real_model import WEIGHTINGS
 from mogeo.demo.world import OBJECTIVES
 
-WORLD_COLUMNS: dict[str, tables.Metric] = {
-    "greedy overall": tables.net("greedy", "overall"),
-    "greedy worst": tables.net("greedy", "worst"),
-    "sampled overall": tables.net("sampled", "overall"),
-    "sampled worst": tables.net("sampled", "worst"),
-    "accuracy mean": tables.held_out("accuracy", "mean"),
-    "accuracy worst": tables.held_out("accuracy", "worst"),
-}
-
 
 def report(folder: Path) -> None:
     """Write tables.md, cells.json and pictures of all results in a folder, and print the tables."""
-    parts = [*_world_report(folder), *_study_report(folder), *_real_report(folder)]
+    parts = [*_world_report(folder), *_study_report(folder), *_real_report(folder), *noise_report.parts(folder)]
     text = "\n\n".join(parts) + "\n"
     (folder / "tables.md").write_text(text, "utf-8")
     cells = {
@@ -52,15 +42,15 @@ def _world_report(folder: Path) -> list[str]:
         # The result of "before" is the same in all regimes; that of "before cdpo" is not.
         starts = [r for r in starts if r["cell"]["method"] == "before" or r["cell"]["regime"] == regime]
         order = ("before", "before cdpo", *METHODS)
-        results = sorted([*starts, *tested], key=lambda r: _rank(r, order))
+        results = sorted([*starts, *tested], key=lambda r: tables.rank(r, order))
         runs = tables.by_label(results)
-        parts += [f"## World, {regime}", tables.levels(runs, WORLD_COLUMNS)]
+        parts += [f"## World, {regime}", tables.levels(runs, tables.WORLD_COLUMNS)]
         for kind in ("greedy", "sampled"):
             columns = {name: tables.net(kind, name) for name in ("overall", *OBJECTIVES)}
             parts += [f"### {kind}, by objective", tables.levels(runs, columns)]
         parts += [
             "### minus uniform, paired by seed",
-            tables.differences(runs, WORLD_COLUMNS, lambda label: tables.BASELINE),
+            tables.differences(runs, tables.WORLD_COLUMNS, lambda label: tables.BASELINE),
             "### why",
             tables.explanation(runs, OBJECTIVES),
         ]
@@ -80,17 +70,17 @@ def _study_report(folder: Path) -> list[str]:
         fresh = sorted({r["cell"]["seed"] for r in ours})
         for seeds in ([s for s in fresh if s < FRESH], [s for s in fresh if s >= FRESH]):
             order = tuple(f"study {variant}" for variant in VARIANTS)
-            chosen = sorted((r for r in ours if r["cell"]["seed"] in seeds), key=lambda r: _rank(r, order))
+            chosen = sorted((r for r in ours if r["cell"]["seed"] in seeds), key=lambda r: tables.rank(r, order))
             if not chosen:
                 continue
             runs = tables.by_label(chosen)
             parts += [
                 f"## Study, {regime}, seeds {seeds[0]} to {seeds[-1]}",
-                tables.levels(runs, WORLD_COLUMNS),
+                tables.levels(runs, tables.WORLD_COLUMNS),
                 "### minus uniform",
-                tables.differences(runs, WORLD_COLUMNS, lambda label: tables.BASELINE),
+                tables.differences(runs, tables.WORLD_COLUMNS, lambda label: tables.BASELINE),
                 "### minus its static twin",
-                tables.differences(runs, WORLD_COLUMNS, lambda label: f"{tables.TWIN} of {label}"),
+                tables.differences(runs, tables.WORLD_COLUMNS, lambda label: f"{tables.TWIN} of {label}"),
                 "### why",
                 tables.explanation(runs, OBJECTIVES),
             ]
@@ -108,7 +98,7 @@ def _real_report(folder: Path) -> list[str]:
         if not results:
             continue
         objectives = results[0]["objectives"]
-        runs = tables.by_label(sorted(results, key=lambda r: _rank(r, WEIGHTINGS)))
+        runs = tables.by_label(sorted(results, key=lambda r: tables.rank(r, WEIGHTINGS)))
         parts.append(f"## {data.name}")
         for key, digits in (("accuracy", 1), ("margin", 3)):
             columns = {f"{key}: {name}": tables.held_out(key, name) for name in ("mean", "worst", *objectives)}
@@ -120,13 +110,6 @@ def _real_report(folder: Path) -> list[str]:
         parts += ["### why", tables.explanation(runs, objectives)]
         tables.draw_weights(folder / f"weights-{data.name}.png", runs, objectives, f"{data.name}: weights")
     return parts
-
-
-def _rank(result: Result, order: Sequence[str]) -> tuple[int, int, int]:
-    """Sorts results by method in this order, each method followed by its twin, and then by seed."""
-    cell = result["cell"]
-    method = cell.get("twin of", cell["method"])
-    return (order.index(method) if method in order else len(order), "twin of" in cell, cell["seed"])
 
 
 def _without_series(result: Result) -> Result:

@@ -51,6 +51,23 @@ def held_out(key: str, column: str) -> Metric:
     return metric
 
 
+WORLD_COLUMNS: dict[str, Metric] = {
+    "greedy overall": net("greedy", "overall"),
+    "greedy worst": net("greedy", "worst"),
+    "sampled overall": net("sampled", "overall"),
+    "sampled worst": net("sampled", "worst"),
+    "accuracy mean": held_out("accuracy", "mean"),
+    "accuracy worst": held_out("accuracy", "worst"),
+}
+"""What is told of every run on the generated world."""
+
+
+def nobody_lost(results: Sequence[Result]) -> str:
+    """In how many of the runs no objective's held-out accuracy ended below 50 %, where all begin."""
+    worst = held_out("accuracy", "worst")
+    return f"{sum(worst(result) >= 50 for result in results)}/{len(results)}"
+
+
 def label_of(result: Result) -> str:
     """The method's name in tables: twins by what they are twins of."""
     cell = result["cell"]
@@ -102,6 +119,13 @@ Runs = Mapping[str, Mapping[int, Result]]
 """label → seed → its result."""
 
 
+def rank(result: Result, order: Sequence[str]) -> tuple[int, int, int]:
+    """Sorts results by method in this order, each method followed by its twin, and then by seed."""
+    cell = result["cell"]
+    method = cell.get("twin of", cell["method"])
+    return (order.index(method) if method in order else len(order), "twin of" in cell, cell["seed"])
+
+
 def by_label(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
     """Results by method and seed, the methods in the order in which they come."""
     runs: dict[str, dict[int, Result]] = {}
@@ -110,16 +134,22 @@ def by_label(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
     return runs
 
 
-def levels(runs: Runs, columns: Mapping[str, Metric], digits: int = 1) -> str:
-    """Mean ± 95 % interval of each column, a row a method."""
+def levels(
+    runs: Runs,
+    columns: Mapping[str, Metric],
+    digits: int = 1,
+    counts: Mapping[str, Callable[[Sequence[Result]], str]] | None = None,
+) -> str:
+    """Mean ± 95 % interval of each column, a row a method; and columns of what is counted over its seeds."""
+    counts = counts or {}
     rows = []
     for label, by_seed in runs.items():
         cells = [
             summary([metric(r) for r in by_seed.values()], digits, signed="accuracy" not in name)
             for name, metric in columns.items()
         ]
-        rows.append([f"`{label}`", *cells])
-    return markdown(["", *columns], rows)
+        rows.append([f"`{label}`", *cells, *(count(list(by_seed.values())) for count in counts.values())])
+    return markdown(["", *columns, *counts], rows)
 
 
 def differences(runs: Runs, columns: Mapping[str, Metric], to: Callable[[str], str], digits: int = 1) -> str:
@@ -146,15 +176,16 @@ def explanation(runs: Runs, objectives: Sequence[str]) -> str:
         if not found:
             continue
         memories = [f["memory"] for f in found if f["memory"] is not None]
+        alignments = [f["alignment"] for f in found if f["alignment"] is not None]
         rows.append(
             [
                 f"`{label}`",
                 f"{100 * fmean(f['conflict'] for f in found):.0f}",
                 f"{100 * fmean(f['hurt'] for f in found):.0f}",
-                f"{fmean(f['alignment'] for f in found):+.2f}".replace("-", "−"),
+                _signed(fmean(alignments), 2) if alignments else "–",
                 " ".join(f"{fmean(f['weight'][name] for f in found):.2f}" for name in objectives),
                 f"{fmean(f['weight_sd'][name] for f in found for name in objectives):.3f}",
-                f"{fmean(memories):+.2f}".replace("-", "−") if memories else "–",
+                _signed(fmean(memories), 2) if memories else "–",
             ]
         )
     header = [
@@ -169,16 +200,41 @@ def explanation(runs: Runs, objectives: Sequence[str]) -> str:
     return markdown(header, rows)
 
 
+def reported(runs: Runs, objectives: Sequence[str]) -> str:
+    """What the runs' own reports said, by objective: steps that hurt it, how far weights rest on it, its noise scale.
+
+    Means over the seeds in which it is known.
+    """
+
+    def told(found: Sequence[Result], key: str, scale: float) -> str:
+        cells = []
+        for name in objectives:
+            values = [f[key][name] for f in found if f.get(key) and f[key][name] is not None]
+            cells.append(f"{scale * fmean(values):.{0 if scale > 1 else 2}f}" if values else "–")
+        return " ".join(cells)
+
+    rows = []
+    for label, by_seed in runs.items():
+        found = [r["explained"] for r in by_seed.values() if r.get("explained")]
+        if found:
+            hurt, evidence = told(found, "hurt_by_objective", 100), told(found, "evidence", 1)
+            rows.append([f"`{label}`", hurt, evidence, told(found, "noise_scale", 1)])
+    names = ", ".join(objectives)
+    return markdown(["", f"steps that hurt, % ({names})", "evidence", "noise scale, steps"], rows)
+
+
 def selection(results: Sequence[Result], merit: Metric) -> str:
     """Mean merit by method and learning rate, in percent; the chosen rate's in bold."""
     rates = sorted({r["cell"]["lr"] for r in results})
     rows = []
     for method in by_label(results):
         of = [r for r in results if label_of(r) == method]
-        means = {rate: 100 * fmean(merit(r) for r in of if r["cell"]["lr"] == rate) for rate in rates}
+        merits = {rate: [100 * merit(r) for r in of if r["cell"]["lr"] == rate] for rate in rates}
+        means = {rate: fmean(found) for rate, found in merits.items() if found}
         best = max(means, key=means.__getitem__)
-        shown = [f"**{_signed(m, 1)}**" if rate == best else _signed(m, 1) for rate, m in means.items()]
-        rows.append([f"`{method}`", *shown])
+        shown = {rate: _signed(mean, 1) for rate, mean in means.items()}
+        shown[best] = f"**{shown[best]}**"
+        rows.append([f"`{method}`", *(shown.get(rate, "–") for rate in rates)])
     return markdown(["", *(f"{rate:g}" for rate in rates)], rows)
 
 

@@ -27,9 +27,9 @@ class Evidenced(Weighting):
         share_k = (1 − ρ_k) p_k + ρ_k a_k Σ_j ρ_j p_j / Σ_j ρ_j a_j:
 
     an objective keeps 1 − ρ_k of what is preferred, and the weighting shares out the rest. Where it gives all to
-    objectives without evidence, Σ_j ρ_j a_j = 0, the rest stays where it is preferred. With all ρ_k = 1, weights are the
-    weighting's own. Their sum is the weighting's in any case. Weights that are not shares, since some are negative by
-    more than rounding or none is positive, stay as they are.
+    objectives without evidence, Σ_j ρ_j a_j = 0, the rest stays where it is preferred. With all ρ_k = 1, weights are
+    the weighting's own. Their sum is the weighting's in any case. Weights that are no shares stay as they are: some
+    are negative by more than rounding, or none is positive.
 
     Args:
         inner: a weighting that reads the Gram matrix.

@@ -32,8 +32,8 @@ class Steering:
     | `mgda-decoupled` | ⟨v, g_k⟩ / L_k, with v = Σ_k (w_k / L_k) g_k: its coefficients come from v, and go to d |
 
     and none but `mgda-decoupled` hurts an objective, as without a preference. With any of the first three, raising p_k
-    never lowers cos(d, g_k). `upgrad` projects p_k g_k in place of g_k. All other weights are multiplied by p:
-    `uniform` becomes `linear(p)`.
+    never lowers cos(d, g_k). `upgrad` projects p_k g_k in place of g_k. `cagrad` and `raco` turn the direction of
+    `linear(p)` in place of that of `uniform`. All other weights are multiplied by p: `uniform` becomes `linear(p)`.
 
     Floor. In the MGDA family, the min-norm point is taken over α_k ≥ m, Σα = 1 instead of the whole simplex, exactly;
     what becomes of α_k under a preference is then at least m min(p) / p_k. The promise to hurt nobody ends where a

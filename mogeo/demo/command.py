@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mogeo.demo.recipe import ADAPTIVE, BASELINE, STATIC, Recipe
+from mogeo.demo.recipe import BASELINE, GUARDED, METHODS, PAPER, TRACKED, Recipe
 from mogeo.errors import InputError
 
 DEFAULT_SEEDS = 2
@@ -32,9 +32,10 @@ the rated answers ("golden"). At the end: one table, one sentence, a picture and
 
 _EPILOG = f"""\
 methods
-  {BASELINE}          the mean of the four gradients: what is usually done
-  {ADAPTIVE}   weights from the geometry of the gradients, found anew at every step
-  {STATIC}           the means of {ADAPTIVE}'s weights, held fixed: what does adapting them add?
+  {BASELINE}                  the mean of the four gradients: what is usually done
+  {PAPER}           the paper's weights, from the geometry of each step's mini-batch, most of which is noise
+  {TRACKED}  its weights from the geometry of mean gradients, tracked over the steps
+  {GUARDED}     equal weights, turned aside where the mean gradients say that somebody would be hurt
 
 examples
   mogeo demo --seeds 8                                  tighter numbers
@@ -109,8 +110,8 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     # Everything that can be wrong is found before any work is done.
     if args.seeds < 1:
         raise InputError(f"--seeds has to be at least 1, got {args.seeds}")
-    for weighting in (BASELINE, *args.weighting):
-        check_settings(replace(recipe.align, weighting=weighting), OBJECTIVES)
+    for settings in (*METHODS.values(), *({"weighting": weighting} for weighting in args.weighting)):
+        check_settings(replace(recipe.align, **settings), OBJECTIVES)
     on_cpu = resolve_device(recipe.align.device) == "cpu"
     try:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC, Recipe
+from mogeo.demo.recipe import BEFORE, METHODS, Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.data import Row, build_preferences, split_rows
 from mogeo.dpo.processes import resolve_device
@@ -84,7 +84,7 @@ def run_seed(
         seed: decides everything that is random.
         recipe: sizes and settings.
         regime: a key of `mogeo.demo.world.REGIMES`, which says what training labels are flipped.
-        extra: weightings to compare besides BASELINE, ADAPTIVE and STATIC.
+        extra: weightings to compare besides METHODS.
         started: `time.time()` at the start, for the progress that is printed to stderr; None: nothing is printed.
     """
 
@@ -94,14 +94,9 @@ def run_seed(
 
     with _one_thread():
         experiment = _Experiment(seed, recipe, regime, tell)
-        watched = {"track": recipe.watch}
-        outcomes = [experiment.before(), experiment.align(BASELINE, BASELINE, **watched)]
-        outcomes.append(experiment.align(ADAPTIVE, ADAPTIVE))
-        means = mean_weights(outcomes[-1], OBJECTIVES)
-        outcomes.append(experiment.align(STATIC, f"linear({','.join(f'{mean:.4f}' for mean in means)})", **watched))
-        for weighting in dict.fromkeys(extra):
-            if weighting not in (BASELINE, ADAPTIVE):
-                outcomes.append(experiment.align(weighting, weighting))
+        outcomes = [experiment.before()]
+        outcomes += [experiment.align(label, **settings) for label, settings in METHODS.items()]
+        outcomes += [experiment.align(name, weighting=name) for name in dict.fromkeys(extra) if name not in METHODS]
     return SeedResult(seed, regime, experiment.world, experiment.prompts, experiment.golden, outcomes)
 
 
@@ -130,12 +125,12 @@ class _Experiment:
         """Judge the model that every method starts from. It is the reference model, so its accuracy is 1/2."""
         return self._judged(BEFORE, None, self.model, dict.fromkeys(OBJECTIVES, 0.5), [])
 
-    def align(self, label: str, weighting: str, track: float | None = None) -> Outcome:
-        """Align a copy of that model with a weighting, and judge it."""
-        config = replace(self.recipe.align, weighting=weighting, track=track, seed=self.seed)
+    def align(self, label: str, **settings: Any) -> Outcome:
+        """Align a copy of that model with these settings, and judge it."""
+        config = replace(self.recipe.align, seed=self.seed, **settings)
         start = copy.deepcopy(self.model)
         result = align(start, self.tokenizer, self.train, self.held_out, config, progress=False)
-        return self._judged(label, weighting, result.model, result.after.accuracy, result.history)
+        return self._judged(label, settings["weighting"], result.model, result.after.accuracy, result.history)
 
     def _judged(
         self, label: str, weighting: str | None, model: Any, accuracy: dict[str, float], history: list[dict[str, Any]]

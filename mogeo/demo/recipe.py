@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mogeo.dpo.config import AlignConfig
 
@@ -12,11 +13,25 @@ BEFORE = "before alignment"
 BASELINE = "uniform"
 """The usual method, which the others are compared with."""
 
-ADAPTIVE = "mgda-decoupled"
-"""The method that finds its weights anew at every step."""
+PAPER = "mgda-decoupled"
+"""The paper's method: weights from each step's mini-batch."""
 
-STATIC = "static"
-"""Weights fixed at the means of ADAPTIVE's: shows what it adds to adapt them at every step."""
+TRACKED = "mgda-decoupled, tracked"
+"""The same from mean gradients, tracked over the steps."""
+
+GUARDED = "uniform, nobody hurt"
+"""The weights of BASELINE, and the nearest direction that hurts no objective in expectation."""
+
+DECAY = 0.95
+"""Of averages over steps, see `AlignConfig.track`. Methods with fixed weights are tracked to tell whom they hurt."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    BASELINE: {"weighting": "uniform", "track": DECAY},
+    PAPER: {"weighting": "mgda-decoupled"},
+    TRACKED: {"weighting": "mgda-decoupled", "track": DECAY},
+    GUARDED: {"weighting": "uniform", "guarantee_descent": True, "track": DECAY},
+}
+"""What is compared: label -> settings of the alignment."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,6 @@ class Recipe:
         sft_learning_rate: their peak learning rate.
         pairing: how pairs are made of rated answers, see `mogeo.dpo.data.build_preferences`.
         align: settings of the alignment.
-        watch: how methods with fixed weights are tracked, see `AlignConfig.track`. It changes nothing in them but
-            rounding, and tells whom their steps hurt in expectation.
     """
 
     train_prompts: int = 1200
@@ -56,4 +69,3 @@ class Recipe:
             prompt_format="plain",
         )
     )
-    watch: float | None = 0.95

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mogeo.demo.experiment import Outcome, SeedResult, mean_weights
-from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import BASELINE, BEFORE, GUARDED, PAPER, TRACKED
 from mogeo.demo.world import OBJECTIVES, REGIMES
 from mogeo.figures.comparison import Bars, write_comparison
 from mogeo.figures.html_report import write_report
 from mogeo.figures.panels import MissingMatplotlibError, require_matplotlib
-from mogeo.figures.records import of_mean_gradients, share_hurt
+from mogeo.figures.records import column, mean, of_mean_gradients, share_hurt
 from mogeo.figures.table import Table
 from mogeo.judging.win_rates import NetWinRates
 
@@ -131,10 +131,10 @@ def hurt_table(results: Sequence[SeedResult]) -> Table:
     """The share of the steps of each method that hurt each objective, as far as its records can tell."""
     rows = []
     for label in labels(results):
-        runs = [outcome.history for result in results for outcome in result.outcomes if outcome.label == label]
         if label == BEFORE:
             continue
-        shares = [[100 * share_hurt(records, name) for records in runs] for name in OBJECTIVES]
+        runs = _histories(results, label)
+        shares = [_shares_hurt(results, label, name) for name in OBJECTIVES]
         mark = "" if all(map(of_mean_gradients, runs)) else " *"
         rows.append((label + mark, *("–" if any(map(math.isnan, s)) else _cell(s, signed=False) for s in shares)))
     note = (
@@ -142,6 +142,21 @@ def hurt_table(results: Sequence[SeedResult]) -> Table:
         "*: with its gradient in the step's own batch, of which the direction is made: flattered by noise. –: unknown."
     )
     return Table("Steps that hurt each objective, %", ("", *(_SHORT.get(c, c) for c in OBJECTIVES)), rows, note)
+
+
+def _histories(results: Sequence[SeedResult], label: str) -> list[list[dict[str, Any]]]:
+    """The records of a method, one list per seed."""
+    return [outcome.history for result in results for outcome in result.outcomes if outcome.label == label]
+
+
+def _shares_hurt(results: Sequence[SeedResult], label: str, name: str) -> list[float]:
+    """The share of the steps of a method that hurt an objective, in percent, one value per seed."""
+    return [100 * share_hurt(records, name) for records in _histories(results, label)]
+
+
+def _noise_scales(results: Sequence[SeedResult], label: str, name: str) -> list[float]:
+    """The mean noise scale of an objective over the steps that tell it, in mini-batches, one value per seed."""
+    return [mean(column(records, "noise_scale", name)) for records in _histories(results, label)]
 
 
 def answer_table(result: SeedResult) -> Table:
@@ -160,33 +175,31 @@ def answer_table(result: SeedResult) -> Table:
 
 
 def conclusion(results: Sequence[SeedResult]) -> str:
-    """One sentence that compares ADAPTIVE with BASELINE: what it gains, what that costs, and what STATIC reaches."""
+    """What GUARDED gains against BASELINE, and what that costs; and what became of the worst objective otherwise."""
+    n, worst = len(results), _accuracy("worst")
     minority = min(OBJECTIVES, key=lambda name: statistics.fmean(values(results, BASELINE, _accuracy(name))))
-    others = [name for name in OBJECTIVES if name != minority]
-
-    def of_others(rates: Callable[[str], Metric]) -> Metric:
-        return lambda outcome: statistics.fmean(rates(name)(outcome) for name in others)
-
-    n = len(results)
+    hurt = {label: statistics.fmean(_shares_hurt(results, label, minority)) for label in (BASELINE, GUARDED)}
     return (
-        f"In {n} seed{'s' * (n > 1)}, against {BASELINE}, {ADAPTIVE} {_lift(results, _greedy('worst'))} the worst "
-        f"objective's net win rate in greedy answers ({_from_to(results, _greedy('worst'))}), "
-        f"{_lift(results, _sampled('worst'))} it in sampled ones ({_from_to(results, _sampled('worst'))}), and "
-        f"{_lift(results, _accuracy('worst'))} the worst held-out accuracy ({_from_to(results, _accuracy('worst'))}); "
-        f"on the three objectives other than {minority} it {_change(results, of_others(_greedy))} points on average "
-        f"in greedy answers and {_change(results, of_others(_sampled))} in sampled ones, and overall it "
-        f"{_change(results, _greedy('overall'))} and {_change(results, _sampled('overall'))}; {_static(results)}."
+        f"In {n} seed{'s' * (n > 1)}, against {BASELINE}, '{GUARDED}' {_lift(results, worst)} the worst held-out "
+        f"accuracy ({_from_to(results, worst)}) and {_change(results, _accuracy('overall'))} points of the mean; it "
+        f"{_lift(results, _greedy('worst'))} the worst objective's net win rate in greedy answers "
+        f"({_from_to(results, _greedy('worst'))}), {_lift(results, _sampled('worst'))} it in sampled ones "
+        f"({_from_to(results, _sampled('worst'))}), and overall it {_change(results, _greedy('overall'))} and "
+        f"{_change(results, _sampled('overall'))}. In expectation {hurt[BASELINE]:.0f}% of the steps of {BASELINE} "
+        f"hurt {minority}, and {hurt[GUARDED]:.0f}% of those of '{GUARDED}'. The worst held-out accuracy of {PAPER} is "
+        f"{statistics.fmean(values(results, PAPER, worst)):.1f}, of '{TRACKED}' "
+        f"{statistics.fmean(values(results, TRACKED, worst)):.1f}."
     )
 
 
-def _differences(results: Sequence[SeedResult], metric: Metric, label: str = ADAPTIVE) -> list[float]:
-    """A metric of one method minus that of BASELINE, one value per seed."""
-    ours, theirs = values(results, label, metric), values(results, BASELINE, metric)
+def _differences(results: Sequence[SeedResult], metric: Metric) -> list[float]:
+    """A metric of GUARDED minus that of BASELINE, one value per seed."""
+    ours, theirs = values(results, GUARDED, metric), values(results, BASELINE, metric)
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
 def _lift(results: Sequence[SeedResult], metric: Metric) -> str:
-    """Whether ADAPTIVE has a higher value than BASELINE in all seeds, on average, or not, as a verb."""
+    """Whether GUARDED has a higher value than BASELINE in all seeds, on average, or not, as a verb."""
     gains = _differences(results, metric)
     if min(gains) > 0:
         return "lifts"
@@ -194,34 +207,16 @@ def _lift(results: Sequence[SeedResult], metric: Metric) -> str:
 
 
 def _from_to(results: Sequence[SeedResult], metric: Metric) -> str:
-    """The values of BASELINE and ADAPTIVE, and in how many seeds the latter is higher."""
-    before, after = (statistics.fmean(values(results, label, metric)) for label in (BASELINE, ADAPTIVE))
+    """The values of BASELINE and GUARDED, and in how many seeds the latter is higher."""
+    before, after = (statistics.fmean(values(results, label, metric)) for label in (BASELINE, GUARDED))
     gains = _differences(results, metric)
     return f"{before:.1f} to {after:.1f}, higher in {sum(gain > 0 for gain in gains)} of {len(gains)}"
 
 
 def _change(results: Sequence[SeedResult], metric: Metric) -> str:
-    """How much ADAPTIVE gains or loses against BASELINE, on average."""
+    """How much GUARDED gains or loses against BASELINE, on average."""
     change = statistics.fmean(_differences(results, metric))
     return f"{'gains' if change > 0 else 'loses'} {abs(change):.1f}"
-
-
-def _static(results: Sequence[SeedResult]) -> str:
-    """Which part of ADAPTIVE's gain in the worst objective (greedy) its mean weights reach, held fixed."""
-    metric = _greedy("worst")
-    reached = statistics.fmean(values(results, STATIC, metric))
-    adaptive, static = (statistics.fmean(_differences(results, metric, label)) for label in (ADAPTIVE, STATIC))
-    says = f"weights fixed at its means reach {reached:.1f} on the worst objective in greedy answers"
-    if adaptive <= 0:
-        return f"{says}, so neither form lifts it" if static <= 0 else f"{says}, more than adapting them at every step"
-    share = static / adaptive
-    if share >= 2 / 3:
-        return f"{says}, {share:.0%} of its gain: what counts here is the mean weights more than adapting them"
-    return f"{says}, {max(share, 0):.0%} of its gain: " + (
-        "most of it comes from adapting them at every step"
-        if share <= 1 / 3
-        else "adapting them at every step adds the rest"
-    )
 
 
 # ---- what is printed and written -------------------------------------------------------------------------------------
@@ -254,14 +249,13 @@ def write(output: Path, results: Sequence[SeedResult], command: str, seconds: fl
         return [numbers]
     title = "mogeo demo: four objectives in conflict"
     seeds = f" ({len(results)} seeds; a bar is their mean)" if len(results) > 1 else ""
-    adaptive = [outcome.history for result in results for outcome in result.outcomes if outcome.label == ADAPTIVE]
     picture = write_comparison(
         output / _PICTURE,
         title + seeds,
-        [_bars(results, section, metric) for section, metric in SECTIONS.items()],
+        [*(_bars(results, section, metric) for section, metric in SECTIONS.items()), *_told_by_steps(results)],
         OBJECTIVES,
-        adaptive,
-        f"weights of {ADAPTIVE} (dashed: their means)",
+        _histories(results, GUARDED),
+        f"weights of '{GUARDED}' (dashed: their means)",
     )
     first = results[0]
     runs = {f"{o.label}, seed {first.seed}": o.history for o in first.outcomes if o.history}
@@ -281,6 +275,19 @@ def _bars(results: Sequence[SeedResult], section: str, metric: Callable[[str], M
     heading, ylabel = section.split(": ")
     baseline = 50.0 if metric is _accuracy else 0.0
     return Bars(heading, ylabel, [_SHORT.get(c, c) for c in _COLUMNS], series, baseline)
+
+
+def _told_by_steps(results: Sequence[SeedResult]) -> list[Bars]:
+    """Panels of what the steps of tracked methods tell of mean gradients: whom they hurt, and how noisy they are."""
+    tracked = [label for label in labels(results) if all(map(of_mean_gradients, _histories(results, label)))]
+    panels = []
+    for heading, ylabel, measure in (
+        ("steps that hurt each objective in expectation", "% of the steps", _shares_hurt),
+        ("noise of a mini-batch", "noise / signal, in ‖g‖²", _noise_scales),
+    ):
+        series = {label: [measure(results, label, name) for name in OBJECTIVES] for label in tracked}
+        panels.append(Bars(heading, ylabel, [_SHORT.get(name, name) for name in OBJECTIVES], series))
+    return panels
 
 
 def _plain(results: Sequence[SeedResult], command: str, seconds: float) -> dict[str, Any]:

@@ -60,6 +60,8 @@ weightings
   mgda                 min-norm point: to first order, no objective gets worse    mgda-normalized   of unit gradients
   gapo(0.5)            of gradients over a power of their norm                    group-dro(0.01)   by losses alone
   upgrad               mean of the gradients, each first made to hurt no other objective
+  cagrad(0.4)          mean of the gradients, turned by up to 0.4 of its length so that the least gain is largest
+  raco(0.4)            the same, clipped by --preference
 
 losses
 {_LOSSES}

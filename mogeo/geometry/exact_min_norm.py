@@ -32,14 +32,17 @@ CERTIFICATE_TOLERANCE = 1e-13
 
 
 class Status(IntEnum):
-    """What `min_norm` and `mogeo.geometry.exact_harmless.nearest_descent` say of their result; docs/solver.md."""
+    """What `min_norm`, `nearest_descent` of `exact_harmless` and `conflict_averse` of `exact_cagrad` say of a result.
+
+    docs/solver.md has what each promises.
+    """
 
     OPTIMAL = 0  #: the optimality conditions hold to rounding; and the direction is right for any rows with this Gram
     STALLED = 1  #: they do not, for the matrix is no Gram matrix to rounding; weights are the best of those tried
     ZERO = 2  #: every gradient is zero: nothing is left to descend, and the direction is zero
     NONFINITE = 3  #: no objective has a finite gradient; the weights of `min_norm` are zero
     NONPOSITIVE_LOSS = 4  #: a loss that divides is not positive; its objective has weight 0 (found on a GPU only)
-    UNDECIDED = 5  #: some gradients balance out, and the Gram's rounding hides which harmless direction is nearest
+    UNDECIDED = 5  #: some gradients balance out, and the Gram's rounding hides which direction is the right one
 
 
 class Arithmetic(NamedTuple):
@@ -166,11 +169,11 @@ def complementarity(matrix: list[list[Any]], start: list[Any], scale: list[Any],
         pivot = tableau[driving][driving]
         independent = pivot > arithmetic.pivot_tolerance
         if independent and (block is None or -constant[driving] / pivot <= block):
-            _pivot(tableau, constant, driving)
+            exchange(tableau, constant, driving)
             support[driving] = True
             driving = -1
         elif block is not None:
-            _pivot(tableau, constant, blocker)
+            exchange(tableau, constant, blocker)
             support[blocker] = False
             reached = block
         else:
@@ -180,8 +183,11 @@ def complementarity(matrix: list[list[Any]], start: list[Any], scale: list[Any],
     return [constant[i] if support[i] else zero for i in indices]
 
 
-def _pivot(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
-    """Exchange basic and non-basic variable `index`, in place."""
+def exchange(tableau: list[list[Any]], constant: list[Any], index: int) -> None:
+    """Exchange basic and non-basic variable `index`, in place.
+
+    A column after those of the variables changes as the constants do.
+    """
     row = tableau[index]
     inverse = 1 / row[index]
     start = constant[index]

@@ -1,4 +1,4 @@
-"""The functional core: gram, combine, min_norm_weights, descent_weights; psd_part; and the arithmetic of sketches.
+"""The functional core: gram, combine, min_norm_weights, descent_weights, conflict_averse_weights, psd_part; sketches.
 
 Checks its arguments (`mogeo.geometry.projection` checks those of sketches); the one place that chooses an
 implementation.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -33,6 +34,14 @@ class MinNorm(NamedTuple):
 
     weights: Tensor  #: fp64 [K], on the simplex
     gap: Tensor  #: fp64 [], the duality gap aᵀMa − min_i (Ma)_i over the hull, in units of the Gram matrix
+    status: Tensor  #: int64 [], a `mogeo.Status`
+
+
+class ConflictAverse(NamedTuple):
+    """CAGrad's direction, or RACO's; for a batch of problems, with its leading dimensions."""
+
+    weights: Tensor  #: fp64 [K], on the raw gradients
+    gap: Tensor  #: fp64 [], what the objective that gains least may gain more, at most, in units of the Gram matrix
     status: Tensor  #: int64 [], a `mogeo.Status`
 
 
@@ -201,9 +210,10 @@ def psd_part(matrix: Tensor) -> Tensor:
     """The positive semi-definite matrix nearest to the symmetric part (M + Mᵀ)/2, by the Frobenius norm.
 
     That is the symmetric part with its negative eigenvalues set to zero: for estimates of a Gram matrix, which need
-    not be one. Exactly symmetric, with a diagonal ≥ 0. A symmetric part that is positive semi-definite already, up to
-    4 K units in the last place of its largest eigenvalue, comes back to the last bit unless an entry of its diagonal is
-    negative. A row of zeros stays one. On a GPU, up to K = 32 nothing waits for the device.
+    not be one. Symmetric to the last bit, with a diagonal ≥ 0; a row of zeros stays one. Where no eigenvalue is below
+    −4 K ε ‖M‖, ε = 2⁻⁵², and no entry of the diagonal below 0, the symmetric part comes back as it is, to the last bit.
+    All else is right to 1e-13 ‖M‖: rows that lie decades apart should be divided by their norms before. On a GPU, up to
+    K = 32 nothing waits for the device.
 
     Args:
         matrix: M [K, K], a real floating dtype; or [..., K, K].
@@ -220,6 +230,45 @@ def psd_part(matrix: Tensor) -> Tensor:
     _check_square("matrix", matrix)
     result: Tensor = torch.ops.mogeo.psd_part(matrix.detach().to(torch.float64))
     return result
+
+
+def conflict_averse_weights(gram: Tensor, weights: Tensor, c: float, *, clipped: bool = False) -> ConflictAverse:
+    """Weights of CAGrad's direction: the one within c‖g₀‖ of g₀ along which the objective that gains least gains most.
+
+    g₀ = Σ_k v_k g_k. With p = argmin bᵀp + s √(pᵀMp) over the simplex, b = Mv, s = c‖g₀‖, and g_p = Σ_k p_k g_k, it is
+    d = g₀ + s g_p / ‖g_p‖: exact and certified, as the weights of `min_norm_weights` are. RACO's direction has
+    min(p, v) in place of p. Solved objectives and gradients that are not finite take no part and get weight 0.
+
+    - `OPTIMAL`: no ⟨d, g_k⟩ of CAGrad's d lies below the optimum by more than 1e-13 ‖g_k‖ Σ_j w_j ‖g_j‖, w being the
+      weights of d.
+    - `UNDECIDED`: gradients balance out: g_p is shorter than 1e-3 Σ_k p_k ‖g_k‖, which may be the rounding of a Gram
+      matrix of fp32 rows, and its direction is not known. The weights are v.
+    - `STALLED`: M is not positive semi-definite; the weights are those of the p that was found.
+    - `ZERO`: no objective has a gradient; the weights are v. `NONFINITE`: no objective has a finite one; they are 0.
+
+    Args:
+        gram: M [K, K], a real floating dtype, symmetric positive semi-definite up to rounding; or [..., K, K].
+        weights: v [K], > 0; scaled to the sum 1 over who takes part. Or [..., K].
+        c: ≥ 0. Below 1, d descends on Σ_k v_k L_k.
+        clipped: RACO's.
+
+    Returns:
+        `ConflictAverse(weights, gap, status)` on the device of `gram`.
+
+    Raises:
+        TypeError: `gram` is not floating point.
+        ValueError: `gram` is not square, or empty, or `weights` does not fit, or c is out of range.
+
+    Sources: Liu et al., *Conflict-averse gradient descent for multi-task learning*, 2021 (CAGrad, arXiv 2110.14048);
+    RACO, arXiv 2602.02495.
+    """
+    _check_square("gram", gram)
+    if weights.shape != gram.shape[:-1]:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}: a Gram {tuple(gram.shape)} needs [..., K]")
+    if not 0 <= c < math.inf:
+        raise ValueError(f"c={c}: pass a finite number ≥ 0, the radius around the mean in units of its length")
+    weights = weights.detach().to(device=gram.device, dtype=torch.float64)
+    return ConflictAverse(*torch.ops.mogeo.cagrad(gram.detach().to(torch.float64), weights, c, clipped))
 
 
 def normalized_min_norm(
@@ -307,6 +356,7 @@ _OPERATORS = {
     "min_norm": "(Tensor gram, Tensor? losses, str normalize, float power, str apply_to) -> (Tensor, Tensor, Tensor)",
     "descent": f"(Tensor gram, Tensor weights, float rounding={ROUNDING!r}) -> (Tensor, Tensor, Tensor)",
     "psd_part": "(Tensor matrix) -> Tensor",
+    "cagrad": "(Tensor gram, Tensor weights, float c, bool clipped) -> (Tensor, Tensor, Tensor)",
     "sketch_": "(Tensor(a!) row, Tensor gradient, Tensor chunks, Tensor signs) -> ()",
 }
 # Not torch.library.custom_op: that costs ten microseconds a call, this two.
@@ -348,14 +398,17 @@ def _register(key: str, code: Callable[[], ModuleType]) -> None:
         return result
 
     def psd_part(matrix: Tensor) -> Tensor:
-        with torch.autocast(matrix.device.type, enabled=False):
-            result: Tensor = code().psd_part(matrix)
+        result: Tensor = code().psd_part(matrix)
+        return result
+
+    def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = code().cagrad(gram, weights, c, clipped)
         return result
 
     def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
         code().sketch_(row, gradient, chunks, signs)
 
-    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, psd_part, sketch_):
+    for implementation in (gram, gram_by_segment, combine, combine_out, min_norm, descent, cagrad, psd_part, sketch_):
         _LIBRARY.impl(implementation.__name__, implementation, key)  # type: ignore[no-untyped-call]
 
 
@@ -391,10 +444,14 @@ def _register_fakes() -> None:
     def psd_part(matrix: Tensor) -> Tensor:
         return matrix.new_empty(matrix.shape)
 
+    def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+        status = gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+        return torch.empty_like(weights), gram.new_empty(gram.shape[:-2]), status
+
     def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
         return None
 
-    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, psd_part, sketch_):
+    for fake in (gram, gram_by_segment, combine, combine_out, min_norm, descent, cagrad, psd_part, sketch_):
         torch.library.register_fake(f"mogeo::{fake.__name__}", fake, lib=_LIBRARY)
 
 

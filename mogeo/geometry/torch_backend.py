@@ -1,7 +1,8 @@
 """Gram matrix, combination, min-norm point and sketch in plain PyTorch, written for a CPU and its memory hierarchy.
 
 Knows tensors only, and takes its arguments as checked: `mogeo.geometry.ops` is the door. Runs on every device, but asks
-the host there: `combine`, `min_norm`, `descent` and `sketch_` copy what is small to it, and `psd_part` waits for it.
+the host there: `combine`, `min_norm`, `descent`, `cagrad` and `sketch_` copy what is small to it, and `psd_part` waits
+for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mogeo.geometry import exact_cagrad as scalar_cagrad
 from mogeo.geometry import exact_harmless as scalar_descent
 from mogeo.geometry import exact_min_norm as scalar
 
@@ -19,9 +21,7 @@ _BLOCK = 512  # columns of one partial Gram: an fp32 sum this short keeps 2e-7 o
 _CHUNK = 1 << 24  # elements handed to one batched product: bounds the partial Grams held at a time
 _UPCAST_CHUNK = 1 << 20  # elements of half-precision rows upcast at a time: 4 MiB of fp32, which stays in cache
 _AXPY_CHUNK = 1 << 18  # columns combined at a time: the 1 MiB of output stays in cache while K rows stream past
-_ROUNDING = (
-    4 * torch.finfo(torch.float64).eps
-)  # times K and the largest: how far below zero an eigenvalue counts as zero
+_ROUNDING = 4 * 2.0**-52  # times K and the largest: how far below 0 an eigenvalue counts as 0
 _TINY = 1e-30  # mean square below which products of fp32 elements come near the subnormal range
 
 
@@ -131,6 +131,23 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = scalar_descent.ROUN
     status = torch.tensor([int(each[1]) for each in found], dtype=torch.int64, device=gram.device)
     correction = correction.reshape(weights.shape)
     return weights + correction, correction, status.reshape(gram.shape[:-2])
+
+
+def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights fp64 [..., K], gap fp64 [...], status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K].
+
+    As `mogeo.geometry.exact_cagrad.conflict_averse`.
+    """
+    count = gram.shape[-1]
+    matrices = (gram / 2 + gram.mT / 2).reshape(-1, count, count).tolist()
+    found = [
+        scalar_cagrad.conflict_averse(matrix, given, c, clipped)
+        for matrix, given in zip(matrices, weights.reshape(-1, count).tolist(), strict=True)
+    ]
+    made = torch.tensor([each[0] for each in found], dtype=torch.float64, device=gram.device)
+    gap = torch.tensor([each[1] for each in found], dtype=torch.float64, device=gram.device)
+    status = torch.tensor([int(each[2]) for each in found], dtype=torch.int64, device=gram.device)
+    return made.reshape(weights.shape), gap.reshape(gram.shape[:-2]), status.reshape(gram.shape[:-2])
 
 
 def psd_part(matrix: Tensor) -> Tensor:

@@ -251,12 +251,13 @@ def _estimated(kept: _Kept, of_step: Tensor, dimension: int | None) -> Estimate:
     gram = torch.where(comparable, (of_averages - kept.within / total) / pairs, torch.nan)
 
     variance = kept.spread / kept.spread_weight
-    freedom = kept.spread_weight.square() / kept.spread_square * (2 / 3)
-    variance = torch.where(freedom > 2, variance * (freedom / (freedom - 2)), torch.inf)
     jointly = torch.where(kept.joint_weight > 0, kept.joint / kept.joint_weight, 0.0)
     own = same_step.diagonal()
-    error = own[None, :] * variance + own[:, None] * variance.T
-    error = torch.where(error.isfinite(), (error + 2 * same_step * jointly).clamp(min=0), torch.inf)
+    error = own[None, :] * variance + own[:, None] * variance.T + 2 * same_step * jointly
+    freedom = kept.spread_weight.square() / kept.spread_square * (2 / 3)
+    freedom = torch.minimum(freedom, freedom.T)
+    # From few differences, a variance may come out far too small: that of Student's t takes account of it.
+    error = torch.where(freedom > 2, error.clamp(min=0) * (freedom / (freedom - 2)), torch.inf)
     squares = of_averages.diagonal()
     if dimension is not None:
         error = error + (torch.outer(squares, squares) + of_averages.square()) / dimension

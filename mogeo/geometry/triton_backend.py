@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mogeo.geometry import torch_backend
+from mogeo.kernels import cagrad as cagrad_kernel
 from mogeo.kernels import combine as combine_kernels
 from mogeo.kernels import descent as descent_kernel
 from mogeo.kernels import gram as gram_kernels
@@ -92,6 +93,17 @@ def descent(gram: Tensor, weights: Tensor, rounding: float = descent_kernel.ROUN
         return torch_backend.descent(gram, weights, rounding)
     weights, correction, status = descent_kernel.descent(gram.contiguous(), weights.contiguous(), rounding)
     return weights, correction, status
+
+
+def cagrad(gram: Tensor, weights: Tensor, c: float, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights fp64 [..., K], gap fp64 [...], status int64 [...], from a Gram fp64 [..., K, K] and v fp64 [..., K].
+
+    As `mogeo.geometry.exact_cagrad.conflict_averse`.
+    """
+    if gram.shape[-1] > MOST_ROWS:
+        return torch_backend.cagrad(gram, weights, c, clipped)
+    made, gap, status = cagrad_kernel.cagrad(gram.contiguous(), weights.contiguous(), c, clipped)
+    return made, gap, status
 
 
 def psd_part(matrix: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from mogeo.weightings.base import Weighting as Weighting
 from mogeo.weightings.base import as_weighting as as_weighting
 from mogeo.weightings.base import as_weights as as_weights
 from mogeo.weightings.base import bad_weights as bad_weights
+from mogeo.weightings.cagrad import RACO as RACO
+from mogeo.weightings.cagrad import CAGrad as CAGrad
 from mogeo.weightings.group_dro import GroupDRO as GroupDRO
 from mogeo.weightings.linear import LinearScalarization as LinearScalarization
 from mogeo.weightings.mgda import MGDA as MGDA

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mogeo.weightings.base import Weighting
+from mogeo.weightings.cagrad import RACO, CAGrad
 from mogeo.weightings.group_dro import GroupDRO
 from mogeo.weightings.linear import LinearScalarization
 from mogeo.weightings.mgda import MGDA, PRESETS, gapo
@@ -29,6 +30,8 @@ _REGISTRY: dict[str, tuple[Callable[..., Weighting], int, float, str]] = {
     **{name: (functools.partial(_preset, name), 0, 0, name) for name in PRESETS},
     "upgrad": (UPGrad, 0, 0, "upgrad"),
     "gapo": (gapo, 1, 1, "gapo(0.5), with the power of the norm"),
+    "cagrad": (CAGrad, 0, 1, "cagrad, or cagrad(0.4) with the radius around the mean"),
+    "raco": (RACO, 0, 1, "raco, or raco(0.4) with the radius around the mean"),
 }
 #: The registered names.
 NAMES: tuple[str, ...] = tuple(_REGISTRY)

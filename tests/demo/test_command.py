@@ -13,7 +13,7 @@ import pytest
 
 from mogeo.demo import command
 from mogeo.demo.experiment import run_seed
-from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import BEFORE, METHODS
 from mogeo.demo.world import REGIMES
 from mogeo.errors import InputError
 from tests.recipes import SMALL
@@ -37,12 +37,12 @@ def test_the_command_prints_a_table_and_writes_a_picture_a_page_and_numbers(
     args = arguments("--seeds", "1", "--weighting", "group-dro", "--output", str(tmp_path / "out"))
     assert command.run_recipe(SMALL, args) == 0
     shown = capsys.readouterr()
-    for label in (BEFORE, BASELINE, ADAPTIVE, STATIC, "group-dro"):
+    for label in (BEFORE, *METHODS, "group-dro"):
         assert label in shown.out
         assert f"seed 0  {label}: " in shown.err
     assert {"demo.png", "report.html", "results.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [run["label"] for run in written["runs"]] == [BEFORE, BASELINE, ADAPTIVE, STATIC, "group-dro"]
+    assert [run["label"] for run in written["runs"]] == [BEFORE, *METHODS, "group-dro"]
     assert written["command"] == "mogeo demo"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mogeo.demo.experiment import Outcome, SeedResult, fine_tune, mean_weights, run_seed
-from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import BASELINE, BEFORE, GUARDED, METHODS, PAPER, TRACKED
 from mogeo.demo.world import OBJECTIVES, World, tiny_model, tokenizer
 from mogeo.dpo.data import Preferences
 from mogeo.judging.generate import generate
@@ -31,7 +31,7 @@ def steps(outcome: Outcome, field: str) -> list[dict[str, float]]:
 
 
 def test_every_method_is_there_in_order(result: SeedResult) -> None:
-    assert [o.label for o in result.outcomes] == [BEFORE, BASELINE, ADAPTIVE, STATIC, "group-dro"]
+    assert [o.label for o in result.outcomes] == [BEFORE, *METHODS, "group-dro"]
     assert all(len(o.answers) == len(result.prompts) == len(result.golden) == 20 for o in result.outcomes)
     assert all(len(steps(o, "loss")) == 4 for o in result.outcomes[1:])
 
@@ -45,32 +45,25 @@ def test_all_methods_begin_with_the_same_model_and_pairs(result: SeedResult) -> 
     first = [steps(o, "loss")[0] for o in result.outcomes[1:]]
     assert all(loss == pytest.approx(math.log(2)) for losses in first for loss in losses.values())
     assert all(losses == first[0] for losses in first)  # bit for bit: the same pairs
-    last = [tuple(steps(o, "loss")[-1].values()) for o in result.outcomes[1:]]
-    assert len(set(last)) == len(last)  # and yet they do not go the same way
+    last = {o.label: tuple(steps(o, "loss")[-1].values()) for o in result.outcomes[1:]}
+    assert len({last[PAPER], last[BASELINE], last["group-dro"]}) == 3  # and yet they do not go the same way
 
 
-def test_methods_with_fixed_weights_tell_whom_they_hurt_in_expectation(result: SeedResult) -> None:
+def test_tracked_methods_tell_whom_they_hurt_in_expectation(result: SeedResult) -> None:
     told = {o.label: set(steps(o, "alignment_of")) for o in result.outcomes[1:]}
-    assert told[BASELINE] == told[STATIC] == {"mean gradients"}
-    assert told[ADAPTIVE] == {"mini-batch"}  # to track it would change its weights
+    assert told[BASELINE] == told[TRACKED] == told[GUARDED] == {"mean gradients"}
+    assert told[PAPER] == {"mini-batch"}  # to track it would change its weights
 
 
 @pytest.mark.slow
-def test_to_be_watched_changes_a_method_by_rounding_at_most(result: SeedResult) -> None:
-    unwatched = run_seed(0, replace(SMALL, watch=None), "noisehelp")
-    for label in (BASELINE, STATIC):
-        watched, alone = (steps(outcome(of, label), "loss") for of in (result, unwatched))
-        for one, other in zip(watched, alone, strict=True):
-            assert one == pytest.approx(other, rel=1e-5)
-
-
-def test_the_static_weights_are_the_means_of_the_adaptive_ones(result: SeedResult) -> None:
-    adaptive = steps(outcome(result, ADAPTIVE), "weight")
-    assert len({tuple(weight.values()) for weight in adaptive}) > 1
-    for name in OBJECTIVES:
-        mean = sum(weight[name] for weight in adaptive) / len(adaptive)
-        for weight in steps(outcome(result, STATIC), "weight"):
-            assert weight[name] == pytest.approx(mean, abs=1e-4)
+def test_to_be_tracked_changes_fixed_weights_by_rounding_at_most(
+    result: SeedResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, BASELINE, {"weighting": "uniform"})
+    untracked = run_seed(0, SMALL, "noisehelp")
+    one, other = (steps(outcome(of, BASELINE), "loss") for of in (result, untracked))
+    for mine, its in zip(one, other, strict=True):
+        assert mine == pytest.approx(its, rel=1e-5)
     assert mean_weights(outcome(result, BASELINE), OBJECTIVES) == [0.25] * 4
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from mogeo.demo.experiment import Outcome, SeedResult
-from mogeo.demo.recipe import ADAPTIVE, BASELINE, BEFORE, STATIC
+from mogeo.demo.recipe import BASELINE, BEFORE, GUARDED, PAPER, TRACKED
 from mogeo.demo.report import answer_table, conclusion, hurt_table, result_table, terminal, weight_table, write
 from mogeo.demo.world import OBJECTIVES, World
 from mogeo.judging.win_rates import NetWinRates
@@ -48,76 +47,71 @@ def seed(number: int, rates: Mapping[str, tuple[float, float]], regime: str = "n
     return SeedResult(number, regime, WORLD, PROMPTS, ["- river Esk"] * 3, [outcome(k, *v) for k, v in models.items()])
 
 
-def two_seeds(uniform: float, adaptive: tuple[float, float], static: float) -> list[SeedResult]:
-    """Helpfulness under each method (ADAPTIVE: in either seed); the other objectives lose 2 points under ADAPTIVE."""
+def two_seeds(uniform: float, guarded: tuple[float, float], others: float = 0.08) -> list[SeedResult]:
+    """Helpfulness under each method (GUARDED: in either seed); the other objectives have 0.10, or `others` under
+    GUARDED.
+    """
     return [
-        seed(i, {BASELINE: (uniform, 0.10), ADAPTIVE: (adaptive[i], 0.08), STATIC: (static, 0.08)}) for i in range(2)
+        seed(
+            i,
+            {
+                BASELINE: (uniform, 0.10),
+                PAPER: (uniform + 0.01, 0.10),
+                TRACKED: (uniform + 0.03, 0.10),
+                GUARDED: (guarded[i], others),
+            },
+        )
+        for i in range(2)
     ]
 
 
-def test_the_sentence_of_a_gain_names_gain_price_and_static_share() -> None:
-    sentence = conclusion(two_seeds(-0.20, (-0.12, -0.08), -0.11))
-    assert sentence.startswith("In 2 seeds, against uniform, mgda-decoupled lifts the worst objective's net win rate")
-    assert "(-20.0 to -10.0, higher in 2 of 2)" in sentence  # greedy
-    assert "(-30.0 to -20.0, higher in 2 of 2)" in sentence  # sampled
-    assert "(30.0 to 40.0, higher in 2 of 2)" in sentence  # accuracy
-    assert "other than helpfulness it loses 2.0 points on average in greedy answers and loses 2.0 in" in sentence
-    assert "overall it gains 1.0 and gains 1.0" in sentence
-    assert (
-        "reach -11.0 on the worst objective in greedy answers, 90% of its gain: what counts here is the mean"
-        in sentence
-    )
-    assert sentence.count(".") == len(re.findall(r"\d\.\d", sentence)) + 1  # one sentence: no full stop but the last
+def test_the_sentences_of_a_gain_name_gain_and_price() -> None:
+    told = conclusion(two_seeds(-0.20, (-0.12, -0.08)))
+    assert told.startswith("In 2 seeds, against uniform, 'uniform, nobody hurt' lifts the worst held-out accuracy")
+    assert "(30.0 to 40.0, higher in 2 of 2) and gains 1.0 points of the mean" in told  # accuracy
+    assert "(-20.0 to -10.0, higher in 2 of 2)" in told  # greedy
+    assert "(-30.0 to -20.0, higher in 2 of 2)" in told  # sampled
+    assert "overall it gains 1.0 and gains 1.0" in told
+    assert "worst held-out accuracy of mgda-decoupled is 31.0, of 'mgda-decoupled, tracked' 33.0." in told
 
 
-def test_the_sentence_of_a_loss_says_so() -> None:
-    sentence = conclusion(two_seeds(-0.20, (-0.25, -0.31), -0.22))
+def test_the_sentences_of_a_loss_say_so() -> None:
+    told = conclusion(two_seeds(-0.20, (-0.25, -0.31)))
+    assert "does not lift the worst held-out accuracy (30.0 to 22.0, higher in 0 of 2) and loses 3.5 points" in told
     assert (
-        "does not lift the worst objective's net win rate in greedy answers (-20.0 to -28.0, higher in 0 of 2)"
-        in sentence
+        "does not lift the worst objective's net win rate in greedy answers (-20.0 to -28.0, higher in 0 of 2)" in told
     )
-    assert "does not lift the worst held-out accuracy" in sentence
-    assert "reach -22.0 on the worst objective in greedy answers, so neither form lifts it" in sentence
-    assert " lifts " not in sentence.replace("form lifts", "")
+    assert " lifts " not in told
 
 
 def test_a_gain_in_some_seeds_only_is_called_that() -> None:
-    sentence = conclusion(two_seeds(-0.20, (-0.25, -0.05), -0.20))
-    assert (
-        "lifts on average the worst objective's net win rate in greedy answers (-20.0 to -15.0, higher in 1 of 2)"
-        in sentence
-    )
+    told = conclusion(two_seeds(-0.20, (-0.25, -0.05)))
+    assert "lifts on average the worst held-out accuracy (30.0 to 35.0, higher in 1 of 2)" in told
 
 
-@pytest.mark.parametrize(
-    ("static", "verdict"),
-    [
-        (-0.10, "100% of its gain: what counts here is the mean weights"),
-        (-0.15, "50% of its gain: adapting them at every step adds the rest"),
-        (-0.19, "10% of its gain: most of it comes from adapting"),
-        (-0.25, "0% of its gain: most of it comes from adapting"),
-    ],
-)
-def test_the_static_row_is_weighed_against_the_gain(static: float, verdict: str) -> None:
-    assert verdict in conclusion(two_seeds(-0.20, (-0.10, -0.10), static))
-
-
-def test_static_weights_that_do_better_than_adaptive_ones_that_lose() -> None:
-    assert "more than adapting them at every step" in conclusion(two_seeds(-0.20, (-0.25, -0.25), -0.10))
+def test_the_sentences_say_how_often_the_minority_is_hurt() -> None:
+    results = [
+        SeedResult(i, "base", WORLD, PROMPTS, ["x"] * 3, [
+            outcome(BEFORE, 0, 0), harmed(BASELINE, "mean gradients", (-0.1, -0.2, -0.1, 0.1)), outcome(PAPER, 0, 0),
+            outcome(TRACKED, 0, 0), harmed(GUARDED, "mean gradients", (0.1, 0.2, 0.1, -0.1)),
+        ])
+        for i in range(2)
+    ]  # fmt: skip
+    assert "In expectation 75% of the steps of uniform hurt helpfulness, and 25% of those of" in conclusion(results)
 
 
 def test_one_seed_is_not_called_seeds_and_has_no_spread() -> None:
-    single = two_seeds(-0.20, (-0.12, -0.08), -0.11)[:1]
+    single = two_seeds(-0.20, (-0.12, -0.08))[:1]
     assert conclusion(single).startswith("In 1 seed,")
     assert "±" not in result_table(single).text()
 
 
 def test_the_table_holds_means_and_standard_deviations_of_every_section() -> None:
-    table = result_table(two_seeds(-0.20, (-0.12, -0.08), -0.11))
+    table = result_table(two_seeds(-0.20, (-0.12, -0.08)))
     lines = {tuple(row[:2]): row for row in table.rows}
-    rows = [row for row in table.rows if row[0].strip() == ADAPTIVE]
+    rows = [row for row in table.rows if row[0].strip() == GUARDED]
     assert len(rows) == 3
-    assert len(lines) == len({row[0] for row in table.rows if not row[1]}) + 12
+    assert len(lines) == len({row[0] for row in table.rows if not row[1]}) + 15
     greedy, sampled, accuracy = (dict(zip(table.header[1:], row[1:], strict=True)) for row in rows)
     assert greedy["worst"] == greedy["helpfulness"] == "-10.0 ± 2.8"
     assert greedy["instructions"] == "+8.0 ± 0.0"
@@ -128,15 +122,15 @@ def test_the_table_holds_means_and_standard_deviations_of_every_section() -> Non
 
 def test_the_table_says_what_was_done_to_the_training_labels() -> None:
     def note(regime: str) -> str:
-        return result_table([seed(0, {BASELINE: (0, 0), ADAPTIVE: (0, 0), STATIC: (0, 0)}, regime)]).note
+        return result_table([seed(0, {BASELINE: (0, 0)}, regime)]).note
 
     assert "training labels: 25% of helpfulness' are flipped." in note("noisehelp")
     assert "training labels: clean." in note("base")
 
 
 def test_mean_weights_are_shown_for_every_method() -> None:
-    table = weight_table(two_seeds(-0.2, (-0.1, -0.1), -0.1))
-    assert [row[0] for row in table.rows] == [BASELINE, ADAPTIVE, STATIC]
+    table = weight_table(two_seeds(-0.2, (-0.1, -0.1)))
+    assert [row[0] for row in table.rows] == [BASELINE, PAPER, TRACKED, GUARDED]
     assert table.rows[0][1:] == ("0.400", "0.300", "0.200", "0.100")
 
 
@@ -156,13 +150,14 @@ def test_the_table_of_harm_marks_what_noise_flatters_and_what_is_unknown() -> No
         SeedResult(i, "base", WORLD, PROMPTS, ["x"] * 3, [
             outcome(BEFORE, 0, 0),
             harmed(BASELINE, "mean gradients", both[i]),
-            harmed(ADAPTIVE, "mini-batch", both[i]),
-            harmed(STATIC, None, both[i]),
+            harmed(PAPER, "mini-batch", both[i]),
+            harmed(TRACKED, None, both[i]),
+            harmed(GUARDED, None, both[i]),
         ])
         for i in range(2)
     ]  # fmt: skip
     table = hurt_table(results)
-    assert [row[0] for row in table.rows] == [BASELINE, f"{ADAPTIVE} *", f"{STATIC} *"]
+    assert [row[0] for row in table.rows] == [BASELINE, f"{PAPER} *", f"{TRACKED} *", f"{GUARDED} *"]
     assert table.rows[0][1:] == table.rows[1][1:] == ("75.0 ±35.4", *["0.0 ± 0.0"] * 3)
     assert table.rows[2][1:] == ("–",) * 4
     assert "flattered by noise" in table.note
@@ -170,7 +165,7 @@ def test_the_table_of_harm_marks_what_noise_flatters_and_what_is_unknown() -> No
 
 
 def test_the_example_is_the_prompt_with_the_most_different_answers() -> None:
-    said = {BEFORE: "a b a", BASELINE: "a c a", ADAPTIVE: "a d b", STATIC: "a d a"}
+    said = {BEFORE: "a b a", BASELINE: "a c a", PAPER: "a d b", GUARDED: "a d a"}
     outcomes = [outcome(label, 0, 0, answers.split()) for label, answers in said.items()]
     table = answer_table(SeedResult(0, "base", WORLD, PROMPTS, ["x", "- river Esk", "y"], outcomes))
     assert table.title.endswith(PROMPTS[1])
@@ -181,14 +176,14 @@ def test_without_matplotlib_the_numbers_are_still_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    results = two_seeds(-0.2, (-0.1, -0.1), -0.1)
+    results = two_seeds(-0.2, (-0.1, -0.1))
     assert write(tmp_path, results, "mogeo demo", 1.0) == [tmp_path / "results.json"]
     assert "pip install 'mogeo[report]'" in caplog.text
-    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 8
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 10
 
 
 def test_the_page_holds_the_sentence_the_command_and_the_picture(tmp_path: Path) -> None:
-    results = two_seeds(-0.2, (-0.1, -0.1), -0.1)
+    results = two_seeds(-0.2, (-0.1, -0.1))
     write(tmp_path, results, "mogeo demo --seeds 2", 12.3)
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "In 2 seeds, against uniform" in page

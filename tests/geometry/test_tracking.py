@@ -77,9 +77,7 @@ def test_is_the_weighted_sum_over_pairs_of_different_steps(
     steps = [torch.randn(count, 5, dtype=torch.float64, generator=generator) for _ in present]
     flags = [each[:count] for each in present]
     estimate = tracked(MeanGradients(decay), steps, flags)
-    torch.testing.assert_close(
-        estimate.gram, over_pairs(steps, flags, decay), rtol=1e-6, atol=1e-9, equal_nan=True
-    )
+    torch.testing.assert_close(estimate.gram, over_pairs(steps, flags, decay), rtol=1e-6, atol=1e-9, equal_nan=True)
     for k in range(count):
         seen = [t for t, each in enumerate(flags) if each[k]]
         weights = torch.tensor([decay ** (len(seen) - 1 - n) for n in range(len(seen))], dtype=torch.float64)
@@ -145,7 +143,8 @@ def test_a_sketch_adds_its_own_error() -> None:
     for step in rows:
         one = exact.look(of(step), torch.ones(3, dtype=torch.float64), ALL)
         other = sketched.look(Sketches(step, 100, "sketched"), torch.ones(3, dtype=torch.float64), ALL)
-        exact.take_over(), sketched.take_over()
+        exact.take_over()
+        sketched.take_over()
     lengths = torch.outer(one.gram.diagonal(), one.gram.diagonal())
     extra = (lengths + one.gram.square()) / 100
     torch.testing.assert_close(other.error.square() - one.error.square(), extra, rtol=1e-2, atol=1e-4)
@@ -196,7 +195,8 @@ def test_a_gradient_that_is_zero_stays_one() -> None:
     means[1] = 0
     steps = [rows.index_fill(0, torch.tensor([1]), 0.0) for rows in noisy(means, 0.05, 12, 0)]
     estimate = tracked(MeanGradients(0.9), steps)
-    assert not estimate.seen[1].any() and not estimate.seen[:, 1].any()
+    assert not estimate.seen[1].any()
+    assert not estimate.seen[:, 1].any()
     assert estimate.evidence[1] == 1
 
 
@@ -215,7 +215,8 @@ def test_a_noise_scale_that_cannot_be_told_has_a_lower_end() -> None:
     estimate = tracked(MeanGradients(0.95), noisy(torch.zeros(2, 300, dtype=torch.float64), 0.1, 30, 1))
     assert bool(noise_scale(estimate).isnan().all())
     interval = noise_scale_interval(estimate)
-    assert bool((interval[:, 1] == torch.inf).all()) and bool((interval[:, 0] > 1).all())
+    assert bool((interval[:, 1] == torch.inf).all())
+    assert bool((interval[:, 0] > 1).all())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -242,7 +243,9 @@ def test_looking_changes_nothing() -> None:
         for other in (rows * 2, -rows, rows):
             often.look(of(other), torch.ones(3, dtype=torch.float64), ALL)
         found, expected = often, once.look(of(rows), torch.ones(3, dtype=torch.float64), ALL)
-        assert found.take_over() and once.take_over() and found.take_over()  # the second has nothing to take over
+        assert found.take_over()
+        assert found.take_over()  # with nothing to take over
+        assert once.take_over()
         assert found.estimate is not None
         assert torch.equal(found.estimate.gram.nan_to_num(-1), expected.gram.nan_to_num(-1))
 

@@ -104,7 +104,7 @@ ENTRIES = (
     *(Entry("min_norm", k, _FP64) for k in (2, 4, 8, 16, 32)),
     Entry("min_norm", 4, _FP64, "l2, power 0.5"),
     *(Entry("descent", k, _FP64) for k in (4, 32)),
-    *(Entry("psd_part", k, _FP64) for k in (4, 16, 32)),
+    *(Entry("psd_part", k, _FP64) for k in (4, 8, 32)),
     *(Entry("sketch", 1, dtype) for dtype in (_BF16, _FP16, _FP32, _FP64)),
     Entry("sketch", 1, _BF16, "in one part"),
     Entry("sketch", 1, _BF16, "any dimension"),
