@@ -169,8 +169,10 @@ def share(name: str, value: Any) -> float:
 def decay_or_none(name: str, value: Any) -> float | Literal["auto"] | None:
     """The decay of averages over steps, "auto", or None for none."""
     wanted = 'a decay β, 0 < β < 1, such as 0.95; "auto"; or None for no averages over steps'
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "auto":
+        return "auto"
     number = _number(name, value, wanted)
     if not 0 < number < 1:
         raise ValueError(f"{name}={value}: pass {wanted}")

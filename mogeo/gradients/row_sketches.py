@@ -33,7 +33,7 @@ class RowSketches:
         self._of_blocks = [_BlockSketch(block, ranks, number) for number, block in enumerate(blocks)]
         exact = all(each.exact for each in self._of_blocks)
         self._dimension = None if exact else DIMENSION
-        self._layout = [each.layout for each in self._of_blocks]
+        self._layout = tuple(each.layout for each in self._of_blocks)
 
     def __call__(self) -> Sketches:
         """Of what the rows hold now. A collective, where parts of them lie on several ranks."""
