@@ -31,6 +31,10 @@ class Evidenced(Weighting):
     the weighting's own. Their sum is the weighting's in any case. Weights that are no shares stay as they are: some
     are negative by more than rounding, or none is positive.
 
+    Shares are those of coefficients: of w_k n_k where a weighting divides its weights by n_k, as `mgda-normalized` by
+    ‖g_k‖, lest equal weights on gradients of unequal lengths follow the longest. A floor under them holds: what is
+    below is raised to it, at the cost of what is above, in proportion to the excess.
+
     Args:
         inner: a weighting that reads the Gram matrix.
         tracked: tells the evidence, after it has looked at the step.
@@ -59,18 +63,24 @@ class Evidenced(Weighting):
         if gram is None or evidence is None:
             return found
         live = gram.diagonal() > 0
+        units = self.inner.units(gram, losses)
+        coefficients = found.weights if units is None else found.weights * units
         preferred = torch.ones_like(losses)
         if self.preference is not None:
             preferred = constant_tensor(tuple(self.preference), torch.float64, losses.device)
         preferred = preferred.masked_fill(~live, 0.0)
         preferred = preferred / preferred.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        total = found.weights.sum()
-        believed, rest = evidence * found.weights.clamp(min=0) / total, evidence * preferred
+        total = coefficients.sum()
+        believed, rest = evidence * coefficients.clamp(min=0) / total, evidence * preferred
         rest = torch.where(believed.sum() > 0, believed * (rest.sum() / believed.sum()), rest)
         shares = (1 - evidence) * preferred + rest
-        no_shares = ~(total > 0) | (found.weights < -_ROUNDING * total).any()
+        least = self.inner.least_shares(len(losses))
+        if least is not None:
+            shares = _raised(shares, constant_tensor(least, torch.float64, losses.device).masked_fill(~live, 0.0))
+        weights = total * shares if units is None else total * shares / units
+        no_shares = ~(total > 0) | (coefficients < -_ROUNDING * total).any()
         stay = ((evidence == 1) | ~live).all() | no_shares
-        return found._replace(weights=torch.where(stay, found.weights, total * shares))
+        return found._replace(weights=torch.where(stay, found.weights, weights))
 
     def state_dict(self) -> dict[str, Any]:
         """That of the inner weighting."""
@@ -82,3 +92,9 @@ class Evidenced(Weighting):
 
     def __repr__(self) -> str:
         return repr(self.inner)
+
+
+def _raised(shares: Tensor, least: Tensor) -> Tensor:
+    """Shares that are no less than `least`, with the same sum; those that are no less already stay."""
+    above = (shares - least).clamp(min=0)
+    return least + above * ((shares.sum() - least.sum()) / above.sum())

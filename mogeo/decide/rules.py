@@ -97,5 +97,5 @@ def finite_rows(sketches: Sketches) -> Tensor:
     """Which gradients are finite, bool [K], and short enough to be squared in fp64, by their sketches: one element of a
     gradient that is not makes one of its sketch so.
     """
-    lengths: Tensor = torch.linalg.vector_norm(sketches.rows, dim=1, dtype=torch.float64)
-    return lengths.isfinite()
+    norms: Tensor = torch.linalg.vector_norm(sketches.rows, dim=1, dtype=torch.float64)
+    return norms.isfinite()

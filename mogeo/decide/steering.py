@@ -108,6 +108,14 @@ class Steering:
             weights = tuple((1 - count * self.min_weight) * w + self.min_weight * total for w in weights)
         return weights
 
+    def least_shares(self, weighting: Weighting, count: int) -> tuple[float, ...] | None:
+        """The floor under the coefficients of K = `count` objectives that have a gradient, None for none."""
+        if self.min_weight == 0:
+            return None
+        if self.preference is None or not weighting.prefers_after_floor:
+            return (self.min_weight,) * count
+        return tuple(self.min_weight * min(self.preference) / p for p in self.preference)
+
     def weigh(self, weighting: AnyWeighting, gram: Tensor | None, losses: Tensor) -> Solution:
         """One step: the steered weights on the raw gradients, and what the solver says of them.
 
@@ -196,6 +204,14 @@ class Steered(Weighting):
     def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
         """What `Steering.weigh` returns."""
         return self.steering.weigh(self.inner, gram, losses)
+
+    def units(self, gram: Tensor, losses: Tensor) -> Tensor | None:
+        """Those of the inner weighting."""
+        return self.inner.units(gram, losses)
+
+    def least_shares(self, n_objectives: int) -> tuple[float, ...] | None:
+        """What `Steering.least_shares` returns."""
+        return self.steering.least_shares(self.inner, n_objectives)
 
     def __repr__(self) -> str:
         return repr(self.inner)

@@ -98,10 +98,15 @@ class Ranks:
         self.max_(both)
         return bool((both[: len(values)] != -both[len(values) :]).any())
 
-    def agreed(self, what: str, value: Any) -> None:
-        """Raise ValueError, on every rank, if they do not all hold the same value."""
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agreed(self, what: str, value: Any) -> None:
+        """Raise ValueError, on every rank, if they do not all hold the same value."""
+        values = self.gathered(value)
         if any(other != values[0] for other in values):
             listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
             raise ValueError(f"{what} differ between ranks: {listed}")

@@ -37,6 +37,7 @@ class RowStore(ComparableStore):
         ranks: as for `GradientStore`.
         memory: how rows are kept.
         catcher: as for `GradientStore`.
+        places: as for `ComparableStore`.
 
     Attributes:
         flat: the blocks, one for each (dtype, device, share) among the parameters.
@@ -50,8 +51,9 @@ class RowStore(ComparableStore):
         ranks: Ranks | None = None,
         memory: Rows | None = None,
         catcher: Catcher | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(parameters, n_rows, ranks, catcher)
+        super().__init__(parameters, n_rows, ranks, catcher, places)
         self.memory = Rows() if memory is None else memory
         self.flat = FlatMemory(self.parameters, n_rows, ranks, self.memory)
         self.direction = SharedDirection(self.parameters, ranks, self.catcher, self.flat)
@@ -166,8 +168,7 @@ class RowStore(ComparableStore):
             return gram
         return gram_of([(block.rows_now, block.share) for block in self.flat.blocks], self.device)
 
-    def sketches(self) -> Sketches:
-        """As in `ComparableStore`."""
+    def _local_sketches(self) -> Sketches:
         if self._sketches is None:
             self._sketches = RowSketches(self.flat.blocks, self.ranks, self.device)
         return self._sketches()

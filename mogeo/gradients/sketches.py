@@ -39,6 +39,7 @@ class SketchedRows(ComparableStore):
         ranks: as for `GradientStore`.
         dimension: d, numbers kept per objective and kind (dtype, device, share) of parameters.
         catcher: as for `GradientStore`.
+        places: as for `ComparableStore`.
 
     Attributes:
         exact: whether gradients themselves are kept, since no kind of parameters has more than d elements.
@@ -54,8 +55,9 @@ class SketchedRows(ComparableStore):
         *,
         dimension: int,
         catcher: Catcher | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(parameters, n_rows, ranks, catcher)
+        super().__init__(parameters, n_rows, ranks, catcher, places)
         self.dimension = dimension
         self.device = self.parameters[0].device
         self._index = 0
@@ -118,16 +120,17 @@ class SketchedRows(ComparableStore):
         ]
         return torch.stack(parts).sum(0)
 
-    def sketches(self) -> Sketches:
-        """As in `ComparableStore`. Parts that lie on several ranks are sketched with signs of their own, and added."""
+    def _local_sketches(self) -> Sketches:
+        """Parts that lie on several ranks are sketched with signs of their own, and added."""
         parts, layout = [], []
         for sketch in self._sketches:
             rows = sketch.rows[:, : sketch.used]
             if sketch.kind.sharded and self.ranks is not None:
                 rows = self.ranks.sum_(sketch.projected() * sketch.kind.share)
             parts.append(rows.to(self.device))
-            layout.append((rows.shape[1], sketch.sizes, 1 if self.ranks is None else self.ranks.size))
-        return Sketches(torch.cat(parts, dim=1), None if self.exact and not self.sharded else self.dimension, layout)
+            layout.append((rows.shape[1], sketch.sizes))
+        dimension = None if self.exact and not self.sharded else self.dimension
+        return Sketches(torch.cat(parts, dim=1), dimension, tuple(layout))
 
     def combine_into(self, direction: SharedDirection, weights: Tensor) -> None:
         """Add the direction wᵀG to a store of the same parameters, if sketches are `exact`."""

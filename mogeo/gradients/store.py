@@ -6,6 +6,7 @@ sum, `mogeo.gradients.rows` every gradient whole, `mogeo.gradients.sketches` a s
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,11 +103,21 @@ class ComparableStore(GradientStore):
         n_rows: K.
         ranks: as for `GradientStore`.
         catcher: as for `GradientStore`.
+        places: of the parameters among all that the optimizer has, frozen ones included; by default in their order.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], n_rows: int, ranks: Ranks | None, catcher: Catcher | None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        n_rows: int,
+        ranks: Ranks | None,
+        catcher: Catcher | None,
+        places: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(parameters, ranks, catcher)
         self.n_rows = n_rows
+        self._places = tuple(range(len(self.parameters)) if places is None else places)
+        self._layout: str | None = None  # gathered when it is asked for
 
     @abstractmethod
     def select(self, row: int) -> None:
@@ -116,6 +127,21 @@ class ComparableStore(GradientStore):
     def gram(self) -> Tensor:
         """This rank's part of the Gram matrix G Gᵀ, fp64 [K, K], on `device`: the sum over ranks is the whole."""
 
-    @abstractmethod
     def sketches(self) -> Sketches:
-        """Sketches of complete gradients, on `device`, the same on all ranks. A collective."""
+        """Sketches of complete gradients, on `device`, the same on all ranks. A collective.
+
+        Their layout is a digest of which parts of which parameters each rank sketches: a checkpoint that one rank wrote
+        suits all of them or none, and gradients of other parameters, or cut in another way, are not averaged with
+        these, though they may have as many elements.
+        """
+        found = self._local_sketches()
+        if self._layout is None:
+            pairs = zip(self._places, self.parameters, strict=True)
+            mine = ([(place, tuple(p.shape), str(getattr(p, "placements", ""))) for place, p in pairs], found.layout)
+            of_all = [mine] if self.ranks is None else self.ranks.gathered(mine)
+            self._layout = hashlib.sha256(repr(of_all).encode()).hexdigest()
+        return found._replace(layout=self._layout)
+
+    @abstractmethod
+    def _local_sketches(self) -> Sketches:
+        """`sketches`, with a layout that tells of this rank's part alone."""

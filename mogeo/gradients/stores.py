@@ -120,7 +120,8 @@ class Captures:
             ranks = ranks_of(wanted.process_group)
             if ranks is not None:
                 ranks.agreed("the names or the order of the objectives", wanted.names)
-            self._make(mine, others, n_rows, ranks, wanted.memory, is_open)
+            places = _places(mine, wanted.groups())
+            self._make(mine, places, others, n_rows, ranks, wanted.memory, is_open)
         if keep == "direction" or not isinstance(wanted.memory, Sketch):
             self.sketches = None
         if keep == "sketches" and not self._has_sketches(len(wanted.names), facts, wanted.memory):
@@ -132,8 +133,8 @@ class Captures:
             assert isinstance(wanted.memory, Sketch)
             self.sketches = None  # freed first
             self.sketches = SketchedRows(
-                mine, len(wanted.names), self.direction.ranks,
-                dimension=wanted.memory.dimension, catcher=self._catcher,
+                mine, len(wanted.names), self.direction.ranks, dimension=wanted.memory.dimension,
+                catcher=self._catcher, places=_places(mine, wanted.groups()),
             )  # fmt: skip
 
     def _suits(self, n_rows: int, facts: Facts, others: list[Tensor], memory: Memory, is_open: bool) -> bool:
@@ -158,7 +159,14 @@ class Captures:
         )
 
     def _make(
-        self, mine: list[Tensor], others: list[Tensor], n_rows: int, ranks: Ranks | None, memory: Memory, is_open: bool
+        self,
+        mine: list[Tensor],
+        places: list[int],
+        others: list[Tensor],
+        n_rows: int,
+        ranks: Ranks | None,
+        memory: Memory,
+        is_open: bool,
     ) -> None:
         old = (self.rows, self._alone, self.plain) if is_open else (None, None, None)
         self.rows = self._alone = self.plain = None  # freed first, unless they hold a window
@@ -167,7 +175,7 @@ class Captures:
         catcher = self._catcher = Catcher(mine, hooks=ranks is None)
         rows = memory if isinstance(memory, Rows) else Rows()
         if n_rows:
-            self.rows = RowStore(mine, n_rows, ranks, rows, catcher)
+            self.rows = RowStore(mine, n_rows, ranks, rows, catcher, places)
         else:
             self._alone = SharedDirection(mine, ranks, catcher, FlatMemory(mine, 1, ranks, rows))
         self.plain = SharedDirection(others, ranks) if others else None
@@ -266,3 +274,9 @@ class Captures:
             store.catcher.abort()
             store.drop()
         self._is_clean = True
+
+
+def _places(parameters: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Where parameters stand among those of all groups."""
+    order = {id(parameter): place for place, parameter in enumerate(p for group in groups for p in group["params"])}
+    return [order[id(parameter)] for parameter in parameters]

@@ -37,6 +37,8 @@ class Weighting:
     needs_positive_losses: bool = False
     #: Whether `completed` does anything.
     completes: bool = False
+    #: Whether `steered` divides by the preference after it has applied the floor.
+    prefers_after_floor: bool = False
     #: Whether equal arguments give equal weights, so that ranks agree without asking each other.
     deterministic: bool = False
 
@@ -76,6 +78,16 @@ class Weighting:
     def preferring(self, preference: Tensor, gram: Tensor | None, losses: Tensor) -> Tensor:
         """Weights under a preference p among the objectives, fp64 [K], > 0, of mean 1; by default w·p."""
         return as_weights(self, self(gram, losses), losses) * preference
+
+    def units(self, gram: Tensor, losses: Tensor) -> Tensor | None:
+        """n, fp64 [K] > 0, where weights on g_k / n_k were found, and divided by n_k: shares are those of w n then. None
+        where they are those of w itself.
+        """
+        return None
+
+    def least_shares(self, n_objectives: int) -> tuple[float, ...] | None:
+        """What `solve` promises each of K objectives with a gradient of the sum of w n at least; None for nothing."""
+        return None
 
     def min_norm_problem(self) -> tuple[str, float, str] | None:
         """(normalize, power, apply_to) of the one min-norm problem that `solve` solves first (`mogeo.weightings.MGDA`).

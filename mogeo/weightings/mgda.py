@@ -47,6 +47,7 @@ class MGDA(Weighting):
     """
 
     deterministic = True
+    prefers_after_floor = True
 
     def __init__(
         self,
@@ -135,6 +136,10 @@ class MGDA(Weighting):
         weights = alpha if self.apply_to == "raw" else torch.where(alpha != 0, alpha / normalizers, 0.0)
         wrong = normalizers.isnan().any()
         return Solution(weights.masked_fill(wrong, torch.nan), gap, status.masked_fill(wrong, Status.NONPOSITIVE_LOSS))
+
+    def units(self, gram: Tensor, losses: Tensor) -> Tensor | None:
+        """The normalisers, where coefficients are divided by them to be weights."""
+        return self._normalizers(gram, losses) if self.apply_to == "normalized" else None
 
     def _required(self, gram: Tensor | None) -> Tensor:
         if gram is None:

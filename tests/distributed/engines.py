@@ -190,7 +190,10 @@ def train(
     steps: int = 4,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train on the same global batches, spread or not; weights per step, losses, and the parameters in full."""
+    """Train on the same global batches, spread or not; weights per step, losses, and the parameters in full.
+
+    With `track`, the estimates of the last step as well.
+    """
     net = make_net(dtype)
     model, replicas, replica = engine(net)
     base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
@@ -212,4 +215,5 @@ def train(
         "losses": torch.stack(losses),
         "norms": torch.stack(norms),
         "parameters": {name.removeprefix("module."): full(p) for name, p in model.named_parameters()},
+        "mean": report.mean,
     }

@@ -59,7 +59,11 @@ class Training:
     """
 
     def __init__(
-        self, engine: Callable[[Net], Spread], weighting: str = "group-dro(0.5)", several: bool = False
+        self,
+        engine: Callable[[Net], Spread],
+        weighting: str = "group-dro(0.5)",
+        several: bool = False,
+        **options: Any,
     ) -> None:
         self.model, self.replicas, self.replica = engine(make_net(torch.float64))
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -70,7 +74,7 @@ class Training:
         base: Any = torch.optim.AdamW(groups, lr=1e-2)
         if several:
             base = [torch.optim.SGD(groups[:1], momentum=0.9), torch.optim.AdamW(groups[1:], lr=1e-2)]
-        self.optimizer = MultiObjectiveOptimizer(base, weighting, max_grad_norm=0.7)
+        self.optimizer = MultiObjectiveOptimizer(base, weighting, max_grad_norm=0.7, **options)
 
     def run(self, steps: range) -> dict[str, Any]:
         """Train; what the steps left behind."""
