@@ -67,6 +67,8 @@ def fresh() -> Iterator[None]:
         ("min_norm", (GRAM, LOSSES, "loss+", 0.5, "normalized")),
         ("min_norm", (GRAM.expand(2, 5, 3, 3), LOSSES.expand(2, 5, 3), "loss", 1.0, "raw")),
         ("min_norm", (GRAM.expand(0, 3, 3), None, "none", 1.0, "raw")),
+        ("cagrad", (GRAM, LOSSES, 0.4, False)),
+        ("cagrad", (GRAM.expand(2, 5, 3, 3), LOSSES.expand(2, 5, 3), 0.4, True)),
     ],
 )
 def test_operators_keep_their_promises(operator: str, arguments: tuple[Any, ...]) -> None:
