@@ -81,7 +81,10 @@ class StepReport:
 
     @property
     def mean_cosines(self) -> Tensor | None:
-        """cos(ḡ_i, ḡ_j), fp64 [K, K]. NaN beside a gradient whose squared length is estimated as 0 or less."""
+        """cos(ḡ_i, ḡ_j), fp64 [K, K]: as products and lengths are estimated, so that it may lie beyond ±1.
+
+        NaN beside a gradient whose squared length is estimated as 0 or less.
+        """
         return None if self.mean is None else self.mean.gram / torch.outer(*[_root(self.mean.gram.diagonal())] * 2)
 
     @property
@@ -145,12 +148,16 @@ class StepReport:
         Without, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k, so that
         ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
 
+        With `track`, the weights come from the same estimate: under a guarantee of descent nobody is hurt by it, up to
+        what `evidence` left out.
+
         NaN beside a zero gradient; where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell;
-        and where a squared length is estimated as 0 or less.
+        with `track` where a squared length is estimated as 0 or less, or has no standard error yet.
         """
         if self.mean is not None:
-            gram = _nearest_gram(self.mean.gram)
-            return self._products(gram, self.weights) / self._reach(gram)
+            gram, lengths = _nearest_gram(self.mean.gram), self.mean.gram.diagonal()
+            known = (lengths > 0) & self.mean.error.diagonal().isfinite()
+            return (self._products(gram, self.weights) / self._reach(gram)).masked_fill(~known, torch.nan)
         if self.gram is None or self.grad_norms is None:
             return None
         # A gradient that was left out may be NaN, and 0 · NaN would spread.

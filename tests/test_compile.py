@@ -71,6 +71,8 @@ def fresh() -> Iterator[None]:
         ("psd_part", ((GRAM + torch.arange(18.0).view(2, 3, 3)).mT,)),
         ("psd_part", (GRAM.expand(2, 5, 3, 3),)),
         ("psd_part", (GRAM.expand(0, 3, 3),)),
+        ("cagrad", (GRAM, LOSSES, 0.4, False)),
+        ("cagrad", (GRAM.expand(2, 5, 3, 3), LOSSES.expand(2, 5, 3), 0.4, True)),
     ],
 )
 def test_operators_keep_their_promises(operator: str, arguments: tuple[Any, ...]) -> None:

@@ -30,7 +30,7 @@ from timing import synchronisation
 
 pytestmark = pytest.mark.gpu
 NAMES = ("help", "honesty", "truth")
-WEIGHTINGS = ["mgda-decoupled", "mgda-normalized", "group-dro", "uniform"]
+WEIGHTINGS = ["mgda-decoupled", "mgda-normalized", "group-dro", "uniform", "raco(0.4)"]
 
 
 def make_net(dtype: torch.dtype = torch.float32, device: str = "cuda") -> nn.Module:

@@ -43,7 +43,7 @@ def test_a_preference_names_every_objective(preference: dict[str, float]) -> Non
 
 
 @pytest.mark.parametrize("decider", DECIDERS)
-@pytest.mark.parametrize("weighting", ["mgda", "mgda-decoupled", "uniform", "group-dro", "upgrad"])
+@pytest.mark.parametrize("weighting", ["mgda", "mgda-decoupled", "uniform", "group-dro", "upgrad", "raco(0.4)"])
 def test_steering_reaches_the_weights(weighting: str, decider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name or in order; what it makes of weights is tests/decide/test_steering.py's."""
     let_decide(decider, monkeypatch)

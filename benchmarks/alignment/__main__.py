@@ -66,7 +66,8 @@ def main() -> None:
     tracked.add_argument("--seeds", type=int, default=5, metavar="N")
     tracked.add_argument("--first-seed", type=int, default=20, metavar="S", help="S ... S+N-1 (default: %(default)s)")
     tracked.add_argument("--regime", action="append", choices=compare.REGIMES, help="repeat (default: all)")
-    tracked.add_argument("--method", action="append", choices=compare.TRACKED, help="repeat (default: all)")
+    tracked.add_argument("--method", action="append", metavar="M", help="repeat (default: those of the table)")
+    tracked.add_argument("--lr", type=float, help="one learning rate for all (default: chosen for each method)")
     for name, measurement in MEASUREMENTS.items():
         measurement.add_arguments(commands.add_parser(name))
     real_model.add_arguments(commands.add_parser("real"))
@@ -89,7 +90,7 @@ def main() -> None:
         report.report(options.output)
     elif options.command == "tracked":
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        setting.tracked(list(seeds), options.regime or compare.REGIMES, options.method)
+        setting.tracked(list(seeds), options.regime or compare.REGIMES, options.method, options.lr)
     elif options.command in MEASUREMENTS:
         setting.starts(list(range(options.first_seed, options.first_seed + options.seeds)), controlled=())
         found = MEASUREMENTS[options.command].run(options, options.output / options.command, setting.scratch)

@@ -142,15 +142,22 @@ class World:
         twins = [{**r["cell"], "method": static_method(r), "twin of": r["cell"]["method"]} for r in of]
         return self.run(name, twins)
 
-    def tracked(self, seeds: list[int], regimes: Sequence[str], methods: Sequence[str] | None = None) -> list[Result]:
+    def tracked(
+        self, seeds: list[int], regimes: Sequence[str], methods: Sequence[str] | None = None, rate: float | None = None
+    ) -> list[Result]:
         """Methods with and without tracked gradients, each at its own learning rate, and static twins of the former.
 
         Args:
             seeds: of the runs.
             regimes: in which they are compared.
-            methods: as in `TRACKED`; None: all.
+            methods: such as those in `TRACKED`; None: all of these.
+            rate: one learning rate for all, kept apart; None: each method has the one that is chosen for it.
         """
         methods = methods or self.sizes.tracked
+        if rate is not None:
+            self.starts(seeds, controlled=())
+            cells = [cell_of(r, method, rate, seed) for r in regimes for seed in seeds for method in methods]
+            return self.run("tracked at one rate", cells)
         self.starts([*self.sizes.selection_seeds, *seeds], controlled=())
         rates = self._chosen("selection tracked", methods, self.sizes.tracked_rates)
         results = []

@@ -28,21 +28,28 @@ def parts(folder: Path) -> list[str]:
 
 
 def tracked(folder: Path) -> list[str]:
-    """Methods with and without tracked gradients."""
+    """Methods with and without tracked gradients, at learning rates chosen for each, and at one for all."""
     selection = tables.read(folder / "selection tracked")
-    if not selection:
-        return []
-    told = ["## Tracked gradients: learning rates", tables.selection(selection, merit)]
-    results = sorted(tables.read(folder / "tracked"), key=lambda r: tables.rank(r, TRACKED))
+    told = ["## Tracked gradients: learning rates", tables.selection(selection, merit)] if selection else []
+    before = [r for r in tables.read(folder / "before") if r["cell"]["method"] == "before"]
+    told += _compared(tables.read(folder / "tracked"), before, "")
+    at_one = tables.read(folder / "tracked at one rate")
+    for rate in sorted({r["cell"]["lr"] for r in at_one}):
+        told += _compared([r for r in at_one if r["cell"]["lr"] == rate], before, f", all at {rate:g}")
+    return told
+
+
+def _compared(results: Sequence[Result], before: Sequence[Result], at: str) -> list[str]:
+    """Tables of runs, regime by regime."""
+    told: list[str] = []
     for regime in REGIMES:
-        ours = [r for r in results if r["cell"]["regime"] == regime]
+        ours = sorted((r for r in results if r["cell"]["regime"] == regime), key=lambda r: tables.rank(r, TRACKED))
         if not ours:
             continue
         seeds = {r["cell"]["seed"] for r in ours}
-        before = [r for r in tables.read(folder / "before") if r["cell"]["method"] == "before"]
         runs = tables.by_label([*(r for r in before if r["cell"]["seed"] in seeds), *ours])
         told += [
-            f"## Tracked gradients, {regime}, seeds {min(seeds)} to {max(seeds)}",
+            f"## Tracked gradients, {regime}, seeds {min(seeds)} to {max(seeds)}{at}",
             tables.levels(runs, tables.WORLD_COLUMNS, counts={"seeds with nobody below 50": tables.nobody_lost}),
         ]
         kinds: dict[str, tuple[Callable[[str, str], tables.Metric], str]] = {

@@ -291,7 +291,10 @@ def normalized_min_norm(
 
 
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
-    """row += S gradient, with what `sketch_tables` returned for this tensor; arguments as checked."""
+    """row += S gradient, with what `sketch_tables` returned for this tensor; arguments as checked.
+
+    Of K gradients [K, n] into K rows [K, d] as well.
+    """
     torch.ops.mogeo.sketch_(row, gradient.detach(), chunks, signs)
 
 

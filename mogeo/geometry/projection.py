@@ -115,6 +115,16 @@ class SignedSketch:
             )
         ops.sketch_(row, gradient, self.chunks[index], self.signs)
 
+    def add_rows_(self, rows: Tensor, index: int, gradients: Tensor) -> None:
+        """rows[k] += S_index gradients[k] for all k: on a CPU in one pass over the chunks. Arguments are not checked.
+
+        Args:
+            rows: [K, d], fp32 or fp64, contiguous.
+            index: which of the tensors in `sizes` each gradient is.
+            gradients: [K, n], no wider than the rows, each gradient contiguous.
+        """
+        ops.sketch_(rows, gradients, self.chunks[index], self.signs)
+
 
 def _signs(count: int, generator: torch.Generator) -> Tensor:
     """±1, int8 [count]."""

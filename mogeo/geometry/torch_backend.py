@@ -177,19 +177,20 @@ def sketch_tables(signs: Tensor, chunks: Sequence[Tensor], device: torch.device)
 
 
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
-    """row += S gradient, as `mogeo.geometry.projection.SignedSketch` says.
+    """row += S gradient, as `mogeo.geometry.projection.SignedSketch` says; or of K rows [K, d] and gradients [K, n].
 
     Per chunk two fused multiply-adds, of what lies before and behind the end of the buckets.
     """
-    flat, dimension = gradient.reshape(-1), len(row)
-    for start, (rotation, window, sign) in zip(range(0, len(flat), dimension), chunks.tolist(), strict=True):
-        chunk = flat[start : start + dimension].to(row.dtype)
+    flat, dimension = gradient if row.ndim == 2 else gradient.reshape(-1), row.shape[-1]
+    for start, (rotation, window, sign) in zip(range(0, flat.shape[-1], dimension), chunks.tolist(), strict=True):
+        chunk = flat[..., start : start + dimension].to(row.dtype)
         mine = signs[window : window + dimension].to(row.dtype)
-        split = min(dimension - rotation, len(chunk))
-        wrapped = len(chunk) - split
-        row[rotation : rotation + split].addcmul_(chunk[:split], mine[rotation : rotation + split], value=sign)
+        split = min(dimension - rotation, chunk.shape[-1])
+        wrapped = chunk.shape[-1] - split
+        end = rotation + split
+        row[..., rotation:end].addcmul_(chunk[..., :split], mine[rotation:end], value=sign)
         if wrapped:
-            row[:wrapped].addcmul_(chunk[split:], mine[:wrapped], value=sign)
+            row[..., :wrapped].addcmul_(chunk[..., split:], mine[:wrapped], value=sign)
 
 
 def _normalizers(squared_norms: Tensor, losses: Tensor | None, normalize: str, power: float) -> Tensor:

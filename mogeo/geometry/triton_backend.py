@@ -118,8 +118,10 @@ sketch_tables = sketch_kernels.tables
 
 
 def sketch_(row: Tensor, gradient: Tensor, chunks: Tensor, signs: Tensor) -> None:
-    """row += S gradient, with what `sketch_tables` returned."""
-    sketch_kernels.sketch_(row, gradient, chunks, signs)
+    """row += S gradient, with what `sketch_tables` returned; or of K rows [K, d] and gradients [K, n]."""
+    pairs = [(row, gradient)] if row.ndim == 1 else zip(row, gradient, strict=True)
+    for target, source in pairs:
+        sketch_kernels.sketch_(target, source, chunks, signs)
 
 
 def _suits(rows: Tensor) -> bool:

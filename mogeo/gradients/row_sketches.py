@@ -71,12 +71,11 @@ class _BlockSketch:
         result = torch.zeros(block.n_rows, width, dtype=dtype, device=rows.device)
         first = self._ranks.rank if in_pieces and self._ranks is not None else 0
         size = self._columns // self._pieces
-        for target, row in zip(result, rows, strict=True):
-            for index, piece in enumerate(row.split(size), start=first):
-                if self._sketch is None:
-                    target[index * size : (index + 1) * size] = piece
-                else:
-                    self._sketch.add_(target, index, piece)
+        for index, piece in enumerate(rows.split(size, dim=1), start=first):
+            if self._sketch is None:
+                result[:, index * size : (index + 1) * size] = piece
+            else:
+                self._sketch.add_rows_(result, index, piece)
         if self._ranks is not None and (in_pieces or block.kind.sharded):
             device = block.direction.device  # where ranks meet
             result = self._ranks.sum_(result.to(device) * block.share)

@@ -80,8 +80,9 @@ class Weighting:
         return as_weights(self, self(gram, losses), losses) * preference
 
     def units(self, gram: Tensor, losses: Tensor) -> Tensor | None:
-        """n, fp64 [K] > 0, where weights on g_k / n_k were found, and divided by n_k: shares are those of w n then.
-        None where they are those of w itself.
+        """n, fp64 [K] > 0, where the weights are coefficients divided by n, as those of g_k / n_k are.
+
+        Then w n are the shares of objectives. None: the weights are shares themselves.
         """
         return None
 

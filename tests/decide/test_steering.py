@@ -18,7 +18,7 @@ from mogeo import weightings
 from mogeo.decide.steering import AnyWeighting, Steering
 from mogeo.geometry.exact_min_norm import Status
 from mogeo.geometry.ops import MinNorm
-from mogeo.weightings import MGDA, GroupDRO, UPGrad, Weighting, mgda, resolve, upgrad
+from mogeo.weightings import MGDA, CAGrad, GroupDRO, UPGrad, Weighting, cagrad, mgda, resolve, upgrad
 from tests.decide.test_on_device import nothing_waits
 from tests.profiles import examples
 from tests.reference import exact
@@ -44,7 +44,7 @@ def signed(gram: Tensor | None, losses: Tensor) -> list[float]:
 def every_weighting(count: int) -> list[AnyWeighting]:
     """One of each kind, fresh."""
     ascending = ", ".join(str(k + 1) for k in range(count))
-    named = ["uniform", f"linear({ascending})", "group-dro(0.5)", *FAMILY, "upgrad"]
+    named = ["uniform", f"linear({ascending})", "group-dro(0.5)", *FAMILY, "upgrad", "cagrad", "raco"]
     return [*map(resolve, named), signed]
 
 
@@ -85,7 +85,7 @@ def test_a_uniform_preference_changes_no_bit(gram: Tensor, seed: int, each: floa
     for position, plain in enumerate(every_weighting(len(gram))):
         expected = plain(gram.clone(), losses.clone())
         gap = status = None
-        if isinstance(plain, (MGDA, UPGrad)):
+        if isinstance(plain, (MGDA, UPGrad, CAGrad)):
             _, gap, status = plain.solve(gram, losses)[:3]
         for steering in steerings:
             found = steering.weigh(every_weighting(len(gram))[position], gram, losses)
@@ -296,7 +296,7 @@ def test_other_weights_are_mixed_with_their_mean(gram: Tensor, data: st.DataObje
             assert bool((after[takes_part] >= floor * total * (1 - 1e-12)).all())
 
 
-@pytest.mark.parametrize("name", [*FAMILY, "upgrad"])
+@pytest.mark.parametrize("name", [*FAMILY, "upgrad", "raco"])
 @given(grams(WELL_POSED, min_k=2), st.integers(-60, 60), st.integers(0, 99))
 @FEW
 def test_a_common_scale_of_the_gradients_scales_the_weights(name: str, gram: Tensor, exponent: int, seed: int) -> None:
@@ -505,6 +505,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mgda, "normalized_min_norm", solved)
     monkeypatch.setattr(mgda, "min_norm_weights", solved)
     monkeypatch.setattr(upgrad, "descent_weights", lambda gram, weights: solved(gram)._replace(weights=weights))
+    monkeypatch.setattr(cagrad, "conflict_averse_weights", lambda gram, *arguments, clipped: solved(gram))
     gram, losses = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for weighting in [*every_weighting(2)[:-1], lambda gram, losses: losses]:
         for steering in (Steering(), Steering([1, 2]), Steering(None, 0.1), Steering([1, 2], 0.1, 0.9)):

@@ -80,8 +80,15 @@ def approximately(value, atol):
         (TORCHRUN, ["--fsdp", "--max-grad-norm", "0.5"]),
         (TORCHRUN, ["--fsdp", "--weighting", "linear(1,0)"]),
         (ACCELERATE, []),
+        (TORCHRUN, ["--track", "0.8"]),
     ],
-    ids=["ddp, micro-batches and sketches", "fsdp, clipping", "fsdp, a loss without a backward", "accelerate"],
+    ids=[
+        "ddp, micro-batches and sketches",
+        "fsdp, clipping",
+        "fsdp, a loss without a backward",
+        "accelerate",
+        "tracked",
+    ],
 )
 def test_two_ranks_give_what_one_process_gives(align, tmp_path, launcher, options):
     process = launch(launcher, align("two", "--max-steps", "7", *options))
@@ -114,6 +121,16 @@ def test_shards_go_on_where_one_process_stopped(align, tmp_path, monkeypatch):
     assert cli.main(align("whole", *steps)) == 0
     finish(process)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_tracked_run_that_goes_on_in_shards_says_that_its_averages_begin_anew(align, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 3)
+    steps = ["--max-steps", "7", "--track", "0.8"]
+    assert cli.main(align("cut", *steps)) == 130
+    told = finish(launch(TORCHRUN, align("cut", *steps, "--fsdp", "--resume")))
+    assert "averages of gradients over steps (track=) begin anew" in told
+    evidence = [sum(r["evidence"].values()) for r in records(tmp_path / "cut") if r["kind"] == "train"]
+    assert evidence[3] == 0  # of the fourth step alone, nothing can be told
 
 
 def until(holds, process):

@@ -300,6 +300,15 @@ def test_a_batch_is_its_problems(backend: Backend) -> None:
     assert backend.conflict_averse_weights(stacked[:0], bases.view(4, 3)[:0], 0.4).weights.shape == (0, 3)
 
 
+@everywhere
+@pytest.mark.parametrize(("k", "seed"), [(5, 33), (6, 1), (6, 9), (6, 10)])
+def test_what_fp64_cannot_certify_is_solved_with_more_digits(backend: Backend, k: int, seed: int) -> None:
+    """Rank 2, norms eight decades apart, and f is zero from the origin to the far side of a ball that touches it."""
+    gram = torch.from_numpy(FAMILIES["low rank, norms apart"](np.random.default_rng([seed, k]), k))
+    found = backend.conflict_averse_weights(gram, torch.ones(k, dtype=torch.float64), 1.0)
+    assert found.status in (Status.OPTIMAL, Status.UNDECIDED)
+
+
 @pytest.mark.parametrize("k", [33, 64])
 def test_more_objectives_than_a_kernel_takes(k: int) -> None:
     gram = torch.from_numpy(FAMILIES["gaussian, N = K + 1"](np.random.default_rng(0), k))

@@ -71,7 +71,7 @@ class Entry:
     @property
     def targets(self) -> tuple[str, ...]:
         """Where it is compiled: everywhere, unless that takes long and the rest of the table says as much."""
-        if self.kernel == "descent" or (self.kernel == "min_norm" and self.count <= 8) or self.candidate:
+        if self.kernel in ("descent", "cagrad") or (self.kernel == "min_norm" and self.count <= 8) or self.candidate:
             return ("sm_90", "sm_100")
         if self.kernel == "combine" and self.count == 32:
             return ("sm_80", "sm_90", "sm_100")
@@ -105,6 +105,7 @@ ENTRIES = (
     Entry("min_norm", 4, _FP64, "l2, power 0.5"),
     *(Entry("descent", k, _FP64) for k in (4, 32)),
     *(Entry("psd_part", k, _FP64) for k in (4, 8, 32)),
+    *(Entry("cagrad", k, _FP64) for k in (4, 8, 16, 32)),
     *(Entry("sketch", 1, dtype) for dtype in (_BF16, _FP16, _FP32, _FP64)),
     Entry("sketch", 1, _BF16, "in one part"),
     Entry("sketch", 1, _BF16, "any dimension"),
@@ -193,6 +194,13 @@ def _psd_part(entry: Entry) -> Launch:
     return psd.launch(_empty(entry.count, entry.count), _empty(entry.count, entry.count))
 
 
+def _cagrad(entry: Entry) -> Launch:
+    from mogeo.kernels import cagrad
+
+    k = entry.count
+    return cagrad.launch(_empty(k, k), _empty(k), _empty(k), _empty(), _empty(dtype=torch.int64), 0.4, clipped=True)
+
+
 def _sketch(entry: Entry) -> Launch:
     from mogeo.kernels import sketch
 
@@ -221,6 +229,7 @@ _LAUNCHES: dict[str, Callable[[Entry], Launch]] = {
     "min_norm": _min_norm,
     "descent": _descent,
     "psd_part": _psd_part,
+    "cagrad": _cagrad,
     "sketch": _sketch,
     "sketch_reduce": _sketch_reduce,
 }
@@ -451,7 +460,8 @@ lie at any place), that `gram_dot`, and nothing else, uses tensor cores, and tha
 the list below the table says why fewer are.
 
 - **kernel, case**: the function in `kernels/`, and what is out of the ordinary. Ordinary are rows aligned to 16 bytes,
-  directions clipped and measured, and for `min_norm` objectives normalised by their losses, some of them absent.
+  directions clipped and measured, and for `min_norm` objectives normalised by their losses, some of them absent;
+  `cagrad` is RACO's, which clips.
 - **K, dtype**: rows or objectives, and the dtype of the rows, or else of what is computed. The rows are those of a
   model of 10⁹ parameters; a sketch of them has 2¹⁸ buckets.
 - **sm_80** (A100), **sm_90** (H100), **sm_100** (B200): registers of a thread, of 255.

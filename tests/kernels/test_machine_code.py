@@ -170,11 +170,11 @@ def test_both_variants_are_in_the_table(codes: Codes) -> None:
     functions = {code.function for entry in ENTRIES for code in codes[entry.name].values()}
     assert functions == {
         "gram_rows", "gram_dot", "gram_reduce", "combine", "settle", "scale", "min_norm", "descent", "psd_part",
-        "sketch", "sketch_reduce",
+        "cagrad", "sketch", "sketch_reduce",
     }  # fmt: skip
 
 
-@each("min_norm", "descent", "psd_part")
+@each("min_norm", "descent", "psd_part", "cagrad")
 def test_solver_computes_in_fp64(codes: Codes, entry: Entry) -> None:
     assert not offenders(codes, entry, lambda code: code.fp64_fma > 0)
 

@@ -18,6 +18,7 @@ from tests.strategies import FAMILIES
 
 MGDA_FAMILY = ["mgda", "mgda-normalized", "mgda-decoupled", "gapo(0.5)"]
 ALL = ["uniform", "linear(0.1, 0.2, 0.3, 0.4)", "group-dro", *MGDA_FAMILY]
+AVERSE = ["cagrad(0.5)", "raco(0.5)"]
 # Where the decoupled direction has no freedom left to blur a comparison of weights.
 WELL_POSED = ["gaussian, N = 1000", "gaussian, N = K + 1", "strong conflict"]
 
@@ -71,7 +72,7 @@ def test_mgda_never_conflicts(problem: tuple[Tensor, Tensor]) -> None:
     assert (slopes >= weights @ slopes - 1e-12 * gram.diagonal().max()).all()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *AVERSE])
 @given(problem=problems(), order=st.permutations(range(4)))
 def test_permutation_equivariant(name: str, problem: tuple[Tensor, Tensor], order: list[int]) -> None:
     gram, losses = problem
@@ -83,7 +84,7 @@ def test_permutation_equivariant(name: str, problem: tuple[Tensor, Tensor], orde
     assert_same_weights(weights_of(name, *permuted), weights_of(name, gram, losses)[order])
 
 
-@pytest.mark.parametrize("name", ["uniform", "linear(0.1, 0.2, 0.3, 0.4)", "mgda", "mgda-decoupled"])
+@pytest.mark.parametrize("name", ["uniform", "linear(0.1, 0.2, 0.3, 0.4)", "mgda", "mgda-decoupled", *AVERSE])
 @given(problem=problems(), exponent=st.integers(-20, 20))
 def test_grad_scaler_changes_no_bit(name: str, problem: tuple[Tensor, Tensor], exponent: int) -> None:
     """GradScaler multiplies gradients (and, where they are passed scaled, losses) by a power of two."""
@@ -159,7 +160,7 @@ def test_a_loss_that_divides_must_be_positive(normalize: str, loss: float) -> No
         MGDA(normalize)(gram, torch.tensor([1.0, loss]))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [*ALL, "upgrad"])
+@pytest.mark.parametrize("name", [*ALL, *AVERSE, "upgrad"])
 @given(problem=problems(), scale=st.floats(0.01, 100.0))
 def test_a_preference_without_a_favourite_changes_no_direction(
     name: str, problem: tuple[Tensor, Tensor], scale: float
@@ -271,9 +272,9 @@ def test_group_dro_resumes() -> None:
         first(None, torch.ones(3))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *AVERSE, "upgrad", "cagrad", "raco"])
 def test_repr_is_the_name(name: str) -> None:
-    canonical = {"group-dro": "group-dro(0.01)"}.get(name, name)
+    canonical = {"group-dro": "group-dro(0.01)", "cagrad": "cagrad(0.4)", "raco": "raco(0.4)"}.get(name, name)
     assert repr(resolve(name)) == canonical
     assert repr(resolve(canonical)) == canonical
 
@@ -295,6 +296,9 @@ def test_registry_knows_every_name() -> None:
         ("mgda(2)", "write mgda"),
         ("linear(a, b)", "must be numbers"),
         ("group-dro(-1)", "step_size -1.0"),
+        ("cagrad(-0.1)", "c=-0.1: pass a finite number ≥ 0"),
+        ("raco(inf)", "c=inf"),
+        ("raco(0.4, 1)", r"write raco, or raco\(0.4\)"),
     ],
 )
 def test_a_bad_name_says_what_to_write(spec: str, message: str) -> None:
