@@ -71,7 +71,7 @@ class _BlockSketch:
         result = torch.zeros(block.n_rows, width, dtype=dtype, device=rows.device)
         first = self._ranks.rank if in_pieces and self._ranks is not None else 0
         size = self._columns // self._pieces
-        for index, piece in enumerate(rows.split(size, dim=1), start=first):
+        for index, piece in enumerate(torch.split(rows, size, dim=1), start=first):
             if self._sketch is None:
                 result[:, index * size : (index + 1) * size] = piece
             else:
