@@ -196,6 +196,9 @@ class State:
             groups: of the base optimizer.
         """
         decided, absent = found.decision, step.absent(len(self.names))
+        device, mean = decided.weights.device, decided.mean
+        if step.held and self.tracked is not None and self.tracked.estimate is not None:
+            mean = self.tracked.estimate.to(device)
         self._go_on(step, decided, absent)
         parameters: tuple[str, ...] = ()
         if found.gram_by_parameter is not None:
@@ -208,7 +211,7 @@ class State:
             squared_norm=found.squared_norm,
             clip_factor=found.clip_factor,
             nonfinite=decided.nonfinite,
-            absent=constant_tensor(absent, torch.bool, decided.weights.device).clone(),  # the report is the user's
+            absent=constant_tensor(absent, torch.bool, device).clone(),  # the report is the user's
             nonfinite_counts=self.nonfinite_counts.clone(),
             absent_counts=self.absent_counts.clone(),
             optimality_gap=decided.gap,
@@ -218,7 +221,7 @@ class State:
             parameters=parameters,
             gram_by_parameter=found.gram_by_parameter,
             age=self.held.age if step.held else 0,
-            mean=decided.mean if self.tracked is None or not step.held else self.tracked.estimate,
+            mean=mean,
         )
 
     def _go_on(self, step: Step, decided: Decision, absent: tuple[bool, ...]) -> None:

@@ -1,12 +1,12 @@
 """Objectives whose gradients have means of one's choosing, and noise: for tests of `track`.
 
-Losses are linear in the parameters, so that gradients are what a test says, wherever the parameters are. Knows nothing
-of what is tested.
+Gradients are what a test says, wherever the parameters are. Knows nothing of what is tested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,21 @@ import mogeo
 from mogeo import MultiObjectiveOptimizer
 
 
-class Linear(nn.Module):
+class _Given(torch.autograd.Function):
+    """A loss with a value and a gradient of one's choosing."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, row: Tensor, value: float) -> Tensor:
+        ctx.save_for_backward(row)
+        return flat.new_tensor(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (row,) = ctx.saved_tensors
+        return grad * row, None, None
+
+
+class Chosen(nn.Module):
     """N parameters in a matrix and a vector."""
 
     def __init__(self, columns: int, dtype: torch.dtype = torch.float64) -> None:
@@ -26,9 +40,10 @@ class Linear(nn.Module):
     def losses(self, rows: Tensor, values: Sequence[float | None] | None = None) -> dict[str, Tensor | None]:
         """Losses "0", "1", … on one graph, with the gradients `rows` [K, N] and these values, 1 by default."""
         values = [1.0] * len(rows) if values is None else values
-        inner = rows.to(self.vector.dtype) @ torch.cat([self.matrix.flatten(), self.vector])
+        flat = torch.cat([self.matrix.flatten(), self.vector])
         return {
-            str(k): None if value is None else inner[k] - inner[k].detach() + value for k, value in enumerate(values)
+            str(k): None if value is None else _Given.apply(flat, row.to(flat.dtype), value)
+            for k, (row, value) in enumerate(zip(rows, values, strict=True))
         }
 
     def grad(self) -> Tensor:
@@ -63,14 +78,14 @@ def draws(means: Tensor, noise: float | Sequence[float], seed: int, steps: int) 
         yield means + deviation * torch.randn(means.shape, dtype=torch.float64, generator=generator)
 
 
-def optimizer_of(net: Linear, weighting: object = "uniform", **options: object) -> MultiObjectiveOptimizer:
+def optimizer_of(net: Chosen, weighting: object = "uniform", **options: object) -> MultiObjectiveOptimizer:
     base = torch.optim.SGD(net.parameters(), lr=0.1)
     return MultiObjectiveOptimizer(base, weighting, **{"track": 0.95, **options})  # type: ignore[arg-type]
 
 
 def reports(
     optimizer: MultiObjectiveOptimizer,
-    net: Linear,
+    net: Chosen,
     steps: Iterable[Tensor],
     values: Sequence[float | None] | None = None,
 ) -> list[mogeo.StepReport]:

@@ -56,8 +56,13 @@ class Estimate(NamedTuple):
     seen: Tensor
     #: How far each mean gradient can be told from zero, [K]: 0 up to two standard errors, 1 from three on.
     evidence: Tensor
-    #: ⟨g_i, g_j⟩ of this step's mini-batch, as sketches tell it, [K, K]; 0 where an objective took no part.
+    #: ⟨g_i, g_j⟩ of this step's mini-batch, as sketches tell it, [K, K]; 0 where an objective took no part. NaN where
+    #: the step was one before the state was loaded.
     of_step: Tensor
+
+    def to(self, device: torch.device) -> Estimate:
+        """The same on another device."""
+        return Estimate(*(part.to(device) for part in self))
 
 
 class MeanGradients:
@@ -71,7 +76,7 @@ class MeanGradients:
 
     Attributes:
         decay: as given. It may be changed at any time.
-        estimate: after the last step that was taken over; None before the first.
+        estimate: after the last step that was taken over, here or before the state was loaded; None before the first.
     """
 
     def __init__(self, decay: Decay) -> None:
@@ -82,6 +87,7 @@ class MeanGradients:
         """Begin anew."""
         self.estimate: Estimate | None = None
         self._layout = ""
+        self._dimension: int | None = None
         self._kept: _Kept | None = None
         self._proposed: _Proposed | None = None
 
@@ -98,7 +104,7 @@ class MeanGradients:
         after, of_step = kept.with_step(sketches.rows, losses, present, self._decays(kept))
         estimate = _estimated(after, of_step, sketches.dimension)
         after = after._replace(window=_next_windows(after.window, estimate))
-        self._proposed = _Proposed(after, estimate, repr(sketches.layout), suits)
+        self._proposed = _Proposed(after, estimate, repr(sketches.layout), sketches.dimension, suits)
         return estimate
 
     def _suits(self, sketches: Sketches) -> bool:
@@ -114,7 +120,7 @@ class MeanGradients:
         proposed, self._proposed = self._proposed, None
         if proposed is None:
             return True
-        self.estimate, self._layout = proposed.estimate, proposed.layout
+        self.estimate, self._layout, self._dimension = proposed.estimate, proposed.layout, proposed.dimension
         if self._kept is not None and proposed.suits and self._kept.lies_with(proposed.kept):
             for mine, new in zip(self._kept, proposed.kept, strict=True):
                 mine.copy_(new)  # in place, so that a replayed CUDA graph goes on from where it stood
@@ -143,14 +149,15 @@ class MeanGradients:
         """Averages, [K, D], and some [K, K] beside them; {} before the first step."""
         if self._kept is None:
             return {}
-        return {"layout": self._layout, **self._kept._asdict()}
+        return {"layout": self._layout, "dimension": self._dimension, **self._kept._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Its tensors move to the device of the next sketches."""
         self.forget()
         if state_dict:
-            self._layout = state_dict["layout"]
+            self._layout, self._dimension = state_dict["layout"], state_dict["dimension"]
             self._kept = _Kept(**{name: state_dict[name] for name in _Kept._fields})
+            self.estimate = _estimated(self._kept, torch.full_like(self._kept.both, torch.nan), self._dimension)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_proposed": None}
@@ -238,6 +245,7 @@ class _Proposed(NamedTuple):
     kept: _Kept
     estimate: Estimate
     layout: str
+    dimension: int | None
     suits: bool
 
 
