@@ -208,6 +208,7 @@ def after_three_steps(
     ("compiler", "kind", "options"),
     [
         ("eager", mogeo.MultiObjectiveOptimizer, {}),
+        ("eager", mogeo.MultiObjectiveOptimizer, {"track": 0.9, "guarantee_descent": True}),
         *slow_but([("aot_eager", Narrated, {"sketch": 64})]),
         *slow_but([("aot_eager", mogeo.MultiObjectiveOptimizer, {"refresh_every": 2})]),
     ],

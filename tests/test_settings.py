@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -27,6 +29,11 @@ from tests.nets import Net, flat_grad, gradient_rows, inputs, separate_losses, s
         ({"min_weight": -0.1}, "min_weight"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"refresh_every": 0}, "refresh_every=0"),
+        ({"track": 0.0}, "track=0.0: pass a decay β, 0 < β < 1"),
+        ({"track": 1}, "track=1: pass a decay"),
+        ({"track": -0.5}, "track=-0.5"),
+        ({"track": float("nan")}, "track=nan"),
+        ({"track": float("inf")}, "track=inf"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
@@ -107,6 +114,11 @@ def test_a_loss_that_cannot_divide_is_named_with_steering_too(decider: str, monk
         ({"memory": 64}, "memory=64"),
         ({"objectives": "abc"}, "objectives='abc'"),
         ({"weighting": 3}, "weighting=3"),
+        ({"track": True}, "track=True: pass a decay β"),
+        ({"track": "0.95"}, "track='0.95': pass a decay β, 0 < β < 1, such as 0.95; \"auto\"; or None"),
+        ({"track": "Auto"}, "track='Auto'"),
+        ({"track": [0.9]}, r"track=\[0.9\]"),
+        ({"track": torch.tensor(0.9)}, "track=tensor"),
     ],
 )
 def test_arguments_of_another_type_are_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -169,6 +181,10 @@ CHANGES: list[tuple[str, Any, Any]] = [
     ("host_rows", False, True),
     ("memory", Sketch(64), Rows(dtype=torch.bfloat16)),
     ("refresh_every", 9, 1),
+    ("track", None, 0.9),
+    ("track", 0.9, None),
+    ("track", 0.9, "auto"),
+    ("track", "auto", 0.5),
 ]
 
 
@@ -228,6 +244,8 @@ def test_smoothing_goes_on_from_what_it_remembers_and_begins_anew_after_none() -
         ({"weighting": "uniform"}, "preference", (1.0, 2.0, 3.0)),
         ({"weighting": "uniform"}, "min_weight", 0.1),
         ({"weighting": "uniform"}, "guarantee_descent", True),
+        ({"weighting": "uniform"}, "track", 0.9),
+        ({"weighting": "uniform", "track": 0.9}, "track", None),
         ({"weighting": "mgda"}, "weighting", "uniform"),
         ({"weighting": "mgda"}, "memory", Sketch(64)),
         ({"weighting": "mgda"}, "sketch", 64),
@@ -255,7 +273,13 @@ def test_a_value_that_does_not_fit_leaves_the_old_one() -> None:
     optimizer = wrapped(net, min_weight=0.1)
     optimizer.backward(shared_losses(net, inputs()))
     optimizer.step()
-    for name, value in (("min_weight", 0.9), ("preference", (1.0, 2.0)), ("smoothing", 1.0), ("refresh_every", 0)):
+    for name, value in (
+        ("min_weight", 0.9),
+        ("preference", (1.0, 2.0)),
+        ("smoothing", 1.0),
+        ("refresh_every", 0),
+        ("track", 1.5),
+    ):
         before = getattr(optimizer, name)
         with pytest.raises(ValueError, match=name):
             setattr(optimizer, name, value)
@@ -286,11 +310,12 @@ def test_a_first_call_that_fails_leaves_no_order_behind() -> None:
 
 def test_the_same_value_again_changes_nothing() -> None:
     net = Net()
-    optimizer = wrapped(net, "mgda", refresh_every=9, smoothing=0.5)
+    optimizer = wrapped(net, "mgda", refresh_every=9, smoothing=0.5, track=0.9)
     optimizer.backward(shared_losses(net, inputs()))
     optimizer.step()
     optimizer.backward(shared_losses(net, inputs()))
     optimizer.memory, optimizer.smoothing, optimizer.weighting = Rows(), 0.5, optimizer.weighting
+    optimizer.track = 0.9
     assert optimizer.combine().age == 1
 
 
@@ -337,3 +362,12 @@ def test_leaving_sketches_gives_back_their_memory_and_hooks() -> None:
     step()
     gc.collect()
     assert len(parameter._post_accumulate_grad_hooks) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("track", [0.95, "auto", None])
+def test_a_decay_of_averages_is_kept_as_given_and_saved(track: Any) -> None:
+
+    optimizer = wrapped(Net(), track=numpy.float64(track) if isinstance(track, float) else track)
+    assert optimizer.track == track
+    assert type(optimizer.track) is type(track)
+    assert json.loads(json.dumps(optimizer.own_state()))["settings"]["track"] == track

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mogeo
 from mogeo import MultiObjectiveOptimizer
 from mogeo.decide.late_news import Mailbox
+from mogeo.geometry import ops
+from mogeo.gradients import row_sketches
 from mogeo.weightings import GroupDRO, Weighting
 from tests.deciders import let_decide
 from tests.nets import (
@@ -166,6 +168,80 @@ def test_a_step_never_waits(options: dict[str, Any], form: Callable[..., Any], m
     assert optimizer.report.direction_norm > 0
     alignment = optimizer.report.alignment
     assert alignment is None or bool((alignment[[0, 2]].isfinite()).all())
+
+
+TRACKED: dict[str, dict[str, Any]] = {
+    "mgda-decoupled": {"weighting": "mgda-decoupled"},
+    "uniform, guarded": {"weighting": "uniform", "guarantee_descent": True},
+    "normalised, steered": {
+        "weighting": "mgda-normalized",
+        "preference": (1.0, 2.0, 3.0),
+        "min_weight": 0.1,
+        "smoothing": 0.5,
+        "max_grad_norm": 1e-3,
+    },
+    "a callable, propagating": {"weighting": lambda gram, losses: losses / losses.sum(), "nonfinite": "propagate"},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "track", "dimension"),
+    [
+        pytest.param(TRACKED["mgda-decoupled"], 0.9, None, id="exact"),
+        pytest.param(TRACKED["uniform, guarded"], "auto", 32, id="sketched"),
+        *(pytest.param(each, "auto", None, id=name, marks=pytest.mark.slow) for name, each in TRACKED.items()),
+    ],
+)
+def test_a_tracked_step_never_waits(
+    options: dict[str, Any], track: Any, dimension: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, and neither does what is read from its report. On a GPU the operators are the kernels', as here."""
+    from mogeo.geometry import triton_backend
+
+    for operator in ("gram", "min_norm", "descent", "psd_part", "sketch_"):
+        monkeypatch.setattr(torch.ops.mogeo, operator, getattr(triton_backend, operator))
+    monkeypatch.setattr(ops, "sketch_tables", triton_backend.sketch_tables)
+    monkeypatch.setattr(row_sketches, "DIMENSION", dimension or row_sketches.DIMENSION)
+    net, x = Net(torch.float32), inputs(dtype=torch.float32)
+    optimizer = wrapped(net, objectives=NAMES, track=track, **options)
+
+    def step(*names: str) -> mogeo.StepReport:
+        optimizer.zero_grad()
+        for name in names:
+            optimizer.backward(shared_losses(net, x)[name], objective=name)
+        optimizer.step()
+        assert optimizer.report is not None
+        return optimizer.report
+
+    for _ in range(6):  # until something is known
+        step(*NAMES)
+    step("help", "truth")
+    optimizer._state.news.warned = True
+    monkeypatch.setattr(optimizer._state.news, "read", lambda: None)
+    with kernels_unwatched(monkeypatch), nothing_waits(monkeypatch):
+        step("help", "truth")
+        report = step(*NAMES)
+        read = (report.alignment, report.alignment_error, report.hurt, report.noise_scale_interval, report.mean_cosines)
+    assert all(value is not None for value in read)
+    assert report.evidence is not None
+    assert dimension is not None or bool((report.evidence > 0).all())
+    assert report.direction_norm > 0
+
+
+def test_averages_advance_in_place() -> None:
+    """A replayed CUDA graph writes where it wrote."""
+    net, x = Net(), inputs()
+    optimizer = wrapped(net, track=0.9)
+    addresses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        optimizer.backward(shared_losses(net, x))
+        optimizer.combine()
+        assert optimizer._state.tracked is not None
+        kept = optimizer._state.tracked.state_dict()
+        addresses.append([value.data_ptr() for value in kept.values() if isinstance(value, Tensor)])
+    assert addresses[0] == addresses[-1]
+    assert len(addresses[0]) > 10
 
 
 # --------------------------------------------------------------------------------------------------------------------
