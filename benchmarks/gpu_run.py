@@ -41,6 +41,7 @@ ROOT = Path(__file__).absolute().parents[1]
 TESTS = (
     "tests/test_gpu.py", "tests/geometry/test_triton_backend.py", "tests/geometry/test_ops.py",
     "tests/geometry/test_exact_min_norm.py", "tests/geometry/test_exact_harmless.py",
+    "tests/geometry/test_exact_cagrad.py",
     "tests/kernels/test_gram.py", "tests/kernels/test_combine.py", "tests/kernels/test_min_norm.py",
     "tests/kernels/test_psd.py", "tests/kernels/test_sketch.py",
 )  # fmt: skip

@@ -137,7 +137,7 @@ def pivoted(A, A_low, q, q_low, scale, takes_part, K: tl.constexpr, SIDE: tl.con
     Variable i is y_i where `support`, else w_i.
     """
     index = tl.arange(0, SIDE)
-    column = index[None, :]
+    row, column = index[:, None], index[None, :]
     T, T_low = A, A_low
     support = index < 0
     dependent = takes_part == 0
@@ -195,11 +195,37 @@ def pivoted(A, A_low, q, q_low, scale, takes_part, K: tl.constexpr, SIDE: tl.con
         stuck = (enters == 0) & (blocked == 0)
         exchange = (done == 0) & (stuck == 0)
 
+        # Exchange basic and non-basic variable `at`, as `exchanged` does: in this order, nothing spills at K = 16.
         at = tl.where(enters, driving, tl.where(blocked, blocker, 0))
-        factor, factor_low, inverse, inverse_low = exchange_factors(T, T_low, at, exchange, FINE)
-        T, T_low = exchanged(T, T_low, at, exchange, factor, factor_low, inverse, inverse_low, FINE)
-        q, q_low = exchanged_column(q, q_low, at, exchange, factor, factor_low, inverse, inverse_low, FINE)
-        support = support ^ ((index == at) & exchange)
+        here = index == at
+        slope = tl.sum(tl.where(column == at, T, 0.0), axis=1)
+        slope_low = tl.sum(tl.where(column == at, T_low, 0.0), axis=1)
+        entries = tl.sum(tl.where(row == at, T, 0.0), axis=0)
+        entries_low = tl.sum(tl.where(row == at, T_low, 0.0), axis=0)
+        pivot = tl.where(exchange, tl.sum(tl.where(here, slope, 0.0), axis=0), 1.0)
+        pivot_low = tl.where(exchange, tl.sum(tl.where(here, slope_low, 0.0), axis=0), 0.0)
+        start = tl.sum(tl.where(here, q, 0.0), axis=0)
+        start_low = tl.sum(tl.where(here, q_low, 0.0), axis=0)
+        inverse, inverse_low = divide(zero + 1.0, zero, pivot, pivot_low, FINE)
+        factor, factor_low = multiply(slope, slope_low, inverse, inverse_low, FINE)
+        turned, turned_low = multiply(-entries, -entries_low, inverse, inverse_low, FINE)
+        turned_start, turned_start_low = multiply(-start, -start_low, inverse, inverse_low, FINE)
+        new, new_low = subtract_product(
+            T, T_low, factor[:, None], factor_low[:, None], entries[None, :], entries_low[None, :], FINE
+        )
+        new_q, new_q_low = subtract_product(q, q_low, factor, factor_low, start, start_low, FINE)
+        on_row, on_column = row == at, column == at
+        new = tl.where(on_row, tl.where(on_column, inverse, turned[None, :]), tl.where(on_column, factor[:, None], new))
+        new_low = tl.where(
+            on_row,
+            tl.where(on_column, inverse_low, turned_low[None, :]),
+            tl.where(on_column, factor_low[:, None], new_low),
+        )
+        T = tl.where(exchange, new, T)
+        T_low = tl.where(exchange, new_low, T_low)
+        q = tl.where(exchange, tl.where(here, turned_start, new_q), q)
+        q_low = tl.where(exchange, tl.where(here, turned_start_low, new_q_low), q_low)
+        support = support ^ (here & exchange)
         dependent = dependent | ((index == driving) & stuck & (done == 0))
 
         settled = enters | stuck
