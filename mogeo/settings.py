@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mogeo.decide.steering import Steering
+from mogeo.geometry.tracking import TOO_SHORT
 from mogeo.gradients.memory import Memory, Rows, Sketch
 from mogeo.losses.named import in_order
 
@@ -168,13 +169,13 @@ def share(name: str, value: Any) -> float:
 
 def decay_or_none(name: str, value: Any) -> float | Literal["auto"] | None:
     """The decay of averages over steps, "auto", or None for none."""
-    wanted = 'a decay β, 0 < β < 1, such as 0.95; "auto"; or None for no averages over steps'
+    wanted = f'a decay β, {TOO_SHORT} < β < 1, such as 0.95; "auto"; or None for no averages over steps'
     if value is None:
         return None
     if isinstance(value, str) and value == "auto":
         return "auto"
     number = _number(name, value, wanted)
-    if not 0 < number < 1:
+    if not TOO_SHORT < number < 1:
         raise ValueError(f"{name}={value}: pass {wanted}")
     return number
 

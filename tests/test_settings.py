@@ -29,7 +29,8 @@ from tests.nets import Net, flat_grad, gradient_rows, inputs, separate_losses, s
         ({"min_weight": -0.1}, "min_weight"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"refresh_every": 0}, "refresh_every=0"),
-        ({"track": 0.0}, "track=0.0: pass a decay β, 0 < β < 1"),
+        ({"track": 0.0}, "track=0.0: pass a decay β, 0.5 < β < 1"),
+        ({"track": 0.5}, "track=0.5: pass a decay"),
         ({"track": 1}, "track=1: pass a decay"),
         ({"track": -0.5}, "track=-0.5"),
         ({"track": float("nan")}, "track=nan"),
@@ -115,7 +116,7 @@ def test_a_loss_that_cannot_divide_is_named_with_steering_too(decider: str, monk
         ({"objectives": "abc"}, "objectives='abc'"),
         ({"weighting": 3}, "weighting=3"),
         ({"track": True}, "track=True: pass a decay β"),
-        ({"track": "0.95"}, "track='0.95': pass a decay β, 0 < β < 1, such as 0.95; \"auto\"; or None"),
+        ({"track": "0.95"}, "track='0.95': pass a decay β, 0.5 < β < 1, such as 0.95; \"auto\"; or None"),
         ({"track": "Auto"}, "track='Auto'"),
         ({"track": [0.9]}, r"track=\[0.9\]"),
         ({"track": torch.tensor(0.9)}, "track=tensor"),
@@ -184,7 +185,7 @@ CHANGES: list[tuple[str, Any, Any]] = [
     ("track", None, 0.9),
     ("track", 0.9, None),
     ("track", 0.9, "auto"),
-    ("track", "auto", 0.5),
+    ("track", "auto", 0.6),
 ]
 
 

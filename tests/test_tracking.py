@@ -569,9 +569,9 @@ def test_another_decay_keeps_averages_and_none_drops_them() -> None:
     net = Chosen(COLUMNS)
     optimizer = optimizer_of(net, "mgda", track=0.8)
     reports(optimizer, net, steps[:6])
-    optimizer.track = 0.5
+    optimizer.track = 0.6
     report = reports(optimizer, net, steps[6:])[-1]
-    weights = [0.8 ** (5 - t) / 4 for t in range(6)] + [0.5, 1.0]
+    weights = [0.8 ** (5 - t) * 0.36 for t in range(6)] + [0.6, 1.0]
     pairs = [(s, t) for s in range(8) for t in range(8) if s != t]
     total = sum((weights[s] * weights[t] * (steps[s] @ steps[t].T) for s, t in pairs), torch.zeros(3, 3))
     torch.testing.assert_close(report.mean_gram, total / sum(weights[s] * weights[t] for s, t in pairs))
@@ -696,7 +696,7 @@ def test_the_bare_base_loads_it_and_the_text_is_not_much_longer_than_the_average
     assert again.own_state()["objectives"] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(None, 0.9), (0.9, None), (0.9, 0.5)])
+@pytest.mark.parametrize(("saved", "loaded"), [(None, 0.9), (0.9, None), (0.9, 0.6)])
 def test_a_state_of_another_setting_loads_with_a_word(saved: float | None, loaded: float | None) -> None:
     steps = list(draws(with_a_victim(3, 1.8, COLUMNS), 4.0, 0, 8))
     net = Chosen(COLUMNS)
@@ -798,6 +798,12 @@ def test_huge_and_tiny_gradients(scale: float, dtype: torch.dtype) -> None:
         found.append(reports(optimizer, net, [rows * factor for rows in steps])[-1])
     torch.testing.assert_close(found[1].weights, found[0].weights, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found[1].noise_scale, found[0].noise_scale, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("track", [0.51, 0.7, 0.99])
+def test_every_decay_that_is_accepted_finds_evidence_in_the_end(track: float) -> None:
+    report = trained([with_a_victim(3, 1.8, COLUMNS)] * 9, "mgda", track=track)[-1]
+    assert some(report.evidence).tolist() == [1.0] * 3
 
 
 def test_gradients_without_noise_are_known_at_once_that_errors_are() -> None:

@@ -104,8 +104,8 @@ class AlignConfig:
         known = self.row_dtype is None or self.row_dtype in ROW_DTYPES
         _require(known, "row_dtype", self.row_dtype, f"one of {', '.join(ROW_DTYPES)}, or None")
         track = self.track
-        known = track in (None, "auto") or (not isinstance(track, str) and 0 < track < 1)
-        _require(known, "track", track, 'a number between 0 and 1, "auto", or None')
+        known = track in (None, "auto") or (not isinstance(track, str) and 0.5 < track < 1)
+        _require(known, "track", track, 'a number above 0.5 and below 1, "auto", or None')
         rate = self.learning_rate
         _require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "a positive number")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")

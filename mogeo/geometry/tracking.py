@@ -24,6 +24,9 @@ from mogeo.geometry import ops
 
 #: Standard errors below which an estimate counts for nothing, and from which on it counts in full.
 DOUBTFUL, CERTAIN = 2.0, 3.0
+#: At this decay and below, averages hold the weight of less than three steps, from which no standard error can be told:
+#: their effective number is (1 + β)/(1 − β), two thirds of it are degrees of freedom, and it takes more than two.
+TOO_SHORT = 0.5
 #: Steps that `decay="auto"` averages over, at least and at most, and in multiples of the noise scale.
 SHORTEST, LONGEST, PER_NOISE_SCALE = 10.0, 200.0, 2.0
 
@@ -72,7 +75,7 @@ class MeanGradients:
 
     Args:
         decay: β, 0 < β < 1, or "auto": each objective's window 1/(1 − β) follows its noise scale, from 10 to 200 steps,
-            by one at a time.
+            by one at a time. Up to `TOO_SHORT`, no error is ever known, and so there is no evidence.
 
     Attributes:
         decay: as given. It may be changed at any time.

@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from mogeo import MultiObjectiveOptimizer
 from mogeo.gradients import row_sketches
 from tests.distributed import engines
 from tests.distributed.engines import ENGINES, Net, Spread, alone, train
@@ -75,6 +79,29 @@ TOPOLOGIES: dict[str, tuple[int, Callable[[Net], Spread]]] = {
     "2, FSDP": (2, engines.fsdp),
     "3, FSDP": (3, engines.fsdp),
 }
+
+
+def test_ranks_with_shards_of_uneven_sizes_name_one_layout() -> None:
+    """Else a state that the first rank wrote would suit it alone, and others would begin anew."""
+    first, *others = run(3, uneven)
+    assert len({columns for _, columns in (first, *others)}) > 1
+    for layout, _ in others:
+        assert layout == first[0]
+    ((evenly, _), *_) = run(2, uneven)
+    assert evenly != first[0]
+
+
+def uneven() -> tuple[str, int]:
+    """What names the sketches of a layer whose last shard is smaller; and the columns of this rank's rows."""
+    net = nn.Linear(64, 7, bias=False, dtype=torch.float64)
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = MultiObjectiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "mgda", track=0.9)
+    x = torch.ones(1, 64, dtype=torch.float64)
+    optimizer.backward({"first": lambda: net(x)[0, 0] + 1, "last": lambda: net(x)[0, 6] + 1})
+    optimizer.step()
+    assert optimizer._state.tracked is not None
+    assert optimizer._captures.rows is not None
+    return optimizer._state.tracked.state_dict()["layout"], optimizer._captures.rows.blocks[0].shape[1]
 
 
 class Outcome(NamedTuple):
