@@ -224,7 +224,9 @@ def test_steering_goes_on_where_all_is_known(weighting: str) -> None:
 
 
 @pytest.mark.parametrize("noise", slow_but([4.0, 20.0], 4.0))
-def test_a_noise_scale_lies_in_its_interval(noise: float) -> None:
+def test_a_noise_scale_lies_in_its_interval(noise: float, way: str) -> None:
+    if way != "host":
+        pytest.skip("is about statistics")
     inside, told = [], 0
     for seed in range(8):
         report = trained(draws(independent([1.0, 3.0, 0.2], COLUMNS), noise, seed, 30))[-1]

@@ -45,7 +45,7 @@ def train_tracked(spread: Callable[[Net], Spread], cases: list[tuple[int, dict[s
     return results
 
 
-@pytest.mark.parametrize("engine", slow_but(SPREADS, "no engine", "fsdp"))
+@pytest.mark.parametrize("engine", slow_but(SPREADS, "no engine"))
 def test_the_same_bits_on_all_ranks_and_what_one_process_finds(engine: str) -> None:
     ranks, spread = SPREADS[engine]
     cases = [*CASES, *(SCATTERED if engine in ("no engine", "no_sync") else ())]
