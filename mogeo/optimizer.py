@@ -60,7 +60,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             counts it in the report and warns once; "raise" raises; "propagate" makes the whole direction NaN (for
             `GradScaler`, which then skips the step and lowers its scale). Weightings that need no Gram (uniform,
             linear, group-dro) see losses one by one but gradients only summed: there "skip" leaves out the whole step
-            where a gradient is not finite. A step in which nobody is left is no step: the base does not take one.
+            where a gradient is not finite, unless `track` keeps them apart. A step in which nobody is left is no step:
+            the base does not take one.
         memory: how gradients are kept: `mogeo.Rows(dtype=…, device=…, scatter=…)` or `mogeo.Sketch(d)`. Rows take K·N
             elements in the parameters' dtypes. Weightings whose weights are constant (uniform, linear) take N.
         guarantee_descent: take the direction nearest to d that hurts no objective to first order, ⟨v, g_k⟩ ≥ 0 for all

@@ -143,13 +143,11 @@ class StepReport:
         """cos(d, g_k), fp64 [K]. Negative: to first order, the direction hurts objective k.
 
         With `track`, of mean gradients: cos(Σ_j w_j ḡ_j, ḡ_k), whether such directions hurt objective k in expectation.
-        `alignment_error` says how certain that is.
+        `alignment_error` says how certain that is. The weights come from the same estimate: under a guarantee of
+        descent nobody is hurt by it, but as far as `evidence` was lacking.
 
         Without, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k, so that
         ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
-
-        With `track`, the weights come from the same estimate: under a guarantee of descent nobody is hurt by it, up to
-        what `evidence` left out.
 
         NaN beside a zero gradient; where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell;
         with `track` where a squared length is estimated as 0 or less, or has no standard error yet.
@@ -186,7 +184,8 @@ class StepReport:
     @property
     def hurt(self) -> Tensor | None:
         """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]."""
-        return None if self.alignment is None else self.alignment < -1e-5
+        alignment = self.alignment
+        return None if alignment is None else alignment < -1e-5
 
     def _products(self, matrix: Tensor, weights: Tensor) -> Tensor:
         """Matrix times weights, where what has no weight is not read: it may be NaN."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mogeo.figures.records import ROUNDING
 from mogeo.weightings import Weighting, WeightingLike, resolve
 
-HURT = -1e-5
+HURT = -ROUNDING
 """A cosine below it counts as hurting, as in `mogeo.StepReport.hurt`: above, rounding can make it negative."""
 
 

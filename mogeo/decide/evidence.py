@@ -6,19 +6,18 @@ Knows weightings and what is known of mean gradients; no optimizer, no rows. Not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mogeo.geometry.constants import constant_tensor
 from mogeo.geometry.tracking import MeanGradients
-from mogeo.weightings import Solution, Weighting
+from mogeo.weightings import Around, Solution, Weighting
 
 _ROUNDING = 1e-9  # of a sum of weights: what a solver of somebody else's may leave below zero
 
 
-class Evidenced(Weighting):
+class Evidenced(Around):
     """Another weighting's weights, in proportion to the evidence that there is of each mean gradient.
 
     With ρ_k, the evidence of objective k (0: its mean gradient cannot be told from zero; 1: it is certain), p_k its
@@ -42,15 +41,9 @@ class Evidenced(Weighting):
     """
 
     def __init__(self, inner: Weighting, tracked: MeanGradients, preference: Sequence[float] | None) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.tracked = tracked
         self.preference = preference
-        self.needs_positive_losses = inner.needs_positive_losses
-        self.deterministic = inner.deterministic
-
-    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
-        """The weights, fp64 [K]."""
-        return self.solve(gram, losses).weights
 
     def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
         """What the inner weighting finds, as far as there is evidence.
@@ -81,17 +74,6 @@ class Evidenced(Weighting):
         no_shares = ~(total > 0) | (coefficients < -_ROUNDING * total).any()
         stay = ((evidence == 1) | ~live).all() | no_shares
         return found._replace(weights=torch.where(stay, found.weights, weights))
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of the inner weighting."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the inner weighting."""
-        self.inner.load_state_dict(state_dict)
-
-    def __repr__(self) -> str:
-        return repr(self.inner)
 
 
 def _raised(shares: Tensor, least: Tensor) -> Tensor:

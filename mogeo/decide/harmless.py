@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mogeo.weightings import Solution, Weighting
+from mogeo.weightings import Around, Solution
 
 
-class Harmless(Weighting):
+class Harmless(Around):
     """The weights of the direction nearest to another weighting's that hurts no objective, to first order.
 
     v = Σ_k (w_k + μ_k) g_k with ⟨v, g_k⟩ ≥ 0 for all k, exact, from the Gram matrix (`mogeo.descent_weights`). Where
@@ -21,15 +19,6 @@ class Harmless(Weighting):
     """
 
     completes = True
-
-    def __init__(self, inner: Weighting) -> None:
-        self.inner = inner
-        self.needs_positive_losses = inner.needs_positive_losses
-        self.deterministic = inner.deterministic
-
-    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
-        """w + μ, fp64 [K]."""
-        return self.solve(gram, losses).weights
 
     def solve(self, gram: Tensor | None, losses: Tensor) -> Solution:
         """w + μ, what the inner solver says of w, and μ with its status.
@@ -49,14 +38,3 @@ class Harmless(Weighting):
             raise ValueError("a guarantee of descent needs the Gram matrix of the gradients, got None")
         weights, correction, status = torch.ops.mogeo.descent(gram, solution.weights)
         return solution._replace(weights=weights, correction=correction, correction_status=status)
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of the inner weighting."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the inner weighting."""
-        self.inner.load_state_dict(state_dict)
-
-    def __repr__(self) -> str:
-        return repr(self.inner)

@@ -94,8 +94,9 @@ def seen_by_weighting(gram: Tensor | None, losses: Tensor, left_out: Tensor | No
 
 
 def finite_rows(sketches: Sketches) -> Tensor:
-    """Which gradients are finite, bool [K], and short enough to be squared in fp64, by their sketches: one element of a
-    gradient that is not makes one of its sketch so.
+    """Which gradients are finite, and short enough to be squared in fp64, bool [K].
+
+    Their sketches tell: where an element of a gradient is not finite, some element of its sketch is not either.
     """
     norms: Tensor = torch.linalg.vector_norm(sketches.rows, dim=1, dtype=torch.float64)
     return norms.isfinite()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mogeo.geometry.constants import constant_tensor
-from mogeo.weightings import Solution, Weighting, as_weighting
+from mogeo.weightings import Around, Solution, Weighting, as_weighting
 
 AnyWeighting = Callable[[Tensor | None, Tensor], Any]
 
@@ -178,7 +178,7 @@ class Steering:
             )
 
 
-class Steered(Weighting):
+class Steered(Around):
     """Another weighting under a preference, a floor and a memory.
 
     Args:
@@ -187,15 +187,9 @@ class Steered(Weighting):
     """
 
     def __init__(self, inner: Weighting, steering: Steering) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.steering = steering
         self.needs_gram = inner.needs_gram
-        self.needs_positive_losses = inner.needs_positive_losses
-        self.deterministic = inner.deterministic
-
-    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
-        """The steered weights, fp64 [K]."""
-        return self.solve(gram, losses).weights
 
     def constant(self, n_objectives: int) -> tuple[float, ...] | None:
         """The steered weights, where they depend on nothing."""
@@ -212,6 +206,3 @@ class Steered(Weighting):
     def least_shares(self, n_objectives: int) -> tuple[float, ...] | None:
         """What `Steering.least_shares` returns."""
         return self.steering.least_shares(self.inner, n_objectives)
-
-    def __repr__(self) -> str:
-        return repr(self.inner)

@@ -37,7 +37,8 @@ class AlignConfig:
     """Take the direction nearest to the weighting's that hurts no objective, to first order."""
     track: float | str | None = None
     """Weights, guarantee and reports follow the mean gradients, estimated from averages over the steps, and not the
-    gradients of one mini-batch: the averages' decay per step, in (0, 1), or "auto"; None: each step by itself."""
+    gradients of one mini-batch: the averages' decay per step, above 0.5 and below 1, or "auto"; None: each step by
+    itself."""
     preference: dict[str, float] | None = field(default=None, hash=False)
     """Which objectives should gain more: objective → positive number, of which only the ratios count; None: none."""
     min_weight: float = 0.0
@@ -202,7 +203,9 @@ def decay_or_auto(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}': give a number between 0 and 1, such as 0.95, or auto") from None
+        raise argparse.ArgumentTypeError(
+            f"'{text}': give a number above 0.5 and below 1, such as 0.95, or auto"
+        ) from None
 
 
 def named_number(text: str) -> tuple[str, float]:

@@ -216,13 +216,14 @@ class _Kept(NamedTuple):
         factor = torch.where(present, decays, 1.0)
         factors = torch.outer(factor, factor)
 
+        # Products of the averages before with this step: where both are there, and where there was one before.
         known = (self.weight > 0)[:, None] & present[None, :]
         product = torch.where(known, across / self.weight[:, None], self.product)
         again = known & self.product.isfinite()
         difference = torch.where(again, product - self.product, 0.0)
         decay = torch.where(again, factor[None, :], 1.0)
         mutual = again & again.T
-        decay_joint = torch.where(mutual, (factors).sqrt(), 1.0)
+        decay_joint = torch.where(mutual, factors.sqrt(), 1.0)
         new = again.to(torch.float64)
         after = _Kept(
             average=(factor[:, None].to(rows.dtype) * self.average).add_(rows),
@@ -253,6 +254,7 @@ class _Proposed(NamedTuple):
 
 
 def _estimated(kept: _Kept, of_step: Tensor, dimension: int | None) -> Estimate:
+    """What the sums tell: the formulas of docs/geometry.md, B, C, c, V and Cov, in the order of that page."""
     share = torch.where(kept.weight > 0, kept.weight, 1.0)  # who never came has sums of 0
     total = torch.outer(share, share)
     of_averages = ops.gram(kept.average) / total  # B

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -238,11 +239,13 @@ class _Whole(_Sketched):
 
     def projected(self) -> Tensor:
         """As in `_Sketched`."""
-        sketch = SignedSketch([self.used], self.rows.shape[1], seed=self.seed, device=self.kind.device)
         rows = torch.zeros_like(self.rows)
-        for row, whole in zip(rows, self.rows, strict=True):
-            sketch.add_(row, 0, whole[: self.used])
+        self._sketch.add_rows_(rows, 0, self.rows[:, : self.used])
         return rows
+
+    @cached_property
+    def _sketch(self) -> SignedSketch:
+        return SignedSketch([self.used], self.rows.shape[1], seed=self.seed, device=self.kind.device)
 
     def add(self, index: int, indices: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add gradients."""

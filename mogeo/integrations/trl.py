@@ -66,7 +66,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         objectives: names. Weights are in this order.
         weighting: a name (`mogeo.weightings.NAMES`) or a callable, as in `mogeo.MultiObjectiveOptimizer`.
         track: make weights, guarantee and logs follow the mean gradients in place of each step's noisy ones: the decay
-            per step of the averages that estimate them, in (0, 1), or "auto"; as in `mogeo.MultiObjectiveOptimizer`.
+            per step of the averages that estimate them, above 0.5 and below 1, or "auto"; as in
+            `mogeo.MultiObjectiveOptimizer`.
         guarantee_descent: take the direction nearest to the weighting's that hurts no objective, to first order; as
             there.
         train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from

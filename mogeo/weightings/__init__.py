@@ -5,6 +5,7 @@ lets an optimizer save work (`needs_gram`, `constant`), check its input (`needs_
 (`state_dict`). To add one: a file with its class, and a line in `registry`.
 """
 
+from mogeo.weightings.base import Around as Around
 from mogeo.weightings.base import Solution as Solution
 from mogeo.weightings.base import Weighting as Weighting
 from mogeo.weightings.base import as_weighting as as_weighting

@@ -87,7 +87,10 @@ class Weighting:
         return None
 
     def least_shares(self, n_objectives: int) -> tuple[float, ...] | None:
-        """What `solve` promises each of K objectives with a gradient of the sum of w n at least; None for nothing."""
+        """The least part of Σ_k w_k n_k that `solve` gives to each objective, K numbers, if it has a gradient.
+
+        n is that of `units`, or 1. None: `solve` promises nothing.
+        """
         return None
 
     def min_norm_problem(self) -> tuple[str, float, str] | None:
@@ -108,6 +111,34 @@ class Weighting:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+class Around(Weighting):
+    """A weighting that changes what another one finds; subclasses write `solve`. All else is that of the inner one.
+
+    Args:
+        inner: the other weighting.
+    """
+
+    def __init__(self, inner: Weighting) -> None:
+        self.inner = inner
+        self.needs_positive_losses = inner.needs_positive_losses
+        self.deterministic = inner.deterministic
+
+    def __call__(self, gram: Tensor | None, losses: Tensor) -> Tensor:
+        """The weights that `solve` returns, fp64 [K]."""
+        return self.solve(gram, losses).weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the inner weighting."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the inner weighting."""
+        self.inner.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
 
 
 class FromCallable(Weighting):

@@ -234,7 +234,7 @@ def test_a_sketch_that_loses_nothing_gives_the_run_of_rows(run, make_model):
         ({"min_weight": -0.1}, "min_weight=-0.1"),
         ({"smoothing": 1.0}, "smoothing=1.0"),
         ({"refresh_every": 0}, "refresh_every=0"),
-        ({"track": 1.0}, "track has to be a number between 0 and 1"),
+        ({"track": 1.0}, "track has to be a number above 0.5 and below 1"),
         ({"sketch": 0}, "sketch=0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"loss": "dpo"}, "unknown loss 'dpo'"),
