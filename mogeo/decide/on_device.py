@@ -51,7 +51,10 @@ def _from_means(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules:
     sketches = rows.sketches()
     present = _present(absent, losses.device)
     nonfinite = present & ~(losses.isfinite() & finite_rows(sketches))
-    mean = rules.tracked.look(sketches, losses, present & ~nonfinite)
+    counts = present & ~nonfinite
+    if rules.nonfinite == "propagate":
+        counts &= ~nonfinite.any()  # the whole step is lost
+    mean = rules.tracked.look(sketches, losses, counts)
     found, bad_weights = _solved(mean.seen, mean.losses, present, nonfinite, rules)
     return _decision(found, losses, mean.of_step, nonfinite, bad_weights)._replace(mean=mean)
 

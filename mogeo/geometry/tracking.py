@@ -27,6 +27,9 @@ DOUBTFUL, CERTAIN = 2.0, 3.0
 #: At this decay and below, averages hold the weight of less than three steps, from which no standard error can be told:
 #: their effective number is (1 + β)/(1 − β), two thirds of it are degrees of freedom, and it takes more than two.
 TOO_SHORT = 0.5
+#: A gradient counts as no longer than this many times the root mean square of those before: one spike would hide the
+#: mean for as long as it is in the average.
+SPIKE = 5.0
 #: Steps that `decay="auto"` averages over, at least and at most, and in multiples of the noise scale.
 SHORTEST, LONGEST, PER_NOISE_SCALE = 10.0, 200.0, 2.0
 
@@ -212,6 +215,12 @@ class _Kept(NamedTuple):
         losses = torch.where(present, losses, 0.0)
         grams = ops.gram(torch.cat([self.average, rows]))
         across, of_step = grams[:count, count:], grams[count:, count:]
+        capped = self._caps(of_step.diagonal())
+        rows, across, own = (
+            capped[:, None].to(rows.dtype) * rows,
+            across * capped,
+            of_step * torch.outer(capped, capped),
+        )
         here = present.to(torch.float64)
         factor = torch.where(present, decays, 1.0)
         factors = torch.outer(factor, factor)
@@ -229,8 +238,8 @@ class _Kept(NamedTuple):
             average=(factor[:, None].to(rows.dtype) * self.average).add_(rows),
             weight=factor * self.weight + here,
             both=factors * self.both + torch.outer(here, here),
-            within=factors * self.within + of_step,
-            square=factor * self.square + of_step.diagonal(),
+            within=factors * self.within + own,
+            square=factor * self.square + own.diagonal(),
             loss=factor * self.loss + losses,
             window=self.window,
             product=product,
@@ -241,6 +250,11 @@ class _Kept(NamedTuple):
             joint_weight=decay_joint * self.joint_weight + mutual.to(torch.float64),
         )
         return after, of_step
+
+    def _caps(self, squares: Tensor) -> Tensor:
+        """What a step's gradients, of these squared lengths, are multiplied by before they count: 1 but for spikes."""
+        most = SPIKE**2 * self.square / self.weight
+        return torch.where((most > 0) & (squares > most), (most / squares).sqrt(), 1.0)
 
 
 class _Proposed(NamedTuple):

@@ -16,6 +16,7 @@ from mogeo.geometry.tracking import (
     DOUBTFUL,
     LONGEST,
     SHORTEST,
+    SPIKE,
     Estimate,
     MeanGradients,
     Sketches,
@@ -23,7 +24,7 @@ from mogeo.geometry.tracking import (
     noise_scale_interval,
 )
 from tests.profiles import examples
-from tests.reference.mean_gradients import over_pairs
+from tests.reference.mean_gradients import over_pairs, without_spikes
 
 ALL = torch.tensor([True, True, True])
 
@@ -68,15 +69,20 @@ def conflicting() -> Tensor:
     count=st.integers(1, 4),
     decay=st.floats(0.1, 0.99),
     present=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=9),
+    sizes=st.lists(st.sampled_from([1.0, 1.0, 1.0, 0.0, 1e-6, 30.0, 1e3]), min_size=9, max_size=9),
 )
 @examples(60)
 def test_is_the_weighted_sum_over_pairs_of_different_steps(
-    seed: int, count: int, decay: float, present: list[list[bool]]
+    seed: int, count: int, decay: float, present: list[list[bool]], sizes: list[float]
 ) -> None:
+    """Also where the first objective has gradients of all sizes, of which spikes are cut."""
     generator = torch.Generator().manual_seed(seed)
-    steps = [torch.randn(count, 5, dtype=torch.float64, generator=generator) for _ in present]
+    drawn = [torch.randn(count, 5, dtype=torch.float64, generator=generator) for _ in present]
+    for rows, size in zip(drawn, sizes, strict=False):
+        rows[0] *= size
     flags = [each[:count] for each in present]
-    estimate = tracked(MeanGradients(decay), steps, flags)
+    estimate = tracked(MeanGradients(decay), drawn, flags)
+    steps = without_spikes(drawn, flags, decay, SPIKE)
     torch.testing.assert_close(estimate.gram, over_pairs(steps, flags, decay), rtol=1e-6, atol=1e-9, equal_nan=True)
     for k in range(count):
         seen = [t for t, each in enumerate(flags) if each[k]]
@@ -87,6 +93,38 @@ def test_is_the_weighted_sum_over_pairs_of_different_steps(
             torch.testing.assert_close(
                 estimate.losses[k], weights @ torch.tensor(seen, dtype=torch.float64) / weights.sum()
             )
+
+
+@pytest.mark.parametrize("size", [10.0, 1e3, 1e100])
+def test_a_spike_takes_no_evidence(size: float) -> None:
+    """Nor does it take errors further than a gradient at the limit does, whatever its size."""
+    means = conflicting()
+    steps = noisy(means, (9 / 400) ** 0.5, 60, 0)
+    steps[40] = steps[40] * torch.tensor([[size], [1.0], [1.0]], dtype=torch.float64)
+    plain, tracker = MeanGradients(0.95), MeanGradients(0.95)
+    for t, rows in enumerate(steps):
+        estimate = tracked(tracker, [rows])
+        tracked(plain, [rows / torch.tensor([[size if t == 40 else 1.0], [1.0], [1.0]], dtype=torch.float64)])
+        if t >= 40:
+            assert estimate.evidence.tolist() == [1.0] * 3
+            assert bool(((estimate.gram - means @ means.T).abs() < 4 * estimate.error).all())
+    assert plain.estimate is not None
+    assert bool((estimate.error < SPIKE * plain.estimate.error).all())
+
+
+def test_a_gradient_after_zeros_counts_as_it_is() -> None:
+    """Nothing is known of how long gradients are: a first one that is not zero is no spike."""
+    rows = conflicting()
+    estimate = tracked(MeanGradients(0.9), [torch.zeros_like(rows), rows, rows])
+    torch.testing.assert_close(estimate.mean_square, rows.square().sum(1) * (1 + 0.9) / (1 + 0.9 + 0.81))
+
+
+def test_lengths_that_have_grown_for_good_are_followed() -> None:
+    tracker = MeanGradients(0.9)
+    for factor in (1.0, 1000.0):
+        estimate = tracked(tracker, noisy(factor * conflicting(), 0.05 * factor, 60, 0))
+    mean_square = 1e6 * (conflicting().square().sum(1) + 1.0)
+    assert bool((estimate.mean_square > 0.7 * mean_square).all())
 
 
 def test_the_first_step_tells_nothing_and_an_error_takes_six() -> None:

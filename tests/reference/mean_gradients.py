@@ -34,3 +34,29 @@ def over_pairs(steps: Sequence[Tensor], present: Sequence[Sequence[bool]], decay
                         total[i, j] += weight * (at[i].double() @ other[j].double())
                         pairs[i, j] += weight
     return torch.where(pairs > 0, total / pairs, torch.nan)
+
+
+def without_spikes(
+    steps: Sequence[Tensor], present: Sequence[Sequence[bool]], decay: float, most: float
+) -> list[Tensor]:
+    """The same gradients, none longer than `most` times the root mean square of those before it, as they count.
+
+    Args:
+        steps: gradients [K, N] of each step, fp64.
+        present: K flags of each step.
+        decay: the weight of a gradient in that mean falls by this factor with each later one.
+        most: in units of the root mean square; where that is zero, or there is none, every length counts.
+    """
+    capped = [rows.clone() for rows in steps]
+    for k in range(len(steps[0])):
+        before: list[float] = []  # squared lengths
+        for rows, flags in zip(capped, present, strict=True):
+            if not flags[k]:
+                continue
+            weights = [decay**age for age in reversed(range(len(before)))]
+            mean = sum(w * x for w, x in zip(weights, before, strict=True)) / (sum(weights) or 1.0)
+            length = float(rows[k].norm())
+            if mean > 0 and length > most * mean**0.5:
+                rows[k] *= most * mean**0.5 / length
+            before.append(float(rows[k].square().sum()))
+    return capped
