@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.cells import Cell, Result
-from alignment.explain import Measured, explain
+from alignment.explain import explain
+from alignment.generated_world import Method
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import build_preferences, read_rows, split_rows
 from mogeo.dpo.models import load_model
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python benchmarks/alignment real`."""
     parser.add_argument("--model", required=True, help="what `mogeo align --model` takes")
     parser.add_argument("--data", type=Path, required=True, help="rated rows")
-    parser.add_argument("--weighting", action="append", help=f"repeat (default: {', '.join(WEIGHTINGS)})")
+    parser.add_argument(
+        "--method", action="append", help=f"a weighting, and what is around it; repeat (default: {', '.join(WEIGHTINGS)})"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--pairs", type=int, default=4, help="of each objective in a step")
@@ -38,9 +41,9 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     """All cells, seed by seed, so that the runs of a seed are complete before those of the next begin."""
     fixed = {"steps": options.steps, "pairs": options.pairs, "held_out": options.held_out, "lr": options.lr}
     return [
-        {"data": options.data.stem, "method": weighting, "seed": seed, **fixed}
+        {"data": options.data.stem, "method": method, "seed": seed, **fixed}
         for seed in range(options.seeds)
-        for weighting in options.weighting or WEIGHTINGS
+        for method in options.method or WEIGHTINGS
     ]
 
 
@@ -57,7 +60,7 @@ def compute(cell: Cell, model: str, data: Path, scratch: Path) -> Result:
     train = build_preferences(train_rows, seed=cell["seed"])
     held_out = build_preferences(held_out_rows, train.objectives, seed=cell["seed"])
     config = AlignConfig(
-        weighting=Measured(cell["method"]),
+        **Method.parse(cell["method"]).options(),
         learning_rate=cell["lr"],
         max_steps=cell["steps"],
         warmup_steps=min(10, cell["steps"] // 5),

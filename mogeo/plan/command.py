@@ -34,7 +34,8 @@ modes
   bf16 rows    rows rounded to bf16 (weights in fp32)           host rows  rows in the host's memory, pinned
   sketch       short sketches of the rows; weights by them, then a second, weighted backward
   refresh      weights solved for at every T-th step only, the rows freed in between
-  Those that the installed mogeo does not know are left out, and named.
+  Those that the installed mogeo does not know are left out, and named. `track` adds a megabyte or less to each; with it
+  uniform keeps a row per objective, or a sketch, as the other modes do.
 
 engines
   none             one process                 ddp      DistributedDataParallel
