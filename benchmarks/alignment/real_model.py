@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python benchmarks/alignment real`."""
     parser.add_argument("--model", required=True, help="what `mogeo align --model` takes")
     parser.add_argument("--data", type=Path, required=True, help="rated rows")
-    parser.add_argument(
-        "--method", action="append", help=f"a weighting, and what is around it; repeat (default: {', '.join(WEIGHTINGS)})"
-    )
+    parser.add_argument("--method", action="append", help=f"as in `tracked`; repeat (default: {', '.join(WEIGHTINGS)})")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--pairs", type=int, default=4, help="of each objective in a step")

@@ -99,15 +99,16 @@ def _real_report(folder: Path) -> list[str]:
             continue
         objectives = results[0]["objectives"]
         runs = tables.by_label(sorted(results, key=lambda r: tables.rank(r, WEIGHTINGS)))
+        baseline = tables.BASELINE if tables.BASELINE in runs else next(iter(runs))
         parts.append(f"## {data.name}")
         for key, digits in (("accuracy", 1), ("margin", 3)):
             columns = {f"{key}: {name}": tables.held_out(key, name) for name in ("mean", "worst", *objectives)}
             parts += [
                 f"### held-out {key}",
                 tables.levels(runs, columns, digits),
-                tables.differences(runs, columns, lambda label: tables.BASELINE, digits),
+                tables.differences(runs, columns, lambda label, baseline=baseline: baseline, digits),
             ]
-        parts += ["### why", tables.explanation(runs, objectives)]
+        parts += ["### why", tables.explanation(runs, objectives), tables.reported(runs, objectives)]
         tables.draw_weights(folder / f"weights-{data.name}.png", runs, objectives, f"{data.name}: weights")
     return parts
 
