@@ -79,15 +79,13 @@ def approximately(value, atol):
         (TORCHRUN, ["--micro-batch", "2", "--sketch", "65536", "--refresh-every", "3"]),
         (TORCHRUN, ["--fsdp", "--max-grad-norm", "0.5"]),
         (TORCHRUN, ["--fsdp", "--weighting", "linear(1,0)"]),
-        (ACCELERATE, []),
-        (TORCHRUN, ["--track", "0.8"]),
+        (ACCELERATE, ["--track", "0.8"]),
     ],
     ids=[
         "ddp, micro-batches and sketches",
         "fsdp, clipping",
         "fsdp, a loss without a backward",
-        "accelerate",
-        "tracked",
+        "accelerate, tracked",
     ],
 )
 def test_two_ranks_give_what_one_process_gives(align, tmp_path, launcher, options):
