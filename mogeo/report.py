@@ -183,7 +183,10 @@ class StepReport:
 
     @property
     def hurt(self) -> Tensor | None:
-        """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]."""
+        """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K].
+
+        It does not look at `alignment_error`: where that is as large as the alignment, this is a guess.
+        """
         alignment = self.alignment
         return None if alignment is None else alignment < -1e-5
 
