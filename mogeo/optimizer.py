@@ -60,18 +60,18 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             counts it in the report and warns once; "raise" raises; "propagate" makes the whole direction NaN (for
             `GradScaler`, which then skips the step and lowers its scale). Weightings that need no Gram (uniform,
             linear, group-dro) see losses one by one but gradients only summed: there "skip" leaves out the whole step
-            where a gradient is not finite, unless `track` keeps them apart. A step in which nobody is left is no step:
-            the base does not take one.
+            where a gradient is not finite, unless `track` or `guarantee_descent` keeps them apart. A step in which
+            nobody is left is no step: the base does not take one.
         memory: how gradients are kept: `mogeo.Rows(dtype=…, device=…, scatter=…)` or `mogeo.Sketch(d)`. Rows take K·N
             elements in the parameters' dtypes. Weightings whose weights are constant (uniform, linear) take N.
         guarantee_descent: take the direction nearest to d that hurts no objective to first order, ⟨v, g_k⟩ ≥ 0 for all
             k (`mogeo.descent_weights`). Fixed weights and GroupDRO then need K rows and a Gram matrix as well.
         track: β, 0.5 < β < 1: weights, guarantee and report follow the Gram matrix of *mean* gradients, in place of
             that of this step's mini-batch, which is mostly noise (docs/geometry.md). Per objective, an exponential
-            average of sketches of its gradients is kept, and the noise that is left in it is taken out. What cannot be
-            told from noise decides nothing: weights then are those of the preference, or equal; fixed weights stay as
-            they are. Gradients are kept apart, whatever the weighting. "auto": each objective's window follows its
-            noise scale. None: this step's mini-batch decides, as in the papers.
+            average of sketches of its gradients is kept, and the noise that is left in it is taken out. Losses are
+            averaged alike. What cannot be told from noise moves no weights: they are those of the preference then, or
+            equal; fixed weights stay as they are. Gradients are kept apart, whatever the weighting. "auto": each
+            objective's window follows its noise scale. None: this step's mini-batch decides, as in the papers.
         refresh_every: T: solve for the weights at every T-th step only. In between, gradients are weighed by what the
             last solve found while autograd brings them: one backward of the weighted sum where losses are tensors. A
             guarantee of descent then is one for the steps that solve. A GPU is waited for once per solve.

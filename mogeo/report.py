@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogeo.geometry.ops import psd_part
-from mogeo.geometry.tracking import Estimate, noise_scale, noise_scale_interval
+from mogeo.geometry.tracking import Estimate, nearest_gram, noise_scale, noise_scale_interval
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,16 @@ class StepReport:
     gram_by_parameter: Tensor | None = field(default=None)
     #: Steps since these weights were solved for: 0 but in between the solves of `refresh_every`.
     age: int = 0
-    #: With `track`: what is known of mean gradients, as of the last solve. None without.
+    #: With `track`: what is known of mean gradients, as of the last solve. None without, and where a step was lost to
+    #: what is not finite.
     mean: Estimate | None = field(default=None, repr=False)
 
     # mean gradients
 
     @property
     def mean_gram(self) -> Tensor | None:
-        """⟨ḡ_i, ḡ_j⟩ of the mean gradients of a mini-batch, fp64 [K, K]: unbiased, so that it may not be positive
-        semi-definite. NaN where no two steps can be compared yet. None without `track`.
+        """⟨ḡ_i, ḡ_j⟩ of the mean gradients of a mini-batch, fp64 [K, K]: unbiased (but for spikes, which are cut), so
+        that it may not be positive semi-definite. NaN where no two steps can be compared yet. None without `track`.
         """
         return None if self.mean is None else self.mean.gram
 
@@ -89,9 +89,10 @@ class StepReport:
 
     @property
     def evidence(self) -> Tensor | None:
-        """How far the weights rest on each measured mean gradient, and not on the preference, fp64 [K].
+        """How far each mean gradient can be told from zero, fp64 [K]: not at two standard errors (0), surely at three
+        (1).
 
-        0 where it cannot be told from zero at two standard errors, 1 from three on.
+        So far do weights that depend on gradients rest on it, and not on the preference; a guarantee as well.
         """
         return None if self.mean is None else self.mean.evidence
 
@@ -106,7 +107,9 @@ class StepReport:
 
     @property
     def noise_scale_interval(self) -> Tensor | None:
-        """Lower and upper end of `noise_scale`, at two standard errors of ‖ḡ_k‖², fp64 [K, 2]; inf: no upper end."""
+        """Lower and upper end of `noise_scale`, at two standard errors of ‖ḡ_k‖², fp64 [K, 2]; inf: it may be anything
+        above the lower end, or, at the lower end, ‖ḡ_k‖² is estimated as below zero by more than its error.
+        """
         return None if self.mean is None else noise_scale_interval(self.mean)
 
     # this step
@@ -153,7 +156,7 @@ class StepReport:
         with `track` where a squared length is estimated as 0 or less, or has no standard error yet.
         """
         if self.mean is not None:
-            gram, lengths = _nearest_gram(self.mean.gram), self.mean.gram.diagonal()
+            gram, lengths = nearest_gram(self.mean.gram), self.mean.gram.diagonal()
             known = (lengths > 0) & self.mean.error.diagonal().isfinite()
             return (self._products(gram, self.weights) / self._reach(gram)).masked_fill(~known, torch.nan)
         if self.gram is None or self.grad_norms is None:
@@ -171,21 +174,23 @@ class StepReport:
 
     @property
     def alignment_error(self) -> Tensor | None:
-        """Standard error of `alignment`, fp64 [K]: that of ⟨d, ḡ_k⟩ alone; inf in the first steps. None without
-        `track`.
+        """Standard error of `alignment`, fp64 [K]: that of ⟨d, ḡ_k⟩ alone. None without `track`.
 
-        Errors of the K products in it are added up as if they were independent.
+        inf where an error is not known yet, NaN where `alignment` cannot be told. Errors of the K products in it are
+        added up as if they were independent.
         """
         if self.mean is None:
             return None
         variance = self._products(self.mean.error.square(), self.weights.square())
-        return variance.sqrt() / self._reach(_nearest_gram(self.mean.gram))
+        return variance.sqrt() / self._reach(nearest_gram(self.mean.gram))
 
     @property
     def hurt(self) -> Tensor | None:
-        """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K].
+        """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]; None where that is None.
 
-        It does not look at `alignment_error`: where that is as large as the alignment, this is a guess.
+        False also where `alignment` is NaN, as it is in the first steps with `track`. It does not look at
+        `alignment_error`: where that is as large as the alignment, this is a guess, and surely hurt are those with
+        `alignment + 2 * alignment_error < 0`.
         """
         alignment = self.alignment
         return None if alignment is None else alignment < -1e-5
@@ -249,9 +254,3 @@ class StepReport:
 def _root(squares: Tensor) -> Tensor:
     """Square roots; NaN of 0 and of less."""
     return torch.where(squares > 0, squares, torch.nan).sqrt()
-
-
-def _nearest_gram(gram: Tensor) -> Tensor:
-    """The nearest matrix that is a Gram matrix, as a guarantee of descent sees it; 0 where nothing is known."""
-    known = ~gram.diagonal().isnan()
-    return psd_part(torch.where(known[:, None] & known[None, :], gram, 0.0))

@@ -27,8 +27,8 @@ class Evidenced(Around):
 
     an objective keeps 1 − ρ_k of what is preferred, and the weighting shares out the rest. Where it gives all to
     objectives without evidence, Σ_j ρ_j a_j = 0, the rest stays where it is preferred. With all ρ_k = 1, weights are
-    the weighting's own. Their sum is the weighting's in any case. Weights that are no shares stay as they are: some
-    are negative by more than rounding, or none is positive.
+    the weighting's own. Their sum is the weighting's in any case. If a weight is negative by
+    more than rounding, or their sum is not positive, the weighting's weights are returned unchanged.
 
     Shares are those of coefficients: of w_k n_k where a weighting divides its weights by n_k, as `mgda-normalized` by
     ‖g_k‖, lest equal weights on gradients of unequal lengths follow the longest. A floor under them holds: what is

@@ -7,8 +7,8 @@ weights u_kt that fall by β from step to step, products of *different* steps ha
 
     Ĝ_ij = Σ_{t ≠ t'} u_it u_jt' ⟨s_it, s_jt'⟩ / Σ_{t ≠ t'} u_it u_jt'.
 
-The sum over all pairs of steps is that of two averages, so that K averages of d numbers, and the products within each
-step, are all that is kept.
+The sum over all pairs of steps is that of two averages, so that K averages of d numbers, the products within each
+step, and a dozen sums [K] and [K, K] for losses, lengths and errors are all that is kept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mogeo.geometry import ops
 
 #: Standard errors below which an estimate counts for nothing, and from which on it counts in full.
 DOUBTFUL, CERTAIN = 2.0, 3.0
-#: At this decay and below, averages hold the weight of less than three steps, from which no standard error can be told:
+#: At this decay and below, averages hold the weight of three steps or less, from which no standard error can be told:
 #: their effective number is (1 + β)/(1 − β), two thirds of it are degrees of freedom, and it takes more than two.
 TOO_SHORT = 0.5
-#: A gradient counts as no longer than this many times the root mean square of those before: one spike would hide the
-#: mean for as long as it is in the average.
+#: A gradient counts as no longer than this many times the root mean square of those before, with the averages' own
+#: weights: one spike would hide the mean for as long as it is in the average.
 SPIKE = 5.0
 #: Steps that `decay="auto"` averages over, at least and at most, and in multiples of the noise scale.
 SHORTEST, LONGEST, PER_NOISE_SCALE = 10.0, 200.0, 2.0
@@ -50,7 +50,8 @@ class Sketches(NamedTuple):
 class Estimate(NamedTuple):
     """What is known of K mean gradients, per mean mini-batch. fp64, on the device of the sketches."""
 
-    #: ⟨ḡ_i, ḡ_j⟩, unbiased, [K, K]. Not positive semi-definite; NaN where no two steps can be compared yet.
+    #: ⟨ḡ_i, ḡ_j⟩, unbiased but for spikes that are cut, [K, K]. Not positive semi-definite; NaN where no two steps can
+    #: be compared yet.
     gram: Tensor
     #: Standard errors of `gram`, [K, K]; inf where it is not known yet.
     error: Tensor
@@ -106,10 +107,10 @@ class MeanGradients:
             present: bool [K], which objectives take part. The rows of others are not read.
         """
         suits = self._suits(sketches)
-        kept = self._kept if suits and self._kept is not None else _Kept.new(sketches.rows)
+        kept = self._kept.to(sketches.rows.device) if suits and self._kept is not None else _Kept.new(sketches.rows)
         after, of_step = kept.with_step(sketches.rows, losses, present, self._decays(kept))
         estimate = _estimated(after, of_step, sketches.dimension)
-        after = after._replace(window=_next_windows(after.window, estimate))
+        after = after._replace(window=torch.where(present, _next_windows(after.window, estimate), after.window))
         self._proposed = _Proposed(after, estimate, repr(sketches.layout), sketches.dimension, suits)
         return estimate
 
@@ -177,6 +178,7 @@ class _Kept(NamedTuple):
     both: Tensor  # Σ u_i u_j over the steps of both, [K, K]
     within: Tensor  # Σ u_i u_j ⟨s_i, s_j⟩ over the steps of both, [K, K]
     square: Tensor  # Σ u ‖s‖², [K]
+    uncut: Tensor  # the same, of gradients before spikes are cut, [K]
     loss: Tensor  # Σ u L, [K]
     window: Tensor  # steps that "auto" averages over, [K]
     product: Tensor  # ⟨average_i before, s_j⟩ of the last step of j, [K, K], NaN before
@@ -195,9 +197,13 @@ class _Kept(NamedTuple):
 
         k, kk = (count,), (count, count)
         return cls(
-            torch.zeros_like(rows), zeros(*k), zeros(*kk), zeros(*kk), zeros(*k), zeros(*k), zeros(*k) + SHORTEST,
-            zeros(*kk) + torch.nan, zeros(*kk), zeros(*kk), zeros(*kk), zeros(*kk), zeros(*kk),
+            torch.zeros_like(rows), zeros(*k), zeros(*kk), zeros(*kk), zeros(*k), zeros(*k), zeros(*k),
+            zeros(*k) + SHORTEST, zeros(*kk) + torch.nan, zeros(*kk), zeros(*kk), zeros(*kk), zeros(*kk), zeros(*kk),
         )  # fmt: skip
+
+    def to(self, device: torch.device) -> _Kept:
+        """The same on a device."""
+        return _Kept(*(part.to(device) for part in self))
 
     def fits(self, rows: Tensor) -> bool:
         """Whether these are averages of such rows."""
@@ -209,18 +215,14 @@ class _Kept(NamedTuple):
 
     def with_step(self, rows: Tensor, losses: Tensor, present: Tensor, decays: Tensor) -> tuple[_Kept, Tensor]:
         """After one more step; and its Gram matrix, [K, K], 0 where an objective takes no part."""
-        self = self._replace(**{name: part.to(rows.device) for name, part in self._asdict().items()})
         count = len(rows)
         rows = torch.where(present[:, None], rows, 0.0)
         losses = torch.where(present, losses, 0.0)
         grams = ops.gram(torch.cat([self.average, rows]))
         across, of_step = grams[:count, count:], grams[count:, count:]
-        capped = self._caps(of_step.diagonal())
-        rows, across, own = (
-            capped[:, None].to(rows.dtype) * rows,
-            across * capped,
-            of_step * torch.outer(capped, capped),
-        )
+        cut = self._cuts(of_step.diagonal())
+        rows, across, losses = cut[:, None].to(rows.dtype) * rows, across * cut, losses * cut
+        own = of_step * torch.outer(cut, cut)
         here = present.to(torch.float64)
         factor = torch.where(present, decays, 1.0)
         factors = torch.outer(factor, factor)
@@ -240,6 +242,7 @@ class _Kept(NamedTuple):
             both=factors * self.both + torch.outer(here, here),
             within=factors * self.within + own,
             square=factor * self.square + own.diagonal(),
+            uncut=factor * self.uncut + of_step.diagonal(),
             loss=factor * self.loss + losses,
             window=self.window,
             product=product,
@@ -251,9 +254,9 @@ class _Kept(NamedTuple):
         )
         return after, of_step
 
-    def _caps(self, squares: Tensor) -> Tensor:
-        """What a step's gradients, of these squared lengths, are multiplied by before they count: 1 but for spikes."""
-        most = SPIKE**2 * self.square / self.weight
+    def _cuts(self, squares: Tensor) -> Tensor:
+        """What gradients of these squared lengths, and their losses, are multiplied by to count: 1 but for spikes."""
+        most = SPIKE**2 * self.uncut / self.weight
         return torch.where((most > 0) & (squares > most), (most / squares).sqrt(), 1.0)
 
 
@@ -294,8 +297,27 @@ def _estimated(kept: _Kept, of_step: Tensor, dimension: int | None) -> Estimate:
     evidence = _evidence(lengths.clamp(min=0), error.diagonal())
     floor = torch.minimum(error.diagonal(), squares)
     seen = gram.nan_to_num(0.0) * torch.minimum(evidence[:, None], evidence[None, :])
-    seen = ops.psd_part(seen.fill_diagonal_(0.0) + torch.diag(torch.maximum(lengths, floor)))
+    seen = nearest_gram(seen.fill_diagonal_(0.0) + torch.diag(torch.maximum(lengths, floor)))
     return Estimate(gram, error, kept.square / share, kept.loss / share, seen, evidence, of_step)
+
+
+def nearest_gram(matrix: Tensor) -> Tensor:
+    """The positive semi-definite matrix nearest to a symmetric one, each objective measured by its own length.
+
+    That is the nearest in Frobenius' norm to M_ij / √(M_ii M_jj), multiplied back, so that it does not matter how long
+    gradients are beside each other. A matrix that is positive semi-definite comes back to the last bit.
+
+    Args:
+        matrix: M, fp64 [K, K]. Rows whose diagonal is not above 0 become 0.
+    """
+    lengths = matrix.diagonal()
+    known = lengths > 0
+    matrix = torch.where(known[:, None] & known[None, :], matrix, 0.0)
+    scale = torch.where(known, lengths, 1.0).sqrt()
+    scales = torch.outer(scale, scale)
+    cosines = matrix / scales
+    nearest = ops.psd_part(cosines)
+    return torch.where((nearest == cosines).all(), matrix, nearest * scales)
 
 
 def _evidence(size: Tensor, error: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         track: make weights, guarantee and logs follow the mean gradients in place of each step's noisy ones: the decay
             per step of the averages that estimate them, above 0.5 and below 1, or "auto"; as in
             `mogeo.MultiObjectiveOptimizer`.
-        guarantee_descent: take the direction nearest to the weighting's that hurts no objective, to first order; as
-            there.
+        guarantee_descent: take the direction nearest to the weighting's that hurts no objective, to first order; as in
+            `mogeo.MultiObjectiveOptimizer`.
         train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from
             each objective to a Dataset of pairs; or UltraFeedback's rows (instruction, completions).
         eval_dataset: the same; or a mapping from other names to several such sets.
@@ -78,8 +78,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
 
     Raises:
         ValueError: the data does not fit (`mogeo.errors.InputError`), the weighting does not exist or does not suit the
-            loss, `track` is not a decay, or an option of DPOConfig does not work with several backwards over one
-            forward.
+            loss, `track` is a number that is no decay, or an option of DPOConfig does not work with several backwards
+            over one forward.
+        TypeError: `track` or `guarantee_descent` is of another type.
         NotImplementedError: the engine, or images, are not supported.
     """
 

@@ -60,7 +60,10 @@ class Tally:
         self._own_pairs = torch.zeros_like(self._pairs)
 
     def add_report(self, report: StepReport, scale: Tensor | None = None) -> None:
-        """Add the numbers of one step. An objective without a loss in the step counts in the mean of weights only.
+        """Add the numbers of one step.
+
+        An objective without a finite loss and gradient in the step counts in the mean of weights only, and in what is
+        said of mean gradients, which are known without it.
 
         Args:
             report: of the step.
@@ -72,7 +75,7 @@ class Tally:
         noise = report.noise_scale_interval
         if norms is not None:
             norms = norms if scale is None else norms / scale
-            norms = norms.masked_fill(report.absent, torch.nan)
+            norms = norms.masked_fill(report.absent | report.nonfinite, torch.nan)
         self._add_step("grad_norm", norms)
         self._add_step("alignment", alignment)
         if alignment is not None and hurt is not None:

@@ -173,12 +173,14 @@ def test_more_preference_may_lower_the_inner_product() -> None:
 @given(st.one_of(grams(WELL_POSED), integer_grams()), st.integers(0, 99))
 def test_upgrad_takes_torchjds_preference_vector(gram: Tensor, seed: int) -> None:
     torchjd = pytest.importorskip("torchjd.aggregation")
+    squares = gram.diagonal()
+    assume(squares.min() > 1e-2 * squares.max())  # theirs adds 1e-4 of the trace to the diagonal, and drowns short rows
     losses, preference = problem(gram, seed)
     weights, _, _ = Steering(preference.tolist()).weigh(resolve("upgrad"), gram, losses)[:3]
     theirs = torchjd.UPGradWeighting(pref_vector=preference / len(gram))(gram)
     difference = weights - theirs  # weights may differ where gradients are dependent, directions not
     reach = weights @ gram.diagonal().sqrt()
-    assert difference @ gram @ difference <= (1e-2 * reach) ** 2  # theirs adds 1e-4 to the diagonal of the trace's Gram
+    assert difference @ gram @ difference <= (1e-2 * reach) ** 2
 
 
 @FEW

@@ -20,6 +20,7 @@ from mogeo.geometry.tracking import (
     Estimate,
     MeanGradients,
     Sketches,
+    nearest_gram,
     noise_scale,
     noise_scale_interval,
 )
@@ -90,9 +91,9 @@ def test_is_the_weighted_sum_over_pairs_of_different_steps(
         if seen:
             lengths = torch.stack([steps[t][k].square().sum() for t in seen])
             torch.testing.assert_close(estimate.mean_square[k], weights @ lengths / weights.sum())
-            torch.testing.assert_close(
-                estimate.losses[k], weights @ torch.tensor(seen, dtype=torch.float64) / weights.sum()
-            )
+            counted = [t * float(steps[t][k].norm() / drawn[t][k].norm()) if drawn[t][k].any() else t for t in seen]
+            losses = torch.tensor(counted, dtype=torch.float64)  # those of spikes are cut by the same factor
+            torch.testing.assert_close(estimate.losses[k], weights @ losses / weights.sum())
 
 
 @pytest.mark.parametrize("size", [10.0, 1e3, 1e100])
@@ -119,12 +120,51 @@ def test_a_gradient_after_zeros_counts_as_it_is() -> None:
     torch.testing.assert_close(estimate.mean_square, rows.square().sum(1) * (1 + 0.9) / (1 + 0.9 + 0.81))
 
 
-def test_lengths_that_have_grown_for_good_are_followed() -> None:
-    tracker = MeanGradients(0.9)
-    for factor in (1.0, 1000.0):
-        estimate = tracked(tracker, noisy(factor * conflicting(), 0.05 * factor, 60, 0))
-    mean_square = 1e6 * (conflicting().square().sum(1) + 1.0)
-    assert bool((estimate.mean_square > 0.7 * mean_square).all())
+@pytest.mark.parametrize("before", [1.0, 1e-9, 0.0])
+def test_lengths_that_have_grown_for_good_are_followed(before: float) -> None:
+    """From the second gradient on: what came once is a spike, what comes twice is not."""
+    tracker, rows = MeanGradients(0.9), conflicting()
+    tracked(tracker, [before * rows] * 60)
+    estimate = tracked(tracker, [1e3 * rows] * 30)
+    assert bool((estimate.mean_square > 0.9 * 1e6 * rows.square().sum(1)).all())
+
+
+def test_gradients_that_come_rarely_do_not_vanish() -> None:
+    """Zero in all but one of 60 steps: cut, and each time by the same factor."""
+    tracker, rows, found = MeanGradients(0.95), conflicting(), []
+    for t in range(1, 601):
+        estimate = tracked(tracker, [rows if t % 60 == 0 else torch.zeros_like(rows)])
+        if t % 60 == 0:
+            found.append(estimate.mean_square / rows.square().sum(1))
+    torch.testing.assert_close(found[-1], found[4], rtol=1e-3, atol=0.0)
+    assert bool((found[-1] > 1e-3).all())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e6])
+def test_how_long_a_gradient_is_beside_the_others_makes_no_difference(scale: float) -> None:
+    """In directions so few that products scatter, and the estimate is far from positive semi-definite."""
+    generator = torch.Generator().manual_seed(3)
+    steps = [torch.randn(4, 3, dtype=torch.float64, generator=generator) + 0.6 for _ in range(12)]
+    scales = torch.tensor([scale, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    plain = tracked(MeanGradients(0.9), steps)
+    scaled = tracked(MeanGradients(0.9), [rows * scales for rows in steps])
+    assert torch.linalg.eigvalsh(plain.gram).min() < -0.01
+    torch.testing.assert_close(scaled.seen, plain.seen * scales * scales.T, rtol=1e-9, atol=0.0)
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 6))
+def test_the_nearest_gram_is_the_nearest_by_cosines(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(count, count, dtype=torch.float64, generator=generator)
+    matrix = (root + root.T).fill_diagonal_(0.0) + torch.diag(10.0 ** torch.arange(count, dtype=torch.float64))
+    scales = torch.outer(*[matrix.diagonal().sqrt()] * 2)
+    values, vectors = torch.linalg.eigh(matrix / scales)
+    expected = (vectors * values.clamp(min=0)) @ vectors.T * scales
+    torch.testing.assert_close(nearest_gram(matrix) / scales, expected / scales, rtol=0.0, atol=1e-12)
+    psd = (root @ root.T + (root @ root.T).T) / 2
+    assert torch.equal(nearest_gram(psd), psd)
+    matrix[0, 0] = -1.0
+    assert not nearest_gram(matrix)[0].any()
 
 
 def test_the_first_step_tells_nothing_and_an_error_takes_six() -> None:
@@ -352,3 +392,15 @@ def test_windows_of_auto_follow_the_noise_scale() -> None:
     assert last[0] == SHORTEST
     assert 15 < last[1] < 45  # a noise scale of 0.0025 · 400 / 0.0784 = 12.8
     assert steps[-1, 2] == LONGEST
+
+
+def test_windows_of_auto_stand_still_while_an_objective_is_away() -> None:
+    tracker = MeanGradients("auto")
+    for t, rows in enumerate(noisy(conflicting(), 0.5, 60, 0)):
+        tracker.look(of(rows), torch.ones(3, dtype=torch.float64), torch.tensor([True, t < 20, t >= 40]))
+        tracker.take_over()
+        if t == 20:
+            left = tracker.state_dict()["window"][1].item()
+        if t < 40:
+            assert tracker.state_dict()["window"][2] == SHORTEST
+    assert tracker.state_dict()["window"][1] == left

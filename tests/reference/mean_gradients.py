@@ -39,7 +39,7 @@ def over_pairs(steps: Sequence[Tensor], present: Sequence[Sequence[bool]], decay
 def without_spikes(
     steps: Sequence[Tensor], present: Sequence[Sequence[bool]], decay: float, most: float
 ) -> list[Tensor]:
-    """The same gradients, none longer than `most` times the root mean square of those before it, as they count.
+    """Gradients as they count: none longer than `most` times the root mean square of those before it, as they came.
 
     Args:
         steps: gradients [K, N] of each step, fp64.
@@ -58,5 +58,5 @@ def without_spikes(
             length = float(rows[k].norm())
             if mean > 0 and length > most * mean**0.5:
                 rows[k] *= most * mean**0.5 / length
-            before.append(float(rows[k].square().sum()))
+            before.append(length**2)
     return capped
