@@ -7,6 +7,7 @@ tests/geometry with the backend "cuda".
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def held(optimizer: MultiObjectiveOptimizer) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"nonfinite": "propagate"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"nonfinite": "propagate"}, {"track": 0.9}], ids=str)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_step_never_synchronises_and_holds_no_more_than_the_one_before(
     weighting: str, options: dict[str, Any], dtype: torch.dtype
@@ -84,6 +85,30 @@ def test_a_step_never_synchronises_and_holds_no_more_than_the_one_before(
             step(net, optimizer, x)
     # Not memory_reserved: how the allocator cuts its segments is its own affair, and it may want another one.
     assert held(optimizer) == before
+
+
+@pytest.mark.parametrize("track", [0.9, "auto"])
+def test_averages_that_were_loaded_on_the_host_go_on_here(track: Any) -> None:
+    net, x = make_net(), batch()
+    twin = copy.deepcopy(net)
+    first, second = (
+        MultiObjectiveOptimizer(torch.optim.AdamW(model.parameters()), objectives=NAMES, track=track)
+        for model in (net, twin)
+    )
+    for _ in range(8):
+        step(net, first, x)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    twin.load_state_dict(net.state_dict())
+    for _ in range(3):
+        step(net, first, x)
+        step(twin, second, x)
+    assert first.report is not None
+    assert second.report is not None
+    torch.testing.assert_close(first.report.weights, second.report.weights, rtol=1e-9, atol=0.0)
+    assert bool((second.report.evidence == 1).all())
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -362,6 +363,19 @@ def test_goes_on_where_it_stood(way: str, decay: float | str) -> None:
     one, two = tracked(tracker, steps[7:]), tracked(other, steps[7:])
     for mine, its in zip(one, two, strict=True):
         assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("decay", [0.9, "auto"])
+def test_averages_move_to_the_device_of_the_sketches(decay: Any) -> None:
+    """The meta device computes nothing, and mixes with no other."""
+    tracker, loaded = MeanGradients(decay), MeanGradients(decay)
+    tracked(tracker, noisy(conflicting(), 0.1, 8, 0))
+    loaded.load_state_dict(tracker.state_dict())
+    rows, losses = torch.empty(3, 400, dtype=torch.float64, device="meta"), torch.ones(3, device="meta")
+    estimate = loaded.look(of(rows), losses, ALL.to("meta"))
+    assert all(part.is_meta for part in estimate)
+    loaded.take_over()
+    assert all(part.is_meta for part in loaded.state_dict().values() if isinstance(part, Tensor))
 
 
 def test_another_decay_keeps_the_averages() -> None:
