@@ -220,7 +220,7 @@ def reported(runs: Runs, objectives: Sequence[str]) -> str:
             hurt, evidence = told(found, "hurt_by_objective", 100), told(found, "evidence", 1)
             rows.append([f"`{label}`", hurt, evidence, told(found, "noise_scale", 1)])
     names = ", ".join(objectives)
-    return markdown(["", f"steps that hurt, % ({names})", "evidence", "noise scale, steps"], rows)
+    return markdown(["", f"steps that hurt, % ({names})", "evidence", "noise scale, mini-batches"], rows)
 
 
 def selection(results: Sequence[Result], merit: Metric) -> str:
