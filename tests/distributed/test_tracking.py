@@ -25,12 +25,15 @@ from tests.profiles import slow_but
 
 #: d as it is, which loses next to nothing of so small a net; and shorter than what any rank holds of it.
 LONG, SHORT = row_sketches.DIMENSION, 128
-SPREADS = {**ENGINES, "no engine": (3, no_engine), "no_sync": (2, unsynced)}
-CASES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (LONG, {}),
+#: Engines that lay gradients out in ways of their own; variants of one engine do not differ to tracking.
+VARIANTS = ("ddp, bucket views", "fsdp, no reshard", "tp, sequence")
+ENGINES_APART = {name: each for name, each in ENGINES.items() if name not in VARIANTS}
+SPREADS = {**ENGINES_APART, "no engine": (3, no_engine), "no_sync": (2, unsynced)}
+CASES: tuple[tuple[int, dict[str, Any]], ...] = ((LONG, {}), (SHORT, {}))
+#: Tried where there is no engine, and where there are two.
+OPTIONS: tuple[tuple[int, dict[str, Any]], ...] = (
     (LONG, {"guarantee_descent": True, "row_dtype": torch.float32}),
     (LONG, {"sketch": LONG}),
-    (SHORT, {}),
 )
 SCATTERED: tuple[tuple[int, dict[str, Any]], ...] = ((LONG, {"shard_rows": True}), (SHORT, {"shard_rows": True}))
 
@@ -48,7 +51,8 @@ def train_tracked(spread: Callable[[Net], Spread], cases: list[tuple[int, dict[s
 @pytest.mark.parametrize("engine", slow_but(SPREADS, "no engine"))
 def test_the_same_bits_on_all_ranks_and_what_one_process_finds(engine: str) -> None:
     ranks, spread = SPREADS[engine]
-    cases = [*CASES, *(SCATTERED if engine in ("no engine", "no_sync") else ())]
+    cases = [*CASES, *(OPTIONS if engine in ("no engine", "fsdp × tp") else ())]
+    cases += SCATTERED if engine in ("no engine", "no_sync") else ()
     results = run(ranks, train_tracked, spread, cases)
     alike = [(LONG, {**options, "shard_rows": False, "row_dtype": None}) for _, options in cases]
     for of_ranks, expected, (dimension, _) in zip(
@@ -79,6 +83,7 @@ TOPOLOGIES: dict[str, tuple[int, Callable[[Net], Spread]]] = {
     "2, FSDP": (2, engines.fsdp),
     "3, FSDP": (3, engines.fsdp),
 }
+RESUMED = ("1 process", "3, no engine", "3, FSDP")
 
 
 def test_ranks_with_shards_of_uneven_sizes_name_one_layout() -> None:
@@ -159,7 +164,7 @@ def assert_all_same(outcomes_of_ranks: list[list[Outcome]]) -> list[Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("topology", slow_but(TOPOLOGIES, "3, FSDP"))
+@pytest.mark.parametrize("topology", slow_but(RESUMED, "3, FSDP"))
 def test_resumes_bit_for_bit_on_as_many_ranks(topology: str, tmp_path: Path) -> None:
     """Every rank reads what the first one wrote."""
     ranks, spread = TOPOLOGIES[topology]
