@@ -15,8 +15,8 @@ Time and memory are taken on --device, with the models of benchmarks/step_overhe
 with one thread, in its regime `noisehelp`. Figures are written after every round and mode; a mode that fails is written
 down, the others go on, and the exit code is 1. Nothing starts after the seconds of --budget.
 
-Run: python benchmarks/memory_modes.py [--parts time memory error quality] [--seeds 4] [--rounds 5] [--device cuda]
-     [--budget SECONDS] [--quick] [--json PATH] [--plot PATH]
+Run: python benchmarks/memory_modes.py [--parts time memory error quality] [--modes exact tracked] [--seeds 4]
+     [--rounds 5] [--device cuda] [--budget SECONDS] [--quick] [--json PATH] [--plot PATH]
 """
 
 from __future__ import annotations
@@ -356,6 +356,7 @@ def main() -> None:
     """Parse, measure part by part, print, and write JSON and picture where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"besides {PLAIN} (default: all)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     parser.add_argument("--refresh-every", type=int, default=10, metavar="T", help="steps between solves (default: 10)")
     parser.add_argument("--rounds", type=int, default=5, help="of the timed blocks, at least 2 (default: 5)")
@@ -380,6 +381,8 @@ def main() -> None:
         parser.error("--device cuda: torch finds no GPU here")
     if options.keep and not (options.json and options.json.exists()):
         parser.error("--keep: name the file of an earlier run in --json")
+    if options.keep and options.modes:
+        parser.error("--keep with --modes: what the file holds of other modes would be lost")
     if options.plot and not (options.keep or {"time", "memory", "error"} <= set(options.parts)):
         parser.error("--plot shows time, memory and error: name all three in --parts, or leave --parts out")
     if options.clock == "cpu" and (on_gpu or options.threads != 1):
@@ -394,6 +397,11 @@ def main() -> None:
     weighed = setting._replace(tokens=2 * setting.shape.length)  # one pair per objective
     period, listed = options.refresh_every, modes(options.refresh_every, on_gpu)
     missing = [name for name in modes(period) if name not in listed]
+    if options.modes:
+        if unknown := set(options.modes) - set(listed):
+            parser.error(f"--modes {', '.join(sorted(unknown))}: choose from {', '.join(listed)}")
+        listed = {name: mode for name, mode in listed.items() if name == PLAIN or name in options.modes}
+        missing = []
     results = {name: _described(name, mode) for name, mode in listed.items()}
     document = {
         "machine": describe("mogeo", "transformers", device=options.device),
