@@ -189,8 +189,8 @@ class StepReport:
         """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]; None where that is None.
 
         False also where `alignment` is NaN, as it is in the first steps with `track`. It does not look at
-        `alignment_error`: where that is as large as the alignment, this is a guess, and surely hurt are those with
-        `alignment + 2 * alignment_error < 0`.
+        `alignment_error`: where that is as large as the alignment, as it is without `evidence`, this is a guess, and
+        surely hurt are those with `alignment + 2 * alignment_error < 0`.
         """
         alignment = self.alignment
         return None if alignment is None else alignment < -1e-5
