@@ -395,13 +395,13 @@ def main() -> None:
     setting = Setting(model, options.device, "fp32", objectives=4, tokens=0)
     timed = setting._replace(tokens=setting.shape.tokens[0])
     weighed = setting._replace(tokens=2 * setting.shape.length)  # one pair per objective
-    period, listed = options.refresh_every, modes(options.refresh_every, on_gpu)
-    missing = [name for name in modes(period) if name not in listed]
-    if options.modes:
-        if unknown := set(options.modes) - set(listed):
-            parser.error(f"--modes {', '.join(sorted(unknown))}: choose from {', '.join(listed)}")
-        listed = {name: mode for name, mode in listed.items() if name == PLAIN or name in options.modes}
-        missing = []
+    period, everything = options.refresh_every, modes(options.refresh_every)
+    if unknown := set(options.modes or ()) - set(everything):
+        parser.error(f"--modes {', '.join(sorted(unknown))}: choose from {', '.join(everything)}")
+    asked = [name for name in everything if name == PLAIN or name in (options.modes or everything)]
+    here = modes(period, on_gpu)
+    listed = {name: here[name] for name in asked if name in here}
+    missing = [name for name in asked if name not in here]
     results = {name: _described(name, mode) for name, mode in listed.items()}
     document = {
         "machine": describe("mogeo", "transformers", device=options.device),

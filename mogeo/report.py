@@ -92,7 +92,8 @@ class StepReport:
         """How far each mean gradient can be told from zero, fp64 [K]: not at two standard errors (0), surely at three
         (1).
 
-        So far do weights that depend on gradients rest on it, and not on the preference; a guarantee as well.
+        Weights that depend on gradients follow the preference where this is 0, and the geometry where it is 1. A
+        guarantee of descent acts on no conflict with an objective where this is 0.
         """
         return None if self.mean is None else self.mean.evidence
 
@@ -107,8 +108,9 @@ class StepReport:
 
     @property
     def noise_scale_interval(self) -> Tensor | None:
-        """Lower and upper end of `noise_scale`, at two standard errors of ‖ḡ_k‖², fp64 [K, 2]; inf: it may be anything
-        above the lower end, or, at the lower end, ‖ḡ_k‖² is estimated as below zero by more than its error.
+        """Lower and upper end of `noise_scale`, at two standard errors of ‖ḡ_k‖², fp64 [K, 2].
+
+        An upper end of inf: ‖ḡ_k‖² may be zero. A lower end of inf: its estimate is below zero by over two errors.
         """
         return None if self.mean is None else noise_scale_interval(self.mean)
 

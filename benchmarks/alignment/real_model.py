@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=4, help="of each objective in a step")
     parser.add_argument("--held-out", type=int, default=120, help="prompts")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--autocast", default="bf16", help="as in `mogeo align` (default: %(default)s)")
+    parser.add_argument("--autocast", default=AlignConfig.autocast, help="as in `mogeo align` (default: %(default)s)")
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """All cells, seed by seed, so that the runs of a seed are complete before those of the next begin."""
     fixed = {"steps": options.steps, "pairs": options.pairs, "held_out": options.held_out, "lr": options.lr}
-    if options.autocast != "bf16":
+    if options.autocast != AlignConfig.autocast:  # older cells have no such key, and go on counting
         fixed["autocast"] = options.autocast
     return [
         {"data": options.data.stem, "method": method, "seed": seed, **fixed}
@@ -69,7 +69,7 @@ def compute(cell: Cell, model: str, data: Path, scratch: Path) -> Result:
         seed=cell["seed"],
         eval_every=0,
         save_every=0,
-        autocast=cell.get("autocast", "bf16"),
+        autocast=cell.get("autocast", AlignConfig.autocast),
     )
     scratch.mkdir(parents=True, exist_ok=True)
     shared = scratch / f"reference seed {cell['seed']}.pt"

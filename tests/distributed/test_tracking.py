@@ -25,12 +25,12 @@ from tests.profiles import slow_but
 
 #: d as it is, which loses next to nothing of so small a net; and shorter than what any rank holds of it.
 LONG, SHORT = row_sketches.DIMENSION, 128
-#: Engines that lay gradients out in ways of their own; variants of one engine do not differ to tracking.
+#: Left out: each has the shards, and so the sketches, of another engine in the table.
 VARIANTS = ("ddp, bucket views", "fsdp, no reshard", "tp, sequence")
 ENGINES_APART = {name: each for name, each in ENGINES.items() if name not in VARIANTS}
 SPREADS = {**ENGINES_APART, "no engine": (3, no_engine), "no_sync": (2, unsynced)}
 CASES: tuple[tuple[int, dict[str, Any]], ...] = ((LONG, {}), (SHORT, {}))
-#: Tried where there is no engine, and where there are two.
+#: Tried without an engine, and under FSDP with tensor parallelism.
 OPTIONS: tuple[tuple[int, dict[str, Any]], ...] = (
     (LONG, {"guarantee_descent": True, "row_dtype": torch.float32}),
     (LONG, {"sketch": LONG}),
