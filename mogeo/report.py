@@ -83,9 +83,12 @@ class StepReport:
     def mean_cosines(self) -> Tensor | None:
         """cos(ḡ_i, ḡ_j), fp64 [K, K]: as products and lengths are estimated, so that it may lie beyond ±1.
 
-        NaN beside a gradient whose squared length is estimated as 0 or less.
+        NaN beside a gradient whose `evidence` is 0: one that cannot be told from zero has no direction to speak of.
         """
-        return None if self.mean is None else self.mean.gram / torch.outer(*[_root(self.mean.gram.diagonal())] * 2)
+        if self.mean is None:
+            return None
+        lengths = self.mean.gram.diagonal().masked_fill(self.mean.evidence <= 0, torch.nan).sqrt()
+        return self.mean.gram / torch.outer(lengths, lengths)
 
     @property
     def evidence(self) -> Tensor | None:
@@ -148,19 +151,19 @@ class StepReport:
         """cos(d, g_k), fp64 [K]. Negative: to first order, the direction hurts objective k.
 
         With `track`, of mean gradients: cos(Σ_j w_j ḡ_j, ḡ_k), whether such directions hurt objective k in expectation.
-        `alignment_error` says how certain that is. The weights come from the same estimate: under a guarantee of
+        NaN where `evidence` is 0: a gradient that cannot be told from zero has no direction to speak of.
+        `alignment_error` says how certain the others are. The weights come from the same estimate: under a guarantee of
         descent nobody is hurt by it, but as far as `evidence` was lacking.
 
         Without, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k, so that
         ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
 
-        NaN beside a zero gradient; where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell;
-        with `track` where a squared length is estimated as 0 or less, or has no standard error yet.
+        NaN beside a zero gradient, and where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell.
         """
         if self.mean is not None:
-            gram, lengths = nearest_gram(self.mean.gram), self.mean.gram.diagonal()
-            known = (lengths > 0) & self.mean.error.diagonal().isfinite()
-            return (self._products(gram, self.weights) / self._reach(gram)).masked_fill(~known, torch.nan)
+            gram = nearest_gram(self.mean.gram)
+            cosines = self._products(gram, self.weights) / self._reach(gram)
+            return cosines.masked_fill(self.mean.evidence <= 0, torch.nan)
         if self.gram is None or self.grad_norms is None:
             return None
         # A gradient that was left out may be NaN, and 0 · NaN would spread.
@@ -178,8 +181,8 @@ class StepReport:
     def alignment_error(self) -> Tensor | None:
         """Standard error of `alignment`, fp64 [K]: that of ⟨d, ḡ_k⟩ alone. None without `track`.
 
-        inf where an error is not known yet, NaN where `alignment` cannot be told. Errors of the K products in it are
-        added up as if they were independent.
+        inf where an error is not known yet, NaN where a squared length is estimated as 0 or less. Errors of the K
+        products in it are added up as if they were independent.
         """
         if self.mean is None:
             return None
@@ -190,9 +193,8 @@ class StepReport:
     def hurt(self) -> Tensor | None:
         """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]; None where that is None.
 
-        False also where `alignment` is NaN, as it is in the first steps with `track`. It does not look at
-        `alignment_error`: where that is as large as the alignment, as it is without `evidence`, this is a guess, and
-        surely hurt are those with `alignment + 2 * alignment_error < 0`.
+        False also where `alignment` is NaN, as it is with `track` in the first steps and wherever `evidence` is 0. It
+        does not look at `alignment_error`: surely hurt are those with `alignment + 2 * alignment_error < 0`.
         """
         alignment = self.alignment
         return None if alignment is None else alignment < -1e-5

@@ -78,6 +78,23 @@ def test_an_objective_that_is_hurt_behind_noise_is_seen(seed: int, count: int, c
     assert report.alignment_of == "mean gradients"
 
 
+@given(seed=st.integers(0, 10_000), weighting=st.sampled_from(["uniform", "mgda", "linear(1, 0, 2)"]))
+@examples(8, **ANY_WAY)
+def test_what_cannot_be_told_from_zero_has_no_direction(seed: int, weighting: str) -> None:
+    """The second objective's gradient is noise alone, so that its estimates have any sign."""
+    means = independent([1.0, 1.0, 1.0], COLUMNS)
+    without = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64) * means
+    found = trained([rows - without for rows in draws(means, 4.0, seed, 40)], weighting)
+    for report in found:
+        known = some(report.evidence) > 0
+        assert torch.equal(some(report.alignment).isfinite(), known)
+        assert not bool((some(report.hurt) & ~known).any())
+        assert torch.equal(some(report.mean_cosines).isfinite(), known[:, None] & known)
+    known = torch.stack([some(report.evidence) > 0 for report in found])
+    assert known[-1, [0, 2]].all()
+    assert not known[:, 1].all()
+
+
 @given(seed=st.integers(0, 10_000), count=st.integers(2, 4), conflict=st.floats(1.5, 4.0))
 @examples(8, **ANY_WAY)
 def test_a_guarantee_guards_in_expectation(seed: int, count: int, conflict: float) -> None:
