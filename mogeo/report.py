@@ -158,7 +158,8 @@ class StepReport:
         Without, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k, so that
         ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
 
-        NaN beside a zero gradient, and where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell.
+        NaN beside a zero gradient, and where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot
+        tell.
         """
         if self.mean is not None:
             gram = nearest_gram(self.mean.gram)
