@@ -72,6 +72,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             averaged alike. What cannot be told from noise moves no weights: they are those of the preference then, or
             equal; fixed weights stay as they are. Gradients are kept apart, whatever the weighting. "auto": each
             objective's window follows its noise scale. None: this step's mini-batch decides, as in the papers.
+        weigh_by: which gradients decide where there is `track`. "mean": as said there. "mini-batch": weights and
+            guarantee are those without `track`, and the report alone tells of mean gradients, such as whom a method of
+            the papers hurts in expectation.
         refresh_every: T: solve for the weights at every T-th step only. In between, gradients are weighed by what the
             last solve found while autograd brings them: one backward of the weighted sum where losses are tensors. A
             guarantee of descent then is one for the steps that solve. A GPU is waited for once per solve.
@@ -108,6 +111,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     nonfinite = Setting(settings.reaction, "'skip', 'raise' or 'propagate'.")
     guarantee_descent = Setting(settings.true_or_false, "Whether the direction must hurt no objective.")
     track = Setting(settings.decay_or_none, "Decay of averages over steps, 'auto', or None.")
+    weigh_by = Setting(settings.mean_or_mini_batch, "Which gradients decide with `track`: 'mean' or 'mini-batch'.")
     refresh_every = Setting(settings.whole_number, "T: the weights are solved at every T-th step.")
     preference = Setting(settings.preference, "Positive numbers by name or in order, or None.")
     min_weight = Setting(settings.floor, "A floor under the coefficients.")
@@ -127,6 +131,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         memory: Memory | None = None,
         guarantee_descent: bool = False,
         track: float | Literal["auto"] | None = None,
+        weigh_by: Literal["mean", "mini-batch"] = "mean",
         refresh_every: int = 1,
         preference: Mapping[str, float] | Sequence[float] | None = None,
         min_weight: float = 0.0,
@@ -145,6 +150,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             "memory": memory_of(memory, row_dtype=row_dtype, host_rows=host_rows, shard_rows=shard_rows, sketch=sketch),
             "guarantee_descent": guarantee_descent,
             "track": track,
+            "weigh_by": weigh_by,
             "refresh_every": refresh_every,
             "preference": preference,
             "min_weight": min_weight,

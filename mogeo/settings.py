@@ -180,6 +180,13 @@ def decay_or_none(name: str, value: Any) -> float | Literal["auto"] | None:
     return number
 
 
+def mean_or_mini_batch(name: str, value: Any) -> str:
+    """Which gradients decide where averages are kept."""
+    if value not in ("mean", "mini-batch"):
+        raise ValueError(f"{name}={value!r}: choose 'mean' or 'mini-batch'")
+    return str(value)
+
+
 def preference(name: str, value: Any) -> dict[str, float] | tuple[float, ...] | None:
     """Positive numbers, by name or in order; None for none."""
     if value is None:

@@ -119,14 +119,15 @@ class State:
             if self._steering is None:
                 self._steering = self._new_steering()
             weighting = Steered(weighting, self._steering)
-        if self.tracked is not None and weighting.needs_gram:
+        by_means = settings["weigh_by"] == "mean"
+        if self.tracked is not None and by_means and weighting.needs_gram:
             preference = None if settings["preference"] is None else in_order(settings["preference"], self.names)
             weighting = Evidenced(weighting, self.tracked, preference)
         if settings["guarantee_descent"]:
             weighting = Harmless(weighting)
         return Rules(
             self.names, weighting, settings["nonfinite"], settings["max_grad_norm"], settings["gram_by_parameter"],
-            self.tracked,
+            self.tracked, by_means,
         )  # fmt: skip
 
     def _new_steering(self, before: Steering | None = None, names: tuple[str, ...] | None = None) -> Steering:
@@ -161,7 +162,7 @@ class State:
             raise
         if name == "refresh_every":
             self.held.refresh_every = value
-        elif name in ("weighting", "preference", "min_weight", "smoothing", "guarantee_descent", "track"):
+        elif name in ("weighting", "preference", "min_weight", "smoothing", "guarantee_descent", "track", "weigh_by"):
             self.held.forget()
 
     def _tracked_with(self, decay: Decay | None) -> MeanGradients | None:
@@ -233,9 +234,12 @@ class State:
         elif decided.usable and not decided.poisoned and step.weights is None:
             self.held.solved(decided.weights, ~(flags | decided.nonfinite))
         if self.tracked is not None and decided.mean is not None and decided.usable and not self.tracked.take_over():
+            meanwhile = "weights are those of the preference, or equal"
+            if self.settings["weigh_by"] != "mean":
+                meanwhile = "reports cannot tell of mean gradients"
             warn_user(
                 "averages of gradients over steps (track=) begin anew, since parameters, their shards, or memory= are "
-                "not what they were: until there are some steps again, weights are those of the preference, or equal"
+                f"not what they were: until there are some steps again, {meanwhile}"
             )
         if self.nonfinite_counts.device != device:
             self.nonfinite_counts = self.nonfinite_counts.to(device)

@@ -223,7 +223,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_model(align,
 def test_the_optimizers_options_are_the_runs_settings(align, tmp_path):
     steered = ["--preference", "help=2", "truth=1", "--min-weight", "0.05", "--smoothing", "0.9", "--guarantee-descent"]
     assert align(*steered, "--refresh-every", "3", "--row-dtype", "bf16", "--host-rows") == 0
-    assert align("--sketch", "64", "--track", "0.9", output=tmp_path / "sketched") == 0
+    assert align("--sketch", "64", "--track", "0.9", "--weigh-by", "mini-batch", output=tmp_path / "sketched") == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     expected = {
         "preference": {"help": 2.0, "truth": 1.0}, "min_weight": 0.05, "smoothing": 0.9, "guarantee_descent": True,
@@ -231,7 +231,7 @@ def test_the_optimizers_options_are_the_runs_settings(align, tmp_path):
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
     sketched = json.loads((tmp_path / "sketched" / "run.json").read_text())
-    assert (sketched["sketch"], sketched["track"]) == (64, 0.9)
+    assert (sketched["sketch"], sketched["track"], sketched["weigh_by"]) == (64, 0.9, "mini-batch")
 
 
 def test_ctrl_c_before_training_is_one_line(align, monkeypatch, capsys):

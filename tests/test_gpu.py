@@ -232,6 +232,7 @@ def test_a_psd_part_is_that_of_the_cpu_and_never_synchronises(k: int) -> None:
     "options",
     [
         {"guarantee_descent": True},
+        {"track": 0.9, "weigh_by": "mini-batch"},
         {"refresh_every": 3},
         {"preference": (1.0, 2.0, 3.0), "min_weight": 0.05, "smoothing": 0.5},
         {"host_rows": True},

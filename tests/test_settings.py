@@ -35,6 +35,8 @@ from tests.nets import Net, flat_grad, gradient_rows, inputs, separate_losses, s
         ({"track": -0.5}, "track=-0.5"),
         ({"track": float("nan")}, "track=nan"),
         ({"track": float("inf")}, "track=inf"),
+        ({"weigh_by": "batch"}, "weigh_by='batch': choose 'mean' or 'mini-batch'"),
+        ({"weigh_by": None}, "weigh_by=None: choose 'mean' or 'mini-batch'"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
@@ -280,6 +282,7 @@ def test_a_value_that_does_not_fit_leaves_the_old_one() -> None:
         ("smoothing", 1.0),
         ("refresh_every", 0),
         ("track", 1.5),
+        ("weigh_by", "batch"),
     ):
         before = getattr(optimizer, name)
         with pytest.raises(ValueError, match=name):

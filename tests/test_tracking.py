@@ -95,6 +95,83 @@ def test_what_cannot_be_told_from_zero_has_no_direction(seed: int, weighting: st
     assert not known[:, 1].all()
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    weighting=st.sampled_from(["mgda-decoupled", "uniform", "linear(3, 1, 2)", "upgrad", "gapo(0.5)", "cagrad"]),
+    options=st.sampled_from([{}, {"guarantee_descent": True}, {"max_grad_norm": 0.3}, {"refresh_every": 3}]),
+)
+@examples(12, **ANY_WAY)
+def test_weighing_by_the_mini_batch_changes_reports_alone(seed: int, weighting: str, options: dict[str, Any]) -> None:
+    """Weights are those without `track`, and what is told of mean gradients is what `track` tells."""
+    steps = list(draws(with_a_victim(3, 2.5, COLUMNS), 9.0, seed, 12))
+    plain_net, net = Chosen(COLUMNS), Chosen(COLUMNS)
+    plain = optimizer_of(plain_net, weighting, track=None, **options)
+    watched = optimizer_of(net, weighting, weigh_by="mini-batch", **options)
+    following = trained(steps, weighting, **options)
+    for rows, follower in zip(steps, following, strict=True):
+        (report,), (expected,) = reports(watched, net, [rows]), reports(plain, plain_net, [rows])
+        torch.testing.assert_close(report.weights, expected.weights, rtol=1e-12, atol=0)
+        torch.testing.assert_close(report.clip_factor, expected.clip_factor, rtol=1e-9, atol=0)
+        torch.testing.assert_close(net.grad(), plain_net.grad(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(report.mean, follower.mean, rtol=0, atol=0, equal_nan=True)
+        if expected.gram is not None:
+            torch.testing.assert_close(report.gram, expected.gram, rtol=1e-12, atol=0)
+    assert report.alignment_of == "mean gradients"
+    assert report.to_dict()["evidence"] == follower.to_dict()["evidence"]
+
+
+def test_what_decides_can_be_changed_between_steps() -> None:
+    """Averages go on, and held weights are solved for anew."""
+    steps = list(draws(with_a_victim(3, 2.5, COLUMNS), 9.0, 0, 12))
+    net = Chosen(COLUMNS)
+    optimizer = optimizer_of(net, "mgda", weigh_by="mini-batch", refresh_every=4)
+    following = trained(steps, "mgda")
+    reports(optimizer, net, steps[:1])
+    optimizer.weigh_by, optimizer.refresh_every = "mean", 1
+    (report,) = reports(optimizer, net, steps[1:2])
+    torch.testing.assert_close(report.weights, following[1].weights, rtol=1e-12, atol=0)
+    reports(optimizer, net, steps[2:8])
+    optimizer.weigh_by = "mini-batch"
+    (report,) = reports(optimizer, net, steps[8:9])
+    torch.testing.assert_close(report.mean, following[8].mean, rtol=0, atol=0)
+    own = trained(steps[8:9], "mgda", track=None)[0]
+    torch.testing.assert_close(report.weights, own.weights, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate", "raise"])
+@pytest.mark.parametrize("weighting", ["mgda-decoupled", "uniform"])
+def test_what_is_not_finite_stays_out_of_reports_too(weighting: str, nonfinite: str) -> None:
+    """Under "skip" the objective is left out, and known at its next step; the others lose the whole step."""
+    steps = list(draws(independent([1.0, 1.0, 1.0], COLUMNS), 4.0, 0, 9))
+    bad = [rows.clone() for rows in steps]
+    bad[7][1, 3] = math.inf
+    net = Chosen(COLUMNS)
+    optimizer = optimizer_of(net, weighting, weigh_by="mini-batch", nonfinite=nonfinite)
+    before = reports(optimizer, net, bad[:7])[-1]
+    if nonfinite == "raise":
+        with pytest.raises(mogeo.NonFiniteError, match="objective '1'"):
+            reports(optimizer, net, bad[7:8])
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        (report,) = reports(optimizer, net, bad[7:8])
+    assert report.nonfinite.tolist() == [False, True, False]
+    assert (report.weights[1] == 0) if nonfinite == "skip" else bool(report.weights.isnan().all())
+    if nonfinite == "skip":
+        assert some(report.mean_gram)[1, 1] == some(before.mean_gram)[1, 1]
+        assert some(report.mean_gram)[0, 0] != some(before.mean_gram)[0, 0]
+
+
+def test_the_papers_own_weights_and_a_true_report() -> None:
+    """An objective whose own noise makes each step look good to it is seen to be hurt."""
+    steps = list(draws(with_a_victim(4, 3.0, COLUMNS), 12.0, 0, 40))
+    plain = trained(steps, "mgda-decoupled", track=None)
+    watched = trained(steps, "mgda-decoupled", weigh_by="mini-batch")
+    assert min(some(report.alignment)[0] for report in plain) > 0
+    assert all(some(report.evidence)[0] == 1 for report in watched[10:])
+    assert all(bool(some(report.hurt)[0]) for report in watched[10:])
+
+
 @given(seed=st.integers(0, 10_000), count=st.integers(2, 4), conflict=st.floats(1.5, 4.0))
 @examples(8, **ANY_WAY)
 def test_a_guarantee_guards_in_expectation(seed: int, count: int, conflict: float) -> None:

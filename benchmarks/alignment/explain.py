@@ -41,7 +41,7 @@ def explain(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> 
 
     - conflict: share of (step, pair of objectives) whose gradients have a negative cosine;
     - hurt: share of steps whose direction has a negative cosine with some objective's gradient, as the run's reports
-      have it: with that of the mini-batch, or, where gradients are tracked, with the mean gradient;
+      have it: with the mean gradient, where gradients are tracked, and with that of the mini-batch otherwise;
     - alignment: mean over steps of the smallest cosine between the direction and a gradient, where one is known;
     - hurt_by_objective: the share of the steps that hurt each, of those in which that is known (null: in none);
     - evidence, noise_scale: by objective, mean and median over the steps (null without tracking, and where unknown);

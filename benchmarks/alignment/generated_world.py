@@ -44,6 +44,10 @@ DRIFT = "drift"
 second. Only variants of the study know how to train on labels that change."""
 
 
+REPORTED = 0.95
+"""Decay of the averages from which reports tell of mean gradients, where weights are those of each mini-batch."""
+
+
 class Method(NamedTuple):
     """A weighting of mogeo, and what is around it.
 
@@ -66,10 +70,18 @@ class Method(NamedTuple):
         return cls(match[1], match[2] is not None, track)
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `AlignConfig`, and of the optimizer. Conflicts can be counted under all of them."""
-        if self.track is None:
-            return {"weighting": Measured(self.weighting), "guarantee_descent": self.guaranteed}
-        return {"weighting": self.weighting, "guarantee_descent": self.guaranteed, "track": self.track}
+        """Arguments of `AlignConfig`, and of the optimizer.
+
+        Under all of them conflicts can be counted, and the report tells whom a step hurts in expectation.
+        """
+        if self.track is not None:
+            return {"weighting": self.weighting, "guarantee_descent": self.guaranteed, "track": self.track}
+        return {
+            "weighting": Measured(self.weighting),
+            "guarantee_descent": self.guaranteed,
+            "track": REPORTED,
+            "weigh_by": "mini-batch",
+        }
 
 
 class Setting:

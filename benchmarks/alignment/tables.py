@@ -201,7 +201,8 @@ def explanation(runs: Runs, objectives: Sequence[str]) -> str:
 
 
 def reported(runs: Runs, objectives: Sequence[str]) -> str:
-    """What the runs' own reports said, by objective: steps that hurt it, how far weights rest on it, its noise scale.
+    """What the runs' own reports said, by objective: steps that hurt it, of those that can tell; evidence of its mean
+    gradient; and its noise scale.
 
     Means over the seeds in which it is known.
     """

@@ -78,7 +78,7 @@ class News:
             verdict = decided.status if decided.bad_weights is None else decided.bad_weights
             numbers = [decided.nonfinite] if verdict is None else [decided.nonfinite, verdict.reshape(1)]
             if verdict is not None or not self.warned:
-                mean = decided.mean
+                mean = decided.mean if rules.follow_means else None
                 seen = (decided.losses, decided.gram) if mean is None else (mean.losses, mean.seen)
                 self.mailbox.post(numbers, (rules, *seen))
         elif not self.warned and rules.nonfinite == "skip":

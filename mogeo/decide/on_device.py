@@ -31,32 +31,28 @@ def decide(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rule
     Raises:
         RuntimeError: the weighting did not return one number per objective.
     """
-    if rules.tracked is not None:
-        return _from_means(rows, losses, absent, rules)
-    gram = rows.gram() if rules.weighting.needs_gram else None
+    sketches = None if rules.tracked is None else rows.sketches()
+    gram = rows.gram() if rules.weighting.needs_gram and not rules.follow_means else None
     problem = rules.weighting.min_norm_problem()
-    if problem is not None and gram is not None:
+    if sketches is None and problem is not None and gram is not None:
         found, nonfinite = _min_norm(rows, gram, losses, absent, rules, problem)
         return _decision(found, losses, gram, nonfinite, None)
     finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
+    if sketches is not None:
+        finite &= finite_rows(sketches)
     present = _present(absent, losses.device)
     nonfinite = present & ~finite
-    found, bad_weights = _solved(gram, losses, present, nonfinite, rules)
-    return _decision(found, losses, gram, nonfinite, bad_weights)
-
-
-def _from_means(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rules) -> Decision:
-    """`decide`, from mean gradients."""
-    assert rules.tracked is not None
-    sketches = rows.sketches()
-    present = _present(absent, losses.device)
-    nonfinite = present & ~(losses.isfinite() & finite_rows(sketches))
+    if sketches is None or rules.tracked is None:
+        found, bad_weights = _solved(gram, losses, present, nonfinite, rules)
+        return _decision(found, losses, gram, nonfinite, bad_weights)
     counts = present & ~nonfinite
     if rules.nonfinite == "propagate":
         counts &= ~nonfinite.any()  # the whole step is lost
     mean = rules.tracked.look(sketches, losses, counts)
-    found, bad_weights = _solved(mean.seen, mean.losses, present, nonfinite, rules)
-    return _decision(found, losses, mean.of_step, nonfinite, bad_weights)._replace(mean=mean)
+    seen = (mean.seen, mean.losses) if rules.follow_means else (gram, losses)
+    found, bad_weights = _solved(*seen, present, nonfinite, rules)
+    decided = _decision(found, losses, mean.of_step if gram is None else gram, nonfinite, bad_weights)
+    return decided._replace(mean=mean, gram_is_sketched=gram is None)
 
 
 def _solved(
@@ -88,7 +84,7 @@ def combined(
         plain: None: with such groups, the host decides.
     """
     assert plain is None
-    gram, nonfinite = None if decided.mean is not None else decided.gram, decided.nonfinite
+    gram, nonfinite = None if decided.gram_is_sketched else decided.gram, decided.nonfinite
     squared_norm, clip = rows.direct(decided.weights, gram, rules.max_grad_norm, discard=rules.nonfinite == "skip")
     if decided.gram is None or any(block.dtype == torch.float16 for block in rows.blocks):
         # A row, or an overflow, that only the direction tells of: that counts for all who are present.

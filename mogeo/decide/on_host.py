@@ -42,7 +42,7 @@ def decide(rows: ComparableStore, losses: Tensor, absent: tuple[bool, ...], rule
     """
     flags = constant_tensor(absent, torch.bool, losses.device)
     sketches = None if rules.tracked is None else rows.sketches()
-    gram = rows.gram() if sketches is None and rules.weighting.needs_gram else None
+    gram = rows.gram() if rules.weighting.needs_gram and not rules.follow_means else None
     gram, losses = _over_ranks(rows.ranks, gram, losses, flags, rules)
     nonfinite = ~flags & ~losses.isfinite()
     if gram is not None:
@@ -58,12 +58,14 @@ def decide(rows: ComparableStore, losses: Tensor, absent: tuple[bool, ...], rule
     mean, seen = None, (gram, losses)
     if sketches is not None and rules.tracked is not None:
         mean = rules.tracked.look(sketches, losses, ~(flags | nonfinite))
-        gram, seen = mean.of_step, (mean.seen, mean.losses)
+        if rules.follow_means:
+            seen = (mean.seen, mean.losses)
     found = _solved(rows.ranks, *seen, left_out, rules)
+    sketched = mean is not None and gram is None
     return Decision(
-        losses, found.weights, gram, nonfinite, True,
+        losses, found.weights, mean.of_step if mean is not None and sketched else gram, nonfinite, True,
         gap=found.gap, status=found.status,
-        correction=found.correction, correction_status=found.correction_status, mean=mean,
+        correction=found.correction, correction_status=found.correction_status, mean=mean, gram_is_sketched=sketched,
     )  # fmt: skip
 
 
@@ -207,8 +209,8 @@ def _failed(decided: Decision, absent: tuple[bool, ...], rules: Rules) -> Direct
 
 
 def _norm_from_gram(decided: Decision) -> Tensor | None:
-    """‖d‖² = wᵀMw; None where there is no Gram matrix of this step's gradients, or not enough digits are left of it."""
-    if decided.gram is None or decided.mean is not None:
+    """‖d‖² = wᵀMw; None where there is no exact Gram matrix of this step, or not enough digits are left of it."""
+    if decided.gram is None or decided.gram_is_sketched:
         return None
     weights, gram = decided.weights, decided.gram
     used = weights != 0

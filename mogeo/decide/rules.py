@@ -24,8 +24,15 @@ class Rules(NamedTuple):
     max_grad_norm: float | None
     #: Whether the Gram matrix of each parameter is wanted as well.
     gram_by_parameter: bool = False
-    #: Averages over steps, if the Gram matrix of mean gradients is to decide, and not this step's.
+    #: Averages over steps, if the user wants them.
     tracked: MeanGradients | None = None
+    #: Whether the Gram matrix of mean gradients decides, where there are averages, and not this step's.
+    by_means: bool = True
+
+    @property
+    def follow_means(self) -> bool:
+        """Whether weights are solved for from mean gradients."""
+        return self.tracked is not None and self.by_means
 
     def constant(self) -> tuple[float, ...] | None:
         """The weights, if they are known before any gradient is, so that gradients can be summed as they come.
@@ -53,8 +60,10 @@ class Decision(NamedTuple):
     bad_weights: Tensor | None = None
     correction: Tensor | None = None
     correction_status: Tensor | None = None
-    #: What is known of mean gradients, where they decided.
+    #: What is known of mean gradients, where they are tracked.
     mean: Estimate | None = None
+    #: Whether sketches tell `gram`, so that it is too inexact for the length of the direction.
+    gram_is_sketched: bool = False
 
 
 class Direction(NamedTuple):

@@ -20,6 +20,7 @@ from mogeo.dpo.config import (
     PROMPT_FORMATS,
     ROW_DTYPES,
     SCHEDULES,
+    WEIGH_BY,
     AlignConfig,
     decay_or_auto,
     named_number,
@@ -114,6 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="follow the gradients' averages over the last steps in place of one batch's, most of which is noise: the "
         "share of the past in them, such as 0.95, or auto. Weights, --guarantee-descent and what is reported then "
         "speak of the mean gradients (default: of each step's batch)",
+    )  # fmt: skip
+    method.add_argument(
+        "--weigh-by", choices=WEIGH_BY, default=default.weigh_by,
+        help="with --track mini-batch: weights and --guarantee-descent go by each step's batch all the same, and only "
+        "what is reported speaks of the mean gradients (default: %(default)s)",
     )  # fmt: skip
 
     steering = parser.add_argument_group("steering (for adaptive weightings)")

@@ -19,9 +19,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 AUTOCASTS = ("bf16", "none")
 PROMPT_FORMATS = ("chat", "plain")
 ROW_DTYPES = ("bf16",)
+WEIGH_BY = ("mean", "mini-batch")
 
 OPTIMIZER_OPTIONS = (
-    "guarantee_descent", "track", "preference", "min_weight", "smoothing",
+    "guarantee_descent", "track", "weigh_by", "preference", "min_weight", "smoothing",
     "refresh_every", "row_dtype", "host_rows", "sketch",
 )  # fmt: skip
 """Settings that are handed to `mogeo.MultiObjectiveOptimizer` under the same names. A single objective needs none."""
@@ -39,6 +40,9 @@ class AlignConfig:
     """Weights, guarantee and reports follow the mean gradients, estimated from averages over the steps, and not the
     gradients of one mini-batch: the averages' decay per step, above 0.5 and below 1, or "auto"; None: each step by
     itself."""
+    weigh_by: str = "mean"
+    """Which gradients decide where there is `track`: "mean"; or "mini-batch", and reports alone follow the mean ones.
+    """
     preference: dict[str, float] | None = field(default=None, hash=False)
     """Which objectives should gain more: objective → positive number, of which only the ratios count; None: none."""
     min_weight: float = 0.0
@@ -107,6 +111,7 @@ class AlignConfig:
         track = self.track
         known = track in (None, "auto") or (not isinstance(track, str) and 0.5 < track < 1)
         _require(known, "track", track, 'a number above 0.5 and below 1, "auto", or None')
+        _require(self.weigh_by in WEIGH_BY, "weigh_by", self.weigh_by, f"one of {', '.join(WEIGH_BY)}")
         rate = self.learning_rate
         _require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "a positive number")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")

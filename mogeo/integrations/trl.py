@@ -68,6 +68,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         track: make weights, guarantee and logs follow the mean gradients in place of each step's noisy ones: the decay
             per step of the averages that estimate them, above 0.5 and below 1, or "auto"; as in
             `mogeo.MultiObjectiveOptimizer`.
+        weigh_by: "mean", or "mini-batch": weights and guarantee go by each step's own gradients with `track` too, and
+            logs alone tell of mean gradients.
         guarantee_descent: take the direction nearest to the weighting's that hurts no objective, to first order; as in
             `mogeo.MultiObjectiveOptimizer`.
         train_dataset: pairs (prompt, chosen, rejected) with one column of +1, 0 or −1 per objective; or a mapping from
@@ -78,8 +80,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
 
     Raises:
         ValueError: the data does not fit (`mogeo.errors.InputError`), the weighting does not exist or does not suit the
-            loss, `track` is a number that is no decay, or an option of DPOConfig does not work with several backwards
-            over one forward.
+            loss, `track` is a number that is no decay, `weigh_by` is neither of its two, or an option of DPOConfig does
+            not work with several backwards over one forward.
         TypeError: `track` or `guarantee_descent` is of another type.
         NotImplementedError: the engine, or images, are not supported.
     """
@@ -95,6 +97,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         objectives: Sequence[str],
         weighting: WeightingLike = "mgda-decoupled",
         track: float | str | None = None,
+        weigh_by: str = "mean",
         guarantee_descent: bool = False,
         **named: Any,
     ) -> None:
@@ -103,7 +106,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
         constant = getattr(self.weighting, "constant", None)
         if constant is not None:
             constant(len(self.objectives))  # raises if the number of weights is another
-        self._options: dict[str, Any] = {"track": track, "guarantee_descent": guarantee_descent}
+        self._options: dict[str, Any] = {"track": track, "weigh_by": weigh_by, "guarantee_descent": guarantee_descent}
         # Raises if an option cannot be. The optimizer of the run is made much later, in `create_optimizer`.
         MultiObjectiveOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), "uniform", **self._options)
         given = inspect.signature(DPOTrainer).bind(model, *positional, **named).arguments
@@ -114,10 +117,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no 
             if name in given:
                 given[name] = self._without_sets(given[name], role)
         own, _ = given.get("optimizers") or (None, None)
-        if isinstance(own, MultiObjectiveOptimizer) and (track is not None or guarantee_descent):
+        if isinstance(own, MultiObjectiveOptimizer) and (track is not None or weigh_by != "mean" or guarantee_descent):
             raise ValueError(
-                "the optimizer in `optimizers` has options of its own: hand track and guarantee_descent to that "
-                "MultiObjectiveOptimizer, and not to the trainer"
+                "the optimizer in `optimizers` has options of its own: hand track, weigh_by and guarantee_descent to "
+                "that MultiObjectiveOptimizer, and not to the trainer"
             )
         if getattr(given.get("args"), "activation_offloading", False):
             raise ValueError(

@@ -181,6 +181,8 @@ TRACKED: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1e-3,
     },
     "a callable, propagating": {"weighting": lambda gram, losses: losses / losses.sum(), "nonfinite": "propagate"},
+    "mgda-decoupled, reported only": {"weighting": "mgda-decoupled", "weigh_by": "mini-batch", "max_grad_norm": 1e-3},
+    "uniform, reported only": {"weighting": "uniform", "weigh_by": "mini-batch", "nonfinite": "propagate"},
 }
 
 

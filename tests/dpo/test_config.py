@@ -44,6 +44,7 @@ def test_the_defaults_pass():
         {"track": 1.0},
         {"track": float("nan")},
         {"track": "often"},
+        {"weigh_by": "batch"},
     ],
 )
 def test_a_bad_setting_is_named(bad):
@@ -61,6 +62,7 @@ def test_one_objective_has_nothing_to_balance():
     balancing = {
         "weighting": "mgda", "guarantee_descent": True, "preference": {"a": 1.0, "b": 2.0}, "min_weight": 0.1,
         "smoothing": 0.5, "refresh_every": 2, "row_dtype": "bf16", "host_rows": True, "sketch": 9, "track": 0.9,
+        "weigh_by": "mini-batch",
     }  # fmt: skip
     assert set(balancing) == {"weighting", *OPTIMIZER_OPTIONS}
     config = AlignConfig(beta=0.3, loss="modpo", **balancing)

@@ -196,10 +196,16 @@ def test_the_optimizer_gets_its_options(run, monkeypatch):
         "MultiObjectiveOptimizer",
         lambda *args, **options: made.append(options) or original(*args, **options),
     )
-    run(**OPTIONS, track="auto", max_steps=1)
+    run(**OPTIONS, track="auto", weigh_by="mini-batch", max_steps=1)
     run(sketch=64, max_steps=1)
     full = [options for options in made if "row_dtype" in options]  # but for those that check the settings
-    for name, value in {**OPTIONS, "track": "auto", "row_dtype": torch.bfloat16, "sketch": None}.items():
+    for name, value in {
+        **OPTIONS,
+        "track": "auto",
+        "weigh_by": "mini-batch",
+        "row_dtype": torch.bfloat16,
+        "sketch": None,
+    }.items():
         assert full[1][name] == value
     assert full[-1]["sketch"] == 64
 
@@ -297,6 +303,7 @@ def read_metrics(folder):
         *slow_but([{"weighting": "mgda-decoupled"}, {"weighting": "group-dro(0.5)"}, {"weighting": "uniform"}]),
         {"sketch": 64, "refresh_every": 5},  # steps 3 and 4 are held
         {"track": 0.8},
+        *slow_but([{"track": 0.8, "weigh_by": "mini-batch"}]),
         OPTIONS,
     ],
 )

@@ -520,6 +520,7 @@ def test_every_form_of_data_trains(tmp_path: Path, chat: bool) -> None:
         ({}, {"loss_type": "hinge"}, "hinge loss reaches 0"),
         ({}, {"activation_offloading": True}, "activation_offloading=True"),
         ({"track": 1.5}, {}, "track=1.5: pass a decay"),
+        ({"weigh_by": "batch"}, {}, "weigh_by='batch': choose 'mean' or 'mini-batch'"),
     ],
 )
 def test_errors_name_culprit_and_cure(
@@ -567,11 +568,11 @@ def test_an_optimizer_for_other_objectives_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("option", [{"track": 0.9}, {"guarantee_descent": True}])
+@pytest.mark.parametrize("option", [{"track": 0.9}, {"weigh_by": "mini-batch"}, {"guarantee_descent": True}])
 def test_options_beside_an_optimizer_that_has_its_own_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
     model = make_model()
     own = MultiObjectiveOptimizer(torch.optim.SGD(model.parameters(), lr=1e-2), objectives=NAMES)
-    with pytest.raises(ValueError, match="hand track and guarantee_descent to that MultiObjectiveOptimizer"):
+    with pytest.raises(ValueError, match="hand track, weigh_by and guarantee_descent to that MultiObjectiveOptimizer"):
         make_trainer(
             MultiObjectiveDPOTrainer,
             tmp_path,
