@@ -25,8 +25,8 @@ class StepReport:
     losses: Tensor
     #: w, weights on the raw gradients before clipping, fp64 [K]. 0 for an objective left out.
     weights: Tensor
-    #: ⟨g_i, g_j⟩ of this step's mini-batch, fp64 [K, K]; with `sketch` or `track`, an unbiased estimate from sketches.
-    #: None where this step needed none.
+    #: ⟨g_i, g_j⟩ of this step's mini-batch, fp64 [K, K]; an unbiased estimate from sketches with `sketch`, and with
+    #: `track` where weights need no exact one. None where this step needed none.
     gram: Tensor | None
     #: ‖d‖², before clipping, fp64 [].
     squared_norm: Tensor
@@ -95,8 +95,9 @@ class StepReport:
         """How far each mean gradient can be told from zero, fp64 [K]: not at two standard errors (0), surely at three
         (1).
 
-        Weights that depend on gradients follow the preference where this is 0, and the geometry where it is 1. A
-        guarantee of descent acts on no conflict with an objective where this is 0.
+        Where mean gradients decide (`weigh_by="mean"`), weights that depend on gradients follow the preference where
+        this is 0, and the geometry where it is 1, and a guarantee of descent acts on no conflict with an objective
+        where this is 0.
         """
         return None if self.mean is None else self.mean.evidence
 
@@ -152,11 +153,11 @@ class StepReport:
 
         With `track`, of mean gradients: cos(Σ_j w_j ḡ_j, ḡ_k), whether such directions hurt objective k in expectation.
         NaN where `evidence` is 0: a gradient that cannot be told from zero has no direction to speak of.
-        `alignment_error` says how certain the others are. The weights come from the same estimate: under a guarantee of
-        descent nobody is hurt by it, but as far as `evidence` was lacking.
+        `alignment_error` says how certain the others are. With `weigh_by="mean"` the weights come from the same
+        estimate: under a guarantee of descent nobody is hurt by it, but as far as `evidence` was lacking.
 
-        Without, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k, so that
-        ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
+        Without `track`, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k,
+        so that ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
 
         NaN beside a zero gradient, and where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot
         tell.
