@@ -34,6 +34,7 @@ CASES: tuple[tuple[int, dict[str, Any]], ...] = ((LONG, {}), (SHORT, {}))
 OPTIONS: tuple[tuple[int, dict[str, Any]], ...] = (
     (LONG, {"guarantee_descent": True, "row_dtype": torch.float32}),
     (LONG, {"sketch": LONG}),
+    (SHORT, {"weigh_by": "mini-batch"}),
 )
 SCATTERED: tuple[tuple[int, dict[str, Any]], ...] = ((LONG, {"shard_rows": True}), (SHORT, {"shard_rows": True}))
 
@@ -55,7 +56,7 @@ def test_the_same_bits_on_all_ranks_and_what_one_process_finds(engine: str) -> N
     cases += SCATTERED if engine in ("no engine", "no_sync") else ()
     results = run(ranks, train_tracked, spread, cases)
     alike = [(LONG, {**options, "shard_rows": False, "row_dtype": None}) for _, options in cases]
-    for of_ranks, expected, (dimension, _) in zip(
+    for of_ranks, expected, (dimension, options) in zip(
         zip(*results, strict=True), train_tracked(alone, alike), cases, strict=True
     ):
         first = of_ranks[0]
@@ -68,6 +69,8 @@ def test_the_same_bits_on_all_ranks_and_what_one_process_finds(engine: str) -> N
         assert off.max() < 5 * (2 / dimension) ** 0.5
         if dimension == LONG:
             torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=5e-3)
+        if options.get("weigh_by") == "mini-batch":  # no sketch decides
+            torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------------------------
