@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mogeo.demo.recipe import BASELINE, GUARDED, METHODS, PAPER, TRACKED, Recipe
+from mogeo.demo.recipe import BASELINE, GUARDED, METHODS, PAPER, REPORTED, TRACKED, Recipe
 from mogeo.errors import InputError
 
 DEFAULT_SEEDS = 2
@@ -110,7 +110,7 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace) -> int:
     # Everything that can be wrong is found before any work is done.
     if args.seeds < 1:
         raise InputError(f"--seeds has to be at least 1, got {args.seeds}")
-    for settings in (*METHODS.values(), *({"weighting": weighting} for weighting in args.weighting)):
+    for settings in (*METHODS.values(), *({"weighting": weighting, **REPORTED} for weighting in args.weighting)):
         check_settings(replace(recipe.align, **settings), OBJECTIVES)
     on_cpu = resolve_device(recipe.align.device) == "cpu"
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mogeo.demo.recipe import BEFORE, METHODS, Recipe
+from mogeo.demo.recipe import BEFORE, METHODS, REPORTED, Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.data import Row, build_preferences, split_rows
 from mogeo.dpo.processes import resolve_device
@@ -96,7 +96,8 @@ def run_seed(
         experiment = _Experiment(seed, recipe, regime, tell)
         outcomes = [experiment.before()]
         outcomes += [experiment.align(label, **settings) for label, settings in METHODS.items()]
-        outcomes += [experiment.align(name, weighting=name) for name in dict.fromkeys(extra) if name not in METHODS]
+        others = [name for name in dict.fromkeys(extra) if name not in METHODS]
+        outcomes += [experiment.align(name, weighting=name, **REPORTED) for name in others]
     return SeedResult(seed, regime, experiment.world, experiment.prompts, experiment.golden, outcomes)
 
 

@@ -20,7 +20,7 @@ from mogeo.demo.world import OBJECTIVES, REGIMES
 from mogeo.figures.comparison import Bars, write_comparison
 from mogeo.figures.html_report import write_report
 from mogeo.figures.panels import MissingMatplotlibError, require_matplotlib
-from mogeo.figures.records import column, mean, of_mean_gradients, share_hurt
+from mogeo.figures.records import column, mean, share_hurt
 from mogeo.figures.table import Table
 from mogeo.judging.win_rates import NetWinRates
 
@@ -128,18 +128,15 @@ def weight_table(results: Sequence[SeedResult]) -> Table:
 
 
 def hurt_table(results: Sequence[SeedResult]) -> Table:
-    """The share of the steps of each method that hurt each objective, as far as its records can tell."""
+    """The share of the steps of each method that hurt each objective in expectation, as far as its records can tell."""
     rows = []
     for label in labels(results):
-        if label == BEFORE:
-            continue
-        runs = _histories(results, label)
-        shares = [_shares_hurt(results, label, name) for name in OBJECTIVES]
-        mark = "" if all(map(of_mean_gradients, runs)) else " *"
-        rows.append((label + mark, *("–" if any(map(math.isnan, s)) else _cell(s, signed=False) for s in shares)))
+        if label != BEFORE:
+            shares = [_shares_hurt(results, label, name) for name in OBJECTIVES]
+            rows.append((label, *("–" if any(map(math.isnan, s)) else _cell(s, signed=False) for s in shares)))
     note = (
-        "steps whose direction has a negative cosine with the objective's mean gradient, as tracked over the steps.\n"
-        "*: with its gradient in the step's own batch, of which the direction is made: flattered by noise. –: unknown."
+        "steps whose direction has a negative cosine with the objective's mean gradient, as tracked over the steps,\n"
+        "among those that can tell it from noise. –: none can."
     )
     return Table("Steps that hurt each objective, %", ("", *(_SHORT.get(c, c) for c in OBJECTIVES)), rows, note)
 
@@ -178,18 +175,25 @@ def conclusion(results: Sequence[SeedResult]) -> str:
     """What GUARDED gains against BASELINE, and what that costs; and what became of the worst objective otherwise."""
     n, worst = len(results), _accuracy("worst")
     minority = min(OBJECTIVES, key=lambda name: statistics.fmean(values(results, BASELINE, _accuracy(name))))
-    hurt = {label: statistics.fmean(_shares_hurt(results, label, minority)) for label in (BASELINE, GUARDED)}
+    hurt = {label: _percent(_shares_hurt(results, label, minority)) for label in (BASELINE, PAPER, GUARDED)}
     return (
         f"In {n} seed{'s' * (n > 1)}, against {BASELINE}, '{GUARDED}' {_lift(results, worst)} the worst held-out "
         f"accuracy ({_from_to(results, worst)}) and {_change(results, _accuracy('overall'))} points of the mean; it "
         f"{_lift(results, _greedy('worst'))} the worst objective's net win rate in greedy answers "
         f"({_from_to(results, _greedy('worst'))}), {_lift(results, _sampled('worst'))} it in sampled ones "
         f"({_from_to(results, _sampled('worst'))}), and overall it {_change(results, _greedy('overall'))} and "
-        f"{_change(results, _sampled('overall'))}. In expectation {hurt[BASELINE]:.0f}% of the steps of {BASELINE} "
-        f"hurt {minority}, and {hurt[GUARDED]:.0f}% of those of '{GUARDED}'. The worst held-out accuracy of {PAPER} is "
+        f"{_change(results, _sampled('overall'))}. In expectation {hurt[BASELINE]} of the steps of {BASELINE} hurt "
+        f"{minority}, {hurt[PAPER]} of those of {PAPER}, and {hurt[GUARDED]} of those of '{GUARDED}'. The worst "
+        f"held-out accuracy of {PAPER} is "
         f"{statistics.fmean(values(results, PAPER, worst)):.1f}, of '{TRACKED}' "
         f"{statistics.fmean(values(results, TRACKED, worst)):.1f}."
     )
+
+
+def _percent(shares: Sequence[float]) -> str:
+    """The mean of percentages, one per seed, of which some may be NaN."""
+    known = [share for share in shares if not math.isnan(share)]
+    return f"{statistics.fmean(known):.0f}%" if known else "an unknown share"
 
 
 def _differences(results: Sequence[SeedResult], metric: Metric) -> list[float]:
@@ -278,14 +282,14 @@ def _bars(results: Sequence[SeedResult], section: str, metric: Callable[[str], M
 
 
 def _told_by_steps(results: Sequence[SeedResult]) -> list[Bars]:
-    """Panels of what the steps of tracked methods tell of mean gradients: whom they hurt, and how noisy they are."""
-    tracked = [label for label in labels(results) if all(map(of_mean_gradients, _histories(results, label)))]
+    """Panels of what the steps tell of mean gradients: whom they hurt, and how noisy they are."""
+    methods = [label for label in labels(results) if label != BEFORE]
     panels = []
     for heading, ylabel, measure in (
         ("steps that hurt each objective in expectation", "% of the steps", _shares_hurt),
         ("noise of a mini-batch", "noise / signal, in ‖g‖²", _noise_scales),
     ):
-        series = {label: [measure(results, label, name) for name in OBJECTIVES] for label in tracked}
+        series = {label: [measure(results, label, name) for name in OBJECTIVES] for label in methods}
         panels.append(Bars(heading, ylabel, [_SHORT.get(name, name) for name in OBJECTIVES], series))
     return panels
 

@@ -13,7 +13,7 @@ import pytest
 
 from mogeo.demo.experiment import Outcome, SeedResult
 from mogeo.demo.recipe import BASELINE, BEFORE, GUARDED, PAPER, TRACKED
-from mogeo.demo.report import answer_table, conclusion, hurt_table, result_table, terminal, weight_table, write
+from mogeo.demo.report import answer_table, conclusion, hurt_table, result_table, weight_table, write
 from mogeo.demo.world import OBJECTIVES, World
 from mogeo.judging.win_rates import NetWinRates
 
@@ -92,12 +92,14 @@ def test_a_gain_in_some_seeds_only_is_called_that() -> None:
 def test_the_sentences_say_how_often_the_minority_is_hurt() -> None:
     results = [
         SeedResult(i, "base", WORLD, PROMPTS, ["x"] * 3, [
-            outcome(BEFORE, 0, 0), harmed(BASELINE, "mean gradients", (-0.1, -0.2, -0.1, 0.1)), outcome(PAPER, 0, 0),
-            outcome(TRACKED, 0, 0), harmed(GUARDED, "mean gradients", (0.1, 0.2, 0.1, -0.1)),
+            outcome(BEFORE, 0, 0), harmed(BASELINE, (-0.1, -0.2, -0.1, 0.1)), harmed(PAPER, (None, None)),
+            outcome(TRACKED, 0, 0), harmed(GUARDED, (0.1, 0.2, 0.1, -0.1) if i else (None, None)),
         ])
         for i in range(2)
     ]  # fmt: skip
-    assert "In expectation 75% of the steps of uniform hurt helpfulness, and 25% of those of" in conclusion(results)
+    told = conclusion(results)
+    assert "In expectation 75% of the steps of uniform hurt helpfulness, an unknown share of those of mgda-" in told
+    assert f"and 25% of those of '{GUARDED}'." in told
 
 
 def test_one_seed_is_not_called_seeds_and_has_no_spread() -> None:
@@ -134,34 +136,30 @@ def test_mean_weights_are_shown_for_every_method() -> None:
     assert table.rows[0][1:] == ("0.400", "0.300", "0.200", "0.100")
 
 
-def harmed(label: str, of: str | None, helpfulness: Sequence[float | None]) -> Outcome:
-    """A model in whose steps helpfulness had this alignment, with the gradients `of`, and the others 0.5."""
+def harmed(label: str, helpfulness: Sequence[float | None]) -> Outcome:
+    """A model in whose steps helpfulness had this alignment with its mean gradient, and the others 0.5."""
     steps = [
-        {"kind": "train", "step": i + 1, "alignment_of": of, "weight": dict.fromkeys(OBJECTIVES, 0.25),
-         "alignment": None if of is None else {**dict.fromkeys(OBJECTIVES, 0.5), "helpfulness": value}}
+        {"kind": "train", "step": i + 1, "alignment_of": "mean gradients", "weight": dict.fromkeys(OBJECTIVES, 0.25),
+         "alignment": {**dict.fromkeys(OBJECTIVES, 0.5), "helpfulness": value}}
         for i, value in enumerate(helpfulness)
     ]  # fmt: skip
     return replace(outcome(label, 0, 0), history=steps)
 
 
-def test_the_table_of_harm_marks_what_noise_flatters_and_what_is_unknown() -> None:
+def test_the_table_of_harm_counts_the_steps_that_can_tell() -> None:
     both = [(-0.1, -0.2, None, 0.1, 0.2), (-0.1, -0.2, -0.3, -0.4, None)]
     results = [
         SeedResult(i, "base", WORLD, PROMPTS, ["x"] * 3, [
             outcome(BEFORE, 0, 0),
-            harmed(BASELINE, "mean gradients", both[i]),
-            harmed(PAPER, "mini-batch", both[i]),
-            harmed(TRACKED, None, both[i]),
-            harmed(GUARDED, None, both[i]),
+            harmed(BASELINE, both[i]),
+            harmed(PAPER, [None] * 5),
         ])
         for i in range(2)
     ]  # fmt: skip
     table = hurt_table(results)
-    assert [row[0] for row in table.rows] == [BASELINE, f"{PAPER} *", f"{TRACKED} *", f"{GUARDED} *"]
-    assert table.rows[0][1:] == table.rows[1][1:] == ("75.0 ±35.4", *["0.0 ± 0.0"] * 3)
-    assert table.rows[2][1:] == ("–",) * 4
-    assert "flattered by noise" in table.note
-    assert table.text() in terminal(results)
+    assert [row[0] for row in table.rows] == [BASELINE, PAPER]
+    assert table.rows[0][1:] == ("75.0 ±35.4", *["0.0 ± 0.0"] * 3)
+    assert table.rows[1][1:] == ("–", *["0.0 ± 0.0"] * 3)
 
 
 def test_the_example_is_the_prompt_with_the_most_different_answers() -> None:
