@@ -389,10 +389,10 @@ def alignment_tables(result: AlignResult) -> list[Table]:
     if tracked:
         header += ["surely, %", "noise scale at the end", "mean evidence"]
     for name in result.after.accuracy:
-        row = [name, f"{mean(column(records, 'alignment', name)):+.3f}", f"{100 * share_hurt(records, name):.1f}"]
+        row = [name, _told(mean(column(records, "alignment", name)), "+.3f"), _told(100 * share_hurt(records, name))]
         if tracked:
             surely, evidence = share_hurt(records, name, errors=2), mean(column(records, "evidence", name))
-            row += [f"{100 * surely:.1f}", _noise_scale(records[-1:], name), f"{evidence:.2f}"]
+            row += [_told(100 * surely), _noise_scale(records[-1:], name), f"{evidence:.2f}"]
         rows.append(row)
     note = _OF_MEAN_GRADIENTS if tracked else _OF_MINI_BATCHES
     return [Table("What the steps did to each objective", header, rows, note)]
@@ -400,13 +400,18 @@ def alignment_tables(result: AlignResult) -> list[Table]:
 
 _OF_MEAN_GRADIENTS = """\
 alignment: cosine between a step's direction and the objective's mean gradient, as tracked; below zero, the step hurts
-it, and surely so if by two standard errors. noise scale: how many of a step's batches to average until the signal in
-the gradient equals the noise. evidence: how far the weight rested on measured gradients, and not on the preference."""
+it, and surely so if by two standard errors; steps that cannot tell are left out. noise scale: how many of a step's
+batches to average until the signal in the gradient equals the noise. evidence: how far the mean gradient could be told
+from zero, 0 to 1."""
 
 _OF_MINI_BATCHES = """\
 alignment: cosine between a step's direction and the objective's gradient in the step's batch; below zero, the step
-hurts it. The direction is made of the same gradients, and their noise flatters it: --track tells what steps do on
-average."""
+hurts it. The direction is made of the same gradients, and their noise flatters it: --track 0.95 --weigh-by mini-batch
+tells what the same steps do on average."""
+
+
+def _told(value: float, form: str = ".1f") -> str:
+    return "unknown" if math.isnan(value) else f"{value:{form}}"
 
 
 def _noise_scale(of_step: Sequence[StepRecord], name: str) -> str:

@@ -51,6 +51,18 @@ def test_a_tracked_run_tells_harm_that_is_sure_and_the_noise():
     assert cells["warm"]["noise scale at the end"] == "unknown"
 
 
+def test_an_objective_that_no_step_can_tell_of_is_unknown():
+    steps = [
+        step(i, (0.3, None), alignment_of="mean gradients", alignment_error={"warm": 0.1, "size": 2.0},
+             noise_scale={"warm": 3.0, "size": None}, noise_scale_interval={"warm": [2.0, 4.0], "size": [9.0, None]},
+             evidence={"warm": 1.0, "size": 0.0})
+        for i in (1, 2)
+    ]  # fmt: skip
+    cells, _ = table(steps)
+    assert list(cells["size"].values()) == ["size", "unknown", "unknown", "unknown", "over 9", "0.00"]
+    assert cells["warm"]["mean alignment"] == "+0.300"
+
+
 def test_a_run_that_needed_no_gradients_of_single_objectives_has_no_table():
     zero = dict.fromkeys(NAMES, 0.0)
     measured = Evaluation(zero, zero, zero, dict.fromkeys(NAMES, 1))
