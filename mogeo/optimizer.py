@@ -74,7 +74,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             objective's window follows its noise scale. None: this step's mini-batch decides, as in the papers.
         weigh_by: which gradients decide where there is `track`. "mean": as said there. "mini-batch": weights and
             guarantee are those without `track`, and the report alone tells of mean gradients, such as whom a method of
-            the papers hurts in expectation.
+            the papers hurts in expectation. Gradients are kept apart all the same, so that one that is not finite is
+            left out alone.
         refresh_every: T: solve for the weights at every T-th step only. In between, gradients are weighed by what the
             last solve found while autograd brings them: one backward of the weighted sum where losses are tensors. A
             guarantee of descent then is one for the steps that solve. A GPU is waited for once per solve.
@@ -104,7 +105,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     Raises:
         TypeError: `base` is no `torch.optim.Optimizer`, or one that cannot follow a direction; an argument has another
             type.
-        ValueError: an argument does not fit, or a parameter is in two bases.
+        ValueError: an argument does not fit, two do not fit each other, or a parameter is in two bases.
     """
 
     max_grad_norm = Setting(settings.norm_or_none, "Norm to which the direction is clipped, or None.")
@@ -158,6 +159,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             "gram_by_parameter": gram_by_parameter,
         }
         checked = {name: getattr(type(self), name).check(name, value) for name, value in given.items()}
+        if weigh_by != "mean" and track is None:
+            raise ValueError(
+                f"weigh_by={weigh_by!r} says what becomes of track=, which is None: pass track=0.95 as well"
+            )
         names = None if objectives is None else checked_names(objectives)
         self._state = State(resolve(weighting), names, checked, settings.group_or_none(process_group))
         if names is not None:

@@ -29,6 +29,9 @@ from mogeo.steps.step import Step
 from mogeo.user_warnings import warn_user
 from mogeo.weightings import Weighting, as_weighting
 
+# Settings on which the weights of a solve depend.
+_DECIDING = ("preference", "min_weight", "smoothing", "guarantee_descent", "track", "weigh_by")
+
 # Lost in copies and pickles: gradients, and what else belongs to the step under way.
 _OF_THE_STEP = ("captures", "news", "step", "unusable")
 
@@ -162,7 +165,7 @@ class State:
             raise
         if name == "refresh_every":
             self.held.refresh_every = value
-        elif name in ("weighting", "preference", "min_weight", "smoothing", "guarantee_descent", "track", "weigh_by"):
+        elif name in ("weighting", *_DECIDING) and not (name == "weigh_by" and self.tracked is None):
             self.held.forget()
 
     def _tracked_with(self, decay: Decay | None) -> MeanGradients | None:
@@ -175,7 +178,7 @@ class State:
         if self.objectives is None:
             return
         constant = self.rules().constant()
-        if self.step is None or name in ("refresh_every", "nonfinite", "max_grad_norm"):
+        if self.step is None or name in ("refresh_every", "nonfinite", "max_grad_norm", "weigh_by"):
             return
         if name == "memory":
             raise RuntimeError(
@@ -284,7 +287,8 @@ class State:
     def load_state_dict(self, own: dict[str, Any]) -> None:
         """Restore objectives, counters, held weights and the weighting's state; drop gradients captured so far.
 
-        Settings stay as they are here; where others were saved, a warning says so.
+        Settings stay as they are here; where others were saved, a warning says so. Held weights are those of the
+        settings that they were solved under: under others, the next step solves.
         """
         self.forget_step()
         self.held.forget()
@@ -307,9 +311,11 @@ class State:
             warn_user(f"the state of a {own['weighting_kind']} was saved, and is not loaded into a {kind}")
         name, here = own.get("weighting_name", own["weighting_kind"]), _name_of(self.weighting)
         held, steering = own.get("held") or {}, own.get("steering") or {}
+        settings, saved_settings = self._saved_settings(), {"weigh_by": "mean", **own.get("settings", {})}
+        others = {key: value for key, value in saved_settings.items() if settings.get(key, value) != value}
         if name in (here, kind):
             self.rules()  # makes the steering, if there is one
-            if held:
+            if held and others.keys().isdisjoint(_DECIDING):
                 self.held.load_state_dict(held)
             if steering and self._steering is not None:
                 self._steering.load_state_dict(steering)
@@ -317,8 +323,6 @@ class State:
             warn_user(
                 f"the state was saved under {name}: weights that it held or remembered are not loaded under {here}"
             )
-        settings = self._saved_settings()
-        others = {key: value for key, value in own.get("settings", {}).items() if settings.get(key, value) != value}
         if others:
             saved = ", ".join(f"{key}={value!r}" for key, value in others.items())
             warn_user(f"the state was saved with {saved}; this optimizer keeps its own settings")

@@ -36,6 +36,10 @@ from tests.nets import Net, flat_grad, gradient_rows, inputs, separate_losses, s
         ({"track": float("nan")}, "track=nan"),
         ({"track": float("inf")}, "track=inf"),
         ({"weigh_by": "batch"}, "weigh_by='batch': choose 'mean' or 'mini-batch'"),
+        (
+            {"weigh_by": "mini-batch"},
+            "weigh_by='mini-batch' says what becomes of track=, which is None: pass track=0.95",
+        ),
         ({"weigh_by": None}, "weigh_by=None: choose 'mean' or 'mini-batch'"),
     ],
 )

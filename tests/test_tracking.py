@@ -162,6 +162,68 @@ def test_what_is_not_finite_stays_out_of_reports_too(weighting: str, nonfinite: 
         assert some(report.mean_gram)[0, 0] != some(before.mean_gram)[0, 0]
 
 
+@pytest.mark.parametrize("weighting", ["mgda-decoupled", "linear(1, 0, 2)", "group-dro"])
+@pytest.mark.parametrize("values", [[1.0, -1.0, 1.0], [1.0, None, 1.0], [1.0, math.nan, 1.0], [math.nan] * 3])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_odd_losses_are_met_as_without_track(weighting: str, values: list[float | None], nonfinite: str) -> None:
+    """A loss of 0 or less, an absent objective, and losses that are not finite; and weights that hold after them."""
+    steps = list(draws(with_a_victim(3, 2.5, COLUMNS), 9.0, 0, 5))
+    nets = [Chosen(COLUMNS), Chosen(COLUMNS)]
+    shared: dict[str, Any] = {"nonfinite": nonfinite, "refresh_every": 3, "objectives": ("0", "1", "2")}
+    plain = optimizer_of(nets[0], weighting, track=None, **shared)
+    watched = optimizer_of(nets[1], weighting, weigh_by="mini-batch", **shared)
+    for rows, of_step in zip(steps, [values, *[[1.0] * 3] * 4], strict=True):
+        expected, found = attempt(plain, nets[0], rows, of_step), attempt(watched, nets[1], rows, of_step)
+        assert (expected is None) == (found is None)
+        one, other = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets)
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def attempt(
+    optimizer: MultiObjectiveOptimizer, net: Chosen, rows: Tensor, values: Sequence[float | None]
+) -> mogeo.StepReport | None:
+    """The report of a step on these gradients and losses; None where a loss is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            return reports(optimizer, net, [rows], values)[0]
+        except ValueError:
+            return None
+
+
+def test_a_lost_step_does_not_speak_of_the_mini_batch() -> None:
+    steps = list(draws(independent([1.0, 1.0, 1.0], COLUMNS), 4.0, 0, 3))
+    net = Chosen(COLUMNS)
+    optimizer = optimizer_of(net, "mgda", weigh_by="mini-batch", objectives=("0", "1", "2"))
+    reports(optimizer, net, steps[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        (report,) = reports(optimizer, net, steps[2:], [math.nan] * 3)
+    assert report.alignment is None or bool(report.alignment.isnan().all())
+    assert report.alignment is None or report.alignment_of == "mean gradients"
+
+
+@pytest.mark.parametrize("before", ["mean", None])
+def test_held_weights_of_the_other_kind_are_not_loaded(before: str | None) -> None:
+    """Also those of a version that knew only one."""
+    steps = list(draws(with_a_victim(3, 2.5, COLUMNS), 9.0, 0, 3))
+    net = Chosen(COLUMNS)
+    optimizer = optimizer_of(net, "mgda", refresh_every=9)
+    reports(optimizer, net, steps[:2])
+    state = optimizer.state_dict()
+    if before is None:
+        for group in state["param_groups"]:
+            own = json.loads(group["mogeo"])
+            del own["settings"]["weigh_by"]
+            group["mogeo"] = json.dumps(own)
+    other = optimizer_of(net, "mgda", refresh_every=9, weigh_by="mini-batch")
+    with pytest.warns(UserWarning, match="saved with weigh_by='mean'"):
+        other.load_state_dict(state)
+    (report,) = reports(other, net, steps[2:])
+    assert report.age == 0
+    torch.testing.assert_close(report.weights, trained(steps[2:], "mgda", track=None)[0].weights, rtol=1e-9, atol=0)
+
+
 def test_the_papers_own_weights_and_a_true_report() -> None:
     """An objective whose own noise makes each step look good to it is seen to be hurt."""
     steps = list(draws(with_a_victim(4, 3.0, COLUMNS), 12.0, 0, 40))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mogeo.decide.rules import Decision, Direction, Rules, finite_rows, seen_by_weighting
 from mogeo.geometry.constants import constant_tensor
+from mogeo.geometry.tracking import Estimate, Sketches
 from mogeo.gradients.direction import SharedDirection
 from mogeo.gradients.rows import RowStore
 from mogeo.weightings import Solution
@@ -34,25 +35,35 @@ def decide(rows: RowStore, losses: Tensor, absent: tuple[bool, ...], rules: Rule
     sketches = None if rules.tracked is None else rows.sketches()
     gram = rows.gram() if rules.weighting.needs_gram and not rules.follow_means else None
     problem = rules.weighting.min_norm_problem()
-    if sketches is None and problem is not None and gram is not None:
+    if problem is not None and gram is not None:
         found, nonfinite = _min_norm(rows, gram, losses, absent, rules, problem)
-        return _decision(found, losses, gram, nonfinite, None)
-    finite = losses.isfinite() if gram is None else losses.isfinite() & gram.diagonal().isfinite()
-    if sketches is not None:
+        mean = _looked(sketches, losses, nonfinite, absent, rules)
+        return _decision(found, losses, gram, nonfinite, None)._replace(mean=mean)
+    finite = losses.isfinite()
+    if gram is not None:
+        finite &= gram.diagonal().isfinite()
+    elif sketches is not None:
         finite &= finite_rows(sketches)
     present = _present(absent, losses.device)
     nonfinite = present & ~finite
+    mean = _looked(sketches, losses, nonfinite, absent, rules)
+    seen = (mean.seen, mean.losses) if mean is not None and rules.follow_means else (gram, losses)
+    found, bad_weights = _solved(*seen, present, nonfinite, rules)
+    sketched = gram is None and mean is not None
+    gram = mean.of_step if gram is None and mean is not None else gram
+    return _decision(found, losses, gram, nonfinite, bad_weights)._replace(mean=mean, gram_is_sketched=sketched)
+
+
+def _looked(
+    sketches: Sketches | None, losses: Tensor, nonfinite: Tensor, absent: tuple[bool, ...], rules: Rules
+) -> Estimate | None:
+    """What is known of mean gradients with this step's, where they are tracked."""
     if sketches is None or rules.tracked is None:
-        found, bad_weights = _solved(gram, losses, present, nonfinite, rules)
-        return _decision(found, losses, gram, nonfinite, bad_weights)
-    counts = present & ~nonfinite
+        return None
+    counts = _present(absent, losses.device) & ~nonfinite & finite_rows(sketches)
     if rules.nonfinite == "propagate":
         counts &= ~nonfinite.any()  # the whole step is lost
-    mean = rules.tracked.look(sketches, losses, counts)
-    seen = (mean.seen, mean.losses) if rules.follow_means else (gram, losses)
-    found, bad_weights = _solved(*seen, present, nonfinite, rules)
-    decided = _decision(found, losses, mean.of_step if gram is None else gram, nonfinite, bad_weights)
-    return decided._replace(mean=mean, gram_is_sketched=gram is None)
+    return rules.tracked.look(sketches, losses, counts)
 
 
 def _solved(

@@ -47,17 +47,19 @@ def decide(rows: ComparableStore, losses: Tensor, absent: tuple[bool, ...], rule
     nonfinite = ~flags & ~losses.isfinite()
     if gram is not None:
         nonfinite |= ~flags & ~gram.diagonal().isfinite()
-    if sketches is not None:
+    elif sketches is not None:
         nonfinite |= ~flags & ~finite_rows(sketches)
+    # The Gram matrix of a lost step is of no use; and where gradients are tracked, reports speak of their means alone.
+    of_lost = gram if sketches is None else None
     if rules.nonfinite != "skip" and bool(nonfinite.any()):
-        return _poisoned(losses, gram, nonfinite, rules)
+        return _poisoned(losses, of_lost, nonfinite, rules)
     away = (flags | nonfinite).tolist()
     if all(away):
-        return _unusable(losses, gram, nonfinite)
+        return _unusable(losses, of_lost, nonfinite)
     left_out = flags | nonfinite if any(away) else None
     mean, seen = None, (gram, losses)
     if sketches is not None and rules.tracked is not None:
-        mean = rules.tracked.look(sketches, losses, ~(flags | nonfinite))
+        mean = rules.tracked.look(sketches, losses, ~(flags | nonfinite) & finite_rows(sketches))
         if rules.follow_means:
             seen = (mean.seen, mean.losses)
     found = _solved(rows.ranks, *seen, left_out, rules)
@@ -204,7 +206,7 @@ def _failed(decided: Decision, absent: tuple[bool, ...], rules: Rules) -> Direct
             f"the summed gradient of {_quoted(rules, nonfinite)} is not finite; {rules.weighting!r} keeps no "
             "gradients apart to tell whose it is"
         )
-    unusable = _unusable(decided.losses, decided.gram, nonfinite)
+    unusable = _unusable(decided.losses, None if decided.mean is not None else decided.gram, nonfinite)
     return Direction(unusable, unusable.weights.sum(), torch.ones_like(unusable.losses).mean())
 
 

@@ -62,7 +62,7 @@ class Decision(NamedTuple):
     correction_status: Tensor | None = None
     #: What is known of mean gradients, where they are tracked.
     mean: Estimate | None = None
-    #: Whether sketches tell `gram`, so that it is too inexact for the length of the direction.
+    #: Whether `gram` comes from the sketches of tracked rows, so that it is too inexact for the direction's length.
     gram_is_sketched: bool = False
 
 

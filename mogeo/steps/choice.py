@@ -20,5 +20,7 @@ def opened_step(rules: Rules, held: HeldWeights, memory: Memory) -> Step:
         return SumAsTheyCome(constant)
     known = held.known()
     if known is not None:
-        return SumAsTheyCome(known, held=True)
+        # Constant weights are solved for only where gradients are tracked; an objective that was absent from the solve
+        # keeps its own.
+        return SumAsTheyCome(rules.weighting.constant(len(rules.objectives)) or known, held=True)
     return _TO_SOLVE[type(memory)]()

@@ -521,6 +521,7 @@ def test_every_form_of_data_trains(tmp_path: Path, chat: bool) -> None:
         ({}, {"activation_offloading": True}, "activation_offloading=True"),
         ({"track": 1.5}, {}, "track=1.5: pass a decay"),
         ({"weigh_by": "batch"}, {}, "weigh_by='batch': choose 'mean' or 'mini-batch'"),
+        ({"weigh_by": "mini-batch"}, {}, "pass track=0.95 as well"),
     ],
 )
 def test_errors_name_culprit_and_cure(
@@ -568,7 +569,9 @@ def test_an_optimizer_for_other_objectives_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("option", [{"track": 0.9}, {"weigh_by": "mini-batch"}, {"guarantee_descent": True}])
+@pytest.mark.parametrize(
+    "option", [{"track": 0.9}, {"track": 0.9, "weigh_by": "mini-batch"}, {"guarantee_descent": True}]
+)
 def test_options_beside_an_optimizer_that_has_its_own_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
     model = make_model()
     own = MultiObjectiveOptimizer(torch.optim.SGD(model.parameters(), lr=1e-2), objectives=NAMES)
