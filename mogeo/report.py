@@ -83,7 +83,8 @@ class StepReport:
     def mean_cosines(self) -> Tensor | None:
         """cos(ḡ_i, ḡ_j), fp64 [K, K]: as products and lengths are estimated, so that it may lie beyond ±1.
 
-        NaN beside a gradient whose `evidence` is 0: one that cannot be told from zero has no direction to speak of.
+        NaN beside a gradient whose `evidence` is 0: one that cannot be told from zero has no direction to speak of. NaN
+        beside one that is zero, too.
         """
         if self.mean is None:
             return None
@@ -93,7 +94,7 @@ class StepReport:
     @property
     def evidence(self) -> Tensor | None:
         """How far each mean gradient can be told from zero, fp64 [K]: not at two standard errors (0), surely at three
-        (1).
+        (1). 1 also for one that is zero in every step.
 
         Where mean gradients decide (`weigh_by="mean"`), weights that depend on gradients follow the preference where
         this is 0, and the geometry where it is 1, and a guarantee of descent acts on no conflict with an objective
@@ -153,19 +154,20 @@ class StepReport:
 
         With `track`, of mean gradients: cos(Σ_j w_j ḡ_j, ḡ_k), whether such directions hurt objective k in expectation.
         NaN where `evidence` is 0: a gradient that cannot be told from zero has no direction to speak of.
-        `alignment_error` says how certain the others are. With `weigh_by="mean"` the weights come from the same
-        estimate: under a guarantee of descent nobody is hurt by it, but as far as `evidence` was lacking.
+        `alignment_error` says how certain the others are. With `weigh_by="mean"` weights and alignment come from one
+        estimate, so that a guarantee of descent is not checked by it: where there was full evidence, nobody can look
+        hurt. With `weigh_by="mini-batch"` weights w_k that follow this step's noise add Cov(w_k, ε_k) to the mean of d,
+        which is not in here.
 
         Without `track`, of this mini-batch, which flatters: the direction holds w_k g_k, and with it the noise of g_k,
         so that ⟨d, g_k⟩ is too large by w_k E‖ε_k‖² on average. An objective that every step hurts can look served.
+        NaN where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot tell.
 
-        NaN beside a zero gradient, and where gradients cancel so far (‖d‖ < 1e-4 Σ w_k ‖g_k‖) that the Gram cannot
-        tell.
+        NaN beside a zero gradient.
         """
         if self.mean is not None:
             gram = nearest_gram(self.mean.gram)
-            cosines = self._products(gram, self.weights) / self._reach(gram)
-            return cosines.masked_fill(self.mean.evidence <= 0, torch.nan)
+            return self._told(self._products(gram, self.weights) / self._reach(gram))
         if self.gram is None or self.grad_norms is None:
             return None
         # A gradient that was left out may be NaN, and 0 · NaN would spread.
@@ -183,23 +185,28 @@ class StepReport:
     def alignment_error(self) -> Tensor | None:
         """Standard error of `alignment`, fp64 [K]: that of ⟨d, ḡ_k⟩ alone. None without `track`.
 
-        inf where an error is not known yet, NaN where a squared length is estimated as 0 or less. Errors of the K
-        products in it are added up as if they were independent.
+        NaN where `alignment` is. Errors of the K products in it are added up as if they were independent.
         """
         if self.mean is None:
             return None
         variance = self._products(self.mean.error.square(), self.weights.square())
-        return variance.sqrt() / self._reach(nearest_gram(self.mean.gram))
+        return self._told(variance.sqrt() / self._reach(nearest_gram(self.mean.gram)))
 
     @property
     def hurt(self) -> Tensor | None:
         """Whose `alignment` is below −1e-5, and so negative by more than rounding: bool [K]; None where that is None.
 
         False also where `alignment` is NaN, as it is with `track` in the first steps and wherever `evidence` is 0. It
-        does not look at `alignment_error`: surely hurt are those with `alignment + 2 * alignment_error < 0`.
+        does not look at `alignment_error`: where that is larger than the alignment, as it can be if an objective with
+        much weight has no evidence, this is a guess. Surely hurt are those with `alignment + 2 * alignment_error < 0`.
         """
         alignment = self.alignment
         return None if alignment is None else alignment < -1e-5
+
+    def _told(self, of_alignment: Tensor) -> Tensor:
+        """What is said of alignments with mean gradients; NaN where these cannot be told from zero."""
+        assert self.mean is not None
+        return of_alignment.masked_fill(self.mean.evidence <= 0, torch.nan)
 
     def _products(self, matrix: Tensor, weights: Tensor) -> Tensor:
         """Matrix times weights, where what has no weight is not read: it may be NaN."""

@@ -41,7 +41,8 @@ def explain(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> 
 
     - conflict: share of (step, pair of objectives) whose gradients have a negative cosine;
     - hurt: share of steps whose direction has a negative cosine with some objective's gradient, as the run's reports
-      have it: with the mean gradient, where gradients are tracked, and with that of the mini-batch otherwise;
+      have it: with the mean gradient, where gradients are tracked, and with that of the mini-batch otherwise. Of those
+      steps in which some cosine is known (null: in none);
     - alignment: mean over steps of the smallest cosine between the direction and a gradient, where one is known;
     - hurt_by_objective: the share of the steps that hurt each, of those in which that is known (null: in none);
     - evidence, noise_scale: by objective, mean and median over the steps (null without tracking, and where unknown);
@@ -59,7 +60,7 @@ def explain(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> 
     return {
         "steps": len(steps),
         "conflict": fmean(c < 0 for c in cosines) if cosines else None,
-        "hurt": sum(a < HURT for a in lowest) / len(steps),
+        "hurt": fmean(a < HURT for a in lowest) if lowest else None,
         "alignment": fmean(lowest) if lowest else None,
         "hurt_by_objective": {name: _mean([float(e[name] < HURT) for e in known if name in e]) for name in objectives},
         "evidence": _by_objective(steps, "evidence", objectives, fmean),

@@ -26,7 +26,7 @@ DECAY = 0.95
 """Of averages over steps, see `AlignConfig.track`."""
 
 REPORTED: dict[str, Any] = {"track": DECAY, "weigh_by": "mini-batch"}
-"""What lets a method tell whom it hurts in expectation, and changes nothing else in it."""
+"""What lets a method tell whom it hurts in expectation, and leaves its weights as they are."""
 
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {"weighting": "uniform", **REPORTED},

@@ -133,10 +133,10 @@ def hurt_table(results: Sequence[SeedResult]) -> Table:
     for label in labels(results):
         if label != BEFORE:
             shares = [_shares_hurt(results, label, name) for name in OBJECTIVES]
-            rows.append((label, *("–" if any(map(math.isnan, s)) else _cell(s, signed=False) for s in shares)))
+            rows.append((label, *(_cell(known, signed=False) if known else "–" for known in map(_known, shares))))
     note = (
         "steps whose direction has a negative cosine with the objective's mean gradient, as tracked over the steps,\n"
-        "among those that can tell it from noise. –: none can."
+        "among those in which that gradient can be told from zero. –: there are none."
     )
     return Table("Steps that hurt each objective, %", ("", *(_SHORT.get(c, c) for c in OBJECTIVES)), rows, note)
 
@@ -192,8 +192,13 @@ def conclusion(results: Sequence[SeedResult]) -> str:
 
 def _percent(shares: Sequence[float]) -> str:
     """The mean of percentages, one per seed, of which some may be NaN."""
-    known = [share for share in shares if not math.isnan(share)]
+    known = _known(shares)
     return f"{statistics.fmean(known):.0f}%" if known else "an unknown share"
+
+
+def _known(values: Sequence[float]) -> list[float]:
+    """Those that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
 
 
 def _differences(results: Sequence[SeedResult], metric: Metric) -> list[float]:
@@ -289,7 +294,9 @@ def _told_by_steps(results: Sequence[SeedResult]) -> list[Bars]:
         ("steps that hurt each objective in expectation", "% of the steps", _shares_hurt),
         ("noise of a mini-batch", "noise / signal, in ‖g‖²", _noise_scales),
     ):
-        series = {label: [measure(results, label, name) for name in OBJECTIVES] for label in methods}
+        series = {
+            label: [_known(measure(results, label, name)) or [math.nan] for name in OBJECTIVES] for label in methods
+        }
         panels.append(Bars(heading, ylabel, [_SHORT.get(name, name) for name in OBJECTIVES], series))
     return panels
 

@@ -118,8 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     method.add_argument(
         "--weigh-by", choices=WEIGH_BY, default=default.weigh_by,
-        help="with --track mini-batch: weights and --guarantee-descent go by each step's batch all the same, and only "
-        "what is reported speaks of the mean gradients (default: %(default)s)",
+        help="which gradients decide under --track. mean: the mean ones; mini-batch: those of each step's batch, as "
+        "without --track, and only what is reported speaks of the mean ones (default: %(default)s)",
     )  # fmt: skip
 
     steering = parser.add_argument_group("steering (for adaptive weightings)")
@@ -400,9 +400,9 @@ def alignment_tables(result: AlignResult) -> list[Table]:
 
 _OF_MEAN_GRADIENTS = """\
 alignment: cosine between a step's direction and the objective's mean gradient, as tracked; below zero, the step hurts
-it, and surely so if by two standard errors; steps that cannot tell are left out. noise scale: how many of a step's
-batches to average until the signal in the gradient equals the noise. evidence: how far the mean gradient could be told
-from zero, 0 to 1."""
+it, and surely so if by two standard errors. Steps whose mean gradient cannot be told from zero are left out. noise
+scale: how many of a step's batches to average until the signal in the gradient equals the noise. evidence: how far the
+mean gradient could be told from zero, 0 to 1."""
 
 _OF_MINI_BATCHES = """\
 alignment: cosine between a step's direction and the objective's gradient in the step's batch; below zero, the step

@@ -82,7 +82,7 @@ def draw_hurt(path: Path, objectives: Sequence[str], runs: Runs) -> Path | None:
     def draw(ax: Any, label: str, records: Sequence[StepRecord]) -> None:
         from matplotlib.ticker import PercentFormatter
 
-        remark = "line: all steps up to there"
+        remark = "line: all steps up to there in which it is known"
         for i, name in enumerate(objectives):
             ax.plot(_steps(records), share_hurt_so_far(records, name), label=plain(name), **line(i))
         if of_training(records, "alignment_error"):
