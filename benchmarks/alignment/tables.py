@@ -177,11 +177,12 @@ def explanation(runs: Runs, objectives: Sequence[str]) -> str:
             continue
         memories = [f["memory"] for f in found if f["memory"] is not None]
         alignments = [f["alignment"] for f in found if f["alignment"] is not None]
+        hurt = [f["hurt"] for f in found if f["hurt"] is not None]
         rows.append(
             [
                 f"`{label}`",
                 f"{100 * fmean(f['conflict'] for f in found):.0f}",
-                f"{100 * fmean(f['hurt'] for f in found):.0f}",
+                f"{100 * fmean(hurt):.0f}" if hurt else "–",
                 _signed(fmean(alignments), 2) if alignments else "–",
                 " ".join(f"{fmean(f['weight'][name] for f in found):.2f}" for name in objectives),
                 f"{fmean(f['weight_sd'][name] for f in found for name in objectives):.3f}",
