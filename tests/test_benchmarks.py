@@ -82,7 +82,7 @@ def test_kernels_are_drawn_and_what_cannot_run_is_left_out_aloud(tmp_path: Path)
 def test_every_mode_is_measured_and_drawn(tmp_path: Path) -> None:
     drawn, target = tmp_path / "modes.png", tmp_path / "figures.json"
     sizes = ["--quick", "--refresh-every", "2", "--rounds", "2", "--seeds", "1", "--threads", "1", "--clock", "cpu"]
-    some = ["--modes", "uniform", "exact", "bf16 rows", "host rows", "sketch 2^14", "refresh", "refresh, tracked"]
+    some = ["--modes", "uniform", "exact", "host rows", "sketch 2^14", "refresh", "refresh, tracked"]
     printed = run("memory_modes.py", *sizes, *some, "--json", str(target), "--plot", str(drawn))
     assert drawn.read_bytes().startswith(b"\x89PNG")
     figures = json.loads(target.read_text())

@@ -36,7 +36,11 @@ OPTIONS: tuple[tuple[int, dict[str, Any]], ...] = (
     (LONG, {"sketch": LONG}),
     (SHORT, {"weigh_by": "mini-batch"}),
 )
-SCATTERED: tuple[tuple[int, dict[str, Any]], ...] = ((LONG, {"shard_rows": True}), (SHORT, {"shard_rows": True}))
+SCATTERED: tuple[tuple[int, dict[str, Any]], ...] = (
+    (LONG, {"shard_rows": True}),
+    (SHORT, {"shard_rows": True}),
+    (SHORT, {"shard_rows": True, "weigh_by": "mini-batch"}),
+)
 
 
 def train_tracked(spread: Callable[[Net], Spread], cases: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
