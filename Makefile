@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow" --hypothesis-profile quick
 
-# Every test, and three in ten of the examples of each property, as CI runs it. One process runs all tests of a file, so
+# Every test, and two in ten of the examples of each property, as CI runs it. One process runs all tests of a file, so
 # that slow fixtures which they share are made once. Files keep their order: xdist would run those of the fewest tests
 # last, which are the slowest.
 test-all: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""How many examples a property test tries: `full` is all, `ci` three in ten, `quick` one in ten, for `make test`.
+"""How many examples a property test tries: `full` is all, `ci` two in ten, `quick` one in ten, for `make test`.
 
 `pytest --hypothesis-profile=quick`, or HYPOTHESIS_PROFILE=quick in the environment, chooses. None has a deadline
 nor minds slow strategies, so that a busy machine fails no test, and all try the same examples every time: a red run
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: Examples of a property that does not say how many it wants.
-FULL, CI, QUICK = 100, 30, 10
+FULL, CI, QUICK = 100, 20, 10
 PATIENT = (HealthCheck.too_slow,)
 
 

@@ -13,9 +13,28 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+IN_TURN = """
+import json, runpy, sys
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+"""
+
+
 def run(script: str, *options: str, timeout: float = 300.0) -> str:
-    """What a script prints on a CPU, without a compiler: what torch.compile would do there takes half a minute."""
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *options]
+    """What a script prints on a CPU."""
+    return printed_by([str(BENCHMARKS / script), *options], timeout)
+
+
+def run_in_turn(script: str, *commands: list[str]) -> str:
+    """What a script prints under several commands, in one process, which imports everything once."""
+    calls = [[str(BENCHMARKS / script), *options] for options in commands]
+    return printed_by(["-c", IN_TURN, json.dumps(calls)], 300.0)
+
+
+def printed_by(arguments: list[str], timeout: float) -> str:
+    """Without a compiler: what torch.compile would do on a CPU takes half a minute."""
+    command = [sys.executable, "-W", "ignore", *arguments]
     environment = {**os.environ, "CXX": "false", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stderr
@@ -101,10 +120,9 @@ def test_every_mode_is_measured_and_drawn(tmp_path: Path) -> None:
 def test_the_comparison_runs_is_resumed_and_reported(tmp_path: Path) -> None:
     place = ["--output", str(tmp_path), "--workers", "1", "--quick"]
     run("alignment", *place, "world", "--seeds", "1")
-    cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    run("alignment", *place, "world", "--seeds", "1")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == cells
-    printed = run("alignment", *place, "report")
+    cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*=*.json")}
+    printed = run_in_turn("alignment", [*place, "world", "--seeds", "1"], [*place, "report"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*=*.json")} == cells
     assert (tmp_path / "tables.md").read_text() in printed
     for method in ("before cdpo", "uniform", "mgda-decoupled", "static of mgda-decoupled", "modpo", "cdpo"):
         assert printed.count(f"| `{method}` |") >= 6, method  # two regimes, three tables
@@ -121,8 +139,7 @@ def test_what_noise_does_is_measured_resumed_and_reported(tmp_path: Path) -> Non
         "map": ["--dial", "0.5", "--imbalance", "few helpfulness"],
         "tracked": ["--regime", "base"],
     }
-    for name, options in commands.items():
-        run("alignment", *place, name, "--seeds", "1", *options)
+    run_in_turn("alignment", *([*place, name, "--seeds", "1", *options] for name, options in commands.items()))
     figures = json.loads(target.read_text())
     assert "transformers" in figures["machine"]
     assert {record["where"] for record in (cell["cell"] for cell in figures["records"])} == {
@@ -131,9 +148,8 @@ def test_what_noise_does_is_measured_resumed_and_reported(tmp_path: Path) -> Non
     }
     cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*=*.json")}
     assert len(cells) == 2 + 6 + 4 + (4 + 4 + 2) + 2  # tracked: to choose rates, runs, twins; and models before them
-    run("alignment", *place, "map", "--seeds", "1", *commands["map"])
+    printed = run_in_turn("alignment", [*place, "map", "--seeds", "1", *commands["map"]], [*place, "report"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*=*.json")} == cells
-    printed = run("alignment", *place, "report")
     assert printed.count("| `mgda-decoupled, track 0.95` |") >= 6
     for title in ("## Tracked gradients, base", "## Estimators", "## Realised steps", "## Map"):
         assert title in printed
