@@ -18,8 +18,8 @@ test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow" --hypothesis-profile quick
 
 # Every test, and two in ten of the examples of each property, as CI runs it. One process runs all tests of a file, so
-# that slow fixtures which they share are made once. Files keep their order: xdist would run those of the fewest tests
-# last, which are the slowest.
+# that slow fixtures which they share are made once. Files keep their order, in which the slowest, tests/benchmarks, come
+# first: xdist would run those of the fewest tests last.
 test-all: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) --dist loadfile --no-loadscope-reorder --hypothesis-profile ci
 

@@ -1,6 +1,6 @@
 """The run on a GPU, as far as a CPU can hold it: deadlines, what failures leave behind, the cache, the report.
 
-The rehearsal of the whole run is in test_benchmarks.py.
+The rehearsal of the whole run is in benchmarks/test_scripts.py.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 IN_TURN = """
 import json, runpy, sys
