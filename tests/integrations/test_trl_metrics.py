@@ -39,7 +39,7 @@ def estimate(gram: list[list[float]], error: float, square: float = 100.0) -> Es
     """What is known of mean gradients: their Gram matrix, the same error of each entry, and E‖g‖² of each."""
     matrix = torch.tensor(gram, dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)
-    evidence = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    evidence = torch.tensor([0.5, 1.0], dtype=torch.float64)
     return Estimate(matrix, torch.full_like(matrix, error), square * ones, ones, matrix, evidence, matrix)
 
 
