@@ -25,7 +25,7 @@ from alignment.cells import Cell, Result
 from alignment.explain import Measured, explain
 from alignment.variants import train as train_variant
 from mogeo.demo.experiment import fine_tune
-from mogeo.demo.recipe import Recipe
+from mogeo.demo.recipe import REPORTED, Recipe
 from mogeo.demo.world import OBJECTIVES, REGIMES, World, flip_labels, tiny_model, tokenizer
 from mogeo.dpo.config import AlignConfig
 from mogeo.dpo.data import Preferences, Row, build_preferences, split_rows
@@ -42,10 +42,6 @@ BEST = dict.fromkeys(OBJECTIVES, 5.0)  # the ratings that a model with controls 
 DRIFT = "drift"
 """Regime: a quarter of helpfulness' training labels are flipped in the first half of the steps, of honesty's in the
 second. Only variants of the study know how to train on labels that change."""
-
-
-REPORTED = 0.95
-"""Decay of the averages from which reports tell of mean gradients, where weights are those of each mini-batch."""
 
 
 class Method(NamedTuple):
@@ -76,12 +72,7 @@ class Method(NamedTuple):
         """
         if self.track is not None:
             return {"weighting": self.weighting, "guarantee_descent": self.guaranteed, "track": self.track}
-        return {
-            "weighting": Measured(self.weighting),
-            "guarantee_descent": self.guaranteed,
-            "track": REPORTED,
-            "weigh_by": "mini-batch",
-        }
+        return {"weighting": Measured(self.weighting), "guarantee_descent": self.guaranteed, **REPORTED}
 
 
 class Setting:

@@ -49,7 +49,7 @@ def decide(rows: ComparableStore, losses: Tensor, absent: tuple[bool, ...], rule
         nonfinite |= ~flags & ~gram.diagonal().isfinite()
     elif sketches is not None:
         nonfinite |= ~flags & ~finite_rows(sketches)
-    # The Gram matrix of a lost step is of no use; and where gradients are tracked, reports speak of their means alone.
+    # Where gradients are tracked, a lost step has no Gram matrix: its report would speak of the mini-batch's alignment.
     of_lost = gram if sketches is None else None
     if rules.nonfinite != "skip" and bool(nonfinite.any()):
         return _poisoned(losses, of_lost, nonfinite, rules)

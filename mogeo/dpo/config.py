@@ -41,8 +41,7 @@ class AlignConfig:
     gradients of one mini-batch: the averages' decay per step, above 0.5 and below 1, or "auto"; None: each step by
     itself."""
     weigh_by: str = "mean"
-    """Which gradients decide where there is `track`: "mean"; or "mini-batch", and reports alone follow the mean ones.
-    """
+    """With `track`: "mean" gradients decide, or those of each "mini-batch" and only reports follow the mean ones."""
     preference: dict[str, float] | None = field(default=None, hash=False)
     """Which objectives should gain more: objective → positive number, of which only the ratios count; None: none."""
     min_weight: float = 0.0
